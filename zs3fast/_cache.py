@@ -1,0 +1,46 @@
+"""Results that depend on weights (and class lists) alone, kept until one of them changes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class WeightCache:
+    """Holds one result, computed from given tensors, until any of them is another tensor or was written to.
+
+    Nothing is kept while gradients are recorded or a graph is traced, or for tensors born in inference mode, whose
+    writes torch does not count. Writes through `.data` are invisible to torch too: call `clear` after them.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._stamp: list[tuple[Any, ...]] | None = None
+        self._sources: list[weakref.ref[Tensor]] = []
+        self._value: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
+        return WeightCache()
+
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()
+
+    def get(self, sources: Iterable[Tensor], compute: Callable[[], Any]) -> Any:
+        """`compute()`, or its earlier result if no tensor of `sources` has changed since."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return compute()
+        sources = list(sources)
+        if any(source.is_inference() for source in sources) or torch.is_autocast_enabled(sources[0].device.type):
+            return compute()
+        stamp = [(source._version, source.data_ptr(), source.device, source.dtype) for source in sources]
+        same = stamp == self._stamp and all(ref() is source for ref, source in zip(self._sources, sources))
+        if not same:
+            self._value = compute()
+            self._stamp, self._sources = stamp, [weakref.ref(source) for source in sources]
+        return self._value

@@ -1,0 +1,163 @@
+"""Backends, their objections to a request, and the choice between them.
+
+An op registers, for each backend that implements it, a function and a list of objections. `auto` runs the first
+backend without objections, in the order of `BACKENDS`; a backend asked for by name runs or raises. The choice is
+made on every call below autograd, so `torch.compile` and `torch.export` see one op whatever is installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("zs3fast")
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")  # the order in which `auto` asks
+Objections = Callable[..., list[str]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's version of one op. `objections` takes the same arguments as `run`; an empty list means yes."""
+
+    run: Callable[..., Any]
+    objections: Objections
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_logged: set[tuple[str, str]] = set()
+
+
+def _valid(backend: str, source: str) -> str:
+    if backend != "auto" and backend not in BACKENDS:
+        choices = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"{source}: unknown backend {backend!r}, expected one of {choices}")
+    return backend
+
+
+_requested = _valid(os.environ.get("ZS3FAST_BACKEND", "auto"), "ZS3FAST_BACKEND")
+
+
+class use_backend:
+    """Choose the backend of every op, process-wide or for a `with` block.
+
+    Args:
+        backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
+    Raises:
+        ValueError: the name is none of these. Whether a backend can take a request is known, and raised, at the call.
+
+    >>> zs3fast.ops.use_backend("cpp")               # from here on
+    >>> with zs3fast.ops.use_backend("reference"):   # here only
+    ...     labels = model.predict_labels(out, size)
+    """
+
+    def __init__(self, backend: str):
+        global _requested
+        self._previous = _requested
+        _requested = _valid(backend, "use_backend")
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def requested_backend() -> str:
+    """The backend asked for: a name, or "auto"."""
+    return _requested
+
+
+def register(op: str, backend: str, run: Callable[..., Any], objections: Objections) -> None:
+    """Plug `backend`'s version of `op` in. Called once, from the op's own file."""
+    assert backend in BACKENDS, backend
+    _implementations.setdefault(op, {})[backend] = Implementation(run, objections)
+
+
+def registered(op: str | None = None) -> dict[str, Implementation] | list[str]:
+    """The backends of one op, or the names of all ops."""
+    return sorted(_implementations) if op is None else dict(_implementations[op])
+
+
+def objections(op: str, backend: str, *args: Any) -> list[str]:
+    """Why `backend` cannot take this request; empty if it can."""
+    implementation = _implementations[op].get(backend)
+    return ["not written for this op"] if implementation is None else implementation.objections(*args)
+
+
+def choose(op: str, *args: Any) -> str:
+    """The name of the backend that would run `op` on these arguments."""
+    if _requested != "auto":
+        reasons = objections(op, _requested, *args)
+        if reasons:
+            raise RuntimeError(_refusal(op, _requested, reasons, args))
+        return _requested
+    return _first_willing(op, args)
+
+
+def call(op: str, *args: Any) -> Any:
+    """Run `op` on the backend that `choose` names."""
+    backend = choose(op, *args)
+    if (op, backend) not in _logged:
+        _logged.add((op, backend))
+        logger.info("%s runs on the %s backend", op, backend)
+    return _implementations[op][backend].run(*args)
+
+
+def _first_willing(op: str, args: tuple[Any, ...]) -> str:
+    for backend in BACKENDS:
+        if not objections(op, backend, *args):
+            return backend
+    raise AssertionError(f"{op}: the reference backend must take every request that passed the checks")
+
+
+def _refusal(op: str, backend: str, reasons: list[str], args: tuple[Any, ...]) -> str:
+    tensors = "   ".join(f"{list(a.shape)} {str(a.dtype)[6:]} {a.device}" for a in args if isinstance(a, Tensor))
+    return (
+        f"{op}: backend {backend!r} cannot take this request\n"
+        f"  tensors: {tensors}\n"
+        f"  {backend}: {'; '.join(reasons)}\n"
+        f"  would run: {_first_willing(op, args)}"
+    )
+
+
+def never(*_args: Any) -> list[str]:
+    """The reference's objections: none."""
+    return []
+
+
+def tensor_objections(tensor: Tensor, device: str, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """Objections to one tensor's device type and dtype."""
+    reasons = []
+    if tensor.device.type != device:
+        reasons.append(f"runs on {device} tensors, not {tensor.device.type}")
+    if tensor.dtype not in dtypes:
+        built = ", ".join(str(d)[6:] for d in dtypes)
+        reasons.append(f"{str(tensor.dtype)[6:]} not built ({built})")
+    return reasons
+
+
+def cpp_objections(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[str]:
+    """Objections of the compiled CPU extension to a request led by `tensor`."""
+    from zs3fast.ops import _extension
+
+    return _extension.objections() + tensor_objections(tensor, "cpu", dtypes)
+
+
+def triton_objections(
+    tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+) -> list[str]:
+    """Objections of the Triton kernels. Without a GPU they run in Triton's interpreter only, and only if asked for."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return ["triton is not installed"]
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1" and _requested == "triton"
+    return tensor_objections(tensor, "cpu" if interpreting and tensor.device.type == "cpu" else "cuda", dtypes)
