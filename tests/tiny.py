@@ -1,0 +1,42 @@
+"""A CLIP and models small enough to run in milliseconds, and real in every part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zs3fast
+
+CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 3, "width": 48, "patch_size": 16, "head_width": 12},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    "quick_gelu": True,
+}
+NUM_CLASSES = 7
+SEEN = [0, 1, 2, 4, 6]
+
+
+def tiny_model(method: str, **options: Any) -> nn.Module:
+    """A seeded model in eval mode."""
+    torch.manual_seed(0)
+    settings = {"clip": CLIP, "num_prompts": 3, "image_size": 64, "num_classes": NUM_CLASSES, "seen": SEEN}
+    return zs3fast.create_model(method, **{**settings, "decoder_heads": 4, **options}).eval()
+
+
+def tiny_inputs(batch: int = 2, size: tuple[int, int] = (64, 64), classes: int = NUM_CLASSES) -> tuple[Tensor, Tensor]:
+    """Images [B, 3, H, W] and unit text embeddings [C, D]."""
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(classes, 32, generator=generator)
+    return torch.randn(batch, 3, *size, generator=generator), text / text.norm(dim=-1, keepdim=True)
+
+
+def tiny_labels(batch: int = 2, size: tuple[int, int] = (64, 64)) -> Tensor:
+    """Labels [B, H, W] over all classes, in blocks, with an ignored border."""
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.randint(0, NUM_CLASSES, (batch, 1, 4, 4), generator=generator).float()
+    labels = nn.functional.interpolate(coarse, size=size, mode="nearest").long()[:, 0]
+    labels[:, :3] = 255
+    return labels

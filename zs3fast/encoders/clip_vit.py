@@ -1,0 +1,165 @@
+"""CLIP's vision transformer, in the parts that zero-shot segmentation methods recombine.
+
+A block tells apart the tokens that live on (`x`: they attend, are attended to and are updated) from the tokens that
+are only looked at (`context`: keys and values, no output). Deep prompts are the second kind: their outputs are thrown
+away, so their queries, output projection and MLP are never computed. Parameter names are CLIP's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zs3fast.encoders.config import ClipVisionConfig
+
+QUICK_GELU_SLOPE = 1.702
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with packed query, key and value projections (CLIP's layout)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def context_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B or 1, K, heads, dh] of tokens that are only looked at."""
+        width = context.shape[-1]
+        kv = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        k, v = kv.unflatten(-1, (2, self.heads, width // self.heads)).unbind(2)
+        return k, v
+
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """[B, T, width] -> [B, T, width]; `context` adds keys and values every token attends to."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if context is not None:
+            k, v = (torch.cat([new.expand(x.shape[0], -1, -1, -1), own], 1) for new, own in zip(context, (k, v)))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, (Quick)GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int, quick: bool):
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
+        self.quick = quick
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.quick:
+            return self.c_proj(F.gelu(self.c_fc(x)))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.c_proj(quick_gelu(self.c_fc(x)))
+        # x * sigmoid(a x) = silu(a x) / a: both factors ride on the matrix products, the activation is one in-place pass.
+        a = QUICK_GELU_SLOPE
+        hidden = torch.addmm(self.c_fc.bias, x.flatten(0, 1), self.c_fc.weight.t(), beta=a, alpha=a)
+        hidden = F.silu(hidden, inplace=True)
+        out = torch.addmm(self.c_proj.bias, hidden, self.c_proj.weight.t(), alpha=1 / a)
+        return out.view(*x.shape[:-1], -1)
+
+
+class Block(nn.Module):
+    """Pre-norm residual attention block: x + MHA(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, config: ClipVisionConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config.width, config.heads)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = Mlp(config.width, config.mlp_width, config.quick_gelu)
+
+    def context(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """This block's keys and values of tokens [B or 1, K, width] that are only looked at."""
+        return self.attn.context_keys_values(self.ln_1(tokens))
+
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), context)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The stack of blocks; exists for CLIP's parameter names."""
+
+    def __init__(self, config: ClipVisionConfig):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+
+class ClipViT(nn.Module):
+    """Stem, blocks and output projection of a CLIP ViT on a position table made for `image_size`.
+
+    Args:
+        config: sizes of the tower.
+        image_size: side in pixels of the square image the position table is stored for; other sizes resize it.
+        double_class_embedding: start the class token as 2 * class_embedding + position[0], as ZegCLIP and its
+            descendants do: the embedding is used as the token and added again with its position. Plain CLIP: False.
+    """
+
+    def __init__(self, config: ClipVisionConfig, image_size: int, *, double_class_embedding: bool = True):
+        super().__init__()
+        if image_size < config.patch_size or image_size % config.patch_size:
+            raise ValueError(f"image_size: expected a multiple of the patch size {config.patch_size}, got {image_size}")
+        self.config = config
+        self.double_class_embedding = double_class_embedding
+        grid, scale = image_size // config.patch_size, config.width**-0.5
+        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(grid * grid + 1, config.width))
+        self.ln_pre = nn.LayerNorm(config.width)
+        self.transformer = Transformer(config)
+        self.ln_post = nn.LayerNorm(config.width)
+        self.proj = nn.Parameter(scale * torch.randn(config.width, config.embed_dim))
+
+    def check_images(self, images: Tensor) -> tuple[int, int]:
+        """The patch grid (h, w) of a batch [B, 3, H, W], or an error that names `images`."""
+        patch = self.config.patch_size
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected normalised floating-point pixels, got {images.dtype}")
+        if images.device != self.proj.device:
+            raise ValueError(f"images: on {images.device}, but the model is on {self.proj.device}")
+        height, width = images.shape[-2:]
+        if height < patch or width < patch or height % patch or width % patch:
+            raise ValueError(f"images: H and W must be multiples of the patch size {patch}, got {height} x {width}")
+        return height // patch, width // patch
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images [B, 3, H, W] -> tokens [B, 1 + N, width] after `ln_pre`, and the grid (h, w)."""
+        grid = self.check_images(images)
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, N, width]
+        position = resize_positions(self.positional_embedding, grid)
+        token = self.class_embedding * (2 if self.double_class_embedding else 1) + position[0]
+        tokens = torch.cat([token.expand(images.shape[0], 1, -1), patches + position[1:]], dim=1)
+        return self.ln_pre(tokens), grid
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Tokens of the last block -> unit vectors [B, T, D]."""
+        joint = self.ln_post(tokens) @ self.proj
+        return joint / joint.norm(dim=-1, keepdim=True)  # no epsilon, as CLIP
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position table [1 + g*g, width] -> [1 + h*w, width]: row 0 kept, the rest resized bilinearly."""
+    side = math.isqrt(table.shape[0] - 1)
+    if grid == (side, side):
+        return table
+    square = table[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)  # [1, width, g, g]
+    resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+    return torch.cat([table[:1], resized.squeeze(0).flatten(1).t()])
