@@ -1,0 +1,117 @@
+"""One-way decoder: class queries look at patches, the last layer's scores are the masks (ZegCLIP section 3.2).
+
+A layer's cross-attention is q = W_q Q, k = W_k X, v = W_v X in heads of width dh, scores q.k / sqrt(dh). The masks are
+the mean over heads of the last layer's scores before softmax, so in that layer only the query and key projections
+exist: its values, output projection and FFN never reach an output, in training or evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zs3fast import ops
+
+DROPOUT = 0.1
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, tokens, dh]
+
+
+class CrossAttention(nn.Module):
+    """Queries [B, C, D] attend to patches [B, N, D]; dropout 0.1 on the probabilities in training."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        q, k, v = (
+            _split_heads(layer(x), self.heads)
+            for layer, x in ((self.q, queries), (self.k, patches), (self.v, patches))
+        )
+        dropout = DROPOUT if self.training else 0.0
+        out, _ = ops.attention_to_mask(q, k, v, q.shape[-1] ** -0.5, dropout_p=dropout, need_masks=False)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class MaskAttention(nn.Module):
+    """The last layer's live half: mask logits [B, C, N] = mean over heads of the scaled scores."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        dim = queries.shape[-1]
+        scale = (dim // self.heads) ** -0.5
+        if torch.is_grad_enabled() or queries.shape[1] >= patches.shape[1]:
+            q, k = (_split_heads(x, self.heads) for x in (self.q(queries), self.k(patches)))
+            return ops.attention_to_mask(q, k, None, scale)[1]
+        # Fewer classes than patches: fold the key projection into the queries, q.(W x + b) = (W^T q).x + q.b.
+        q = self.q(queries)
+        masks = (q @ self.k.weight) @ patches.transpose(1, 2) + (q @ self.k.bias).unsqueeze(-1)
+        return masks.mul_(scale / self.heads)
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm cross-attention and FFN, after an optional self-attention handed in by the method."""
+
+    def __init__(self, dim: int, heads: int, ffn_width: int):
+        super().__init__()
+        self.multihead_attn = CrossAttention(dim, heads)
+        self.linear1, self.linear2 = nn.Linear(dim, ffn_width), nn.Linear(ffn_width, dim)
+        self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, DROPOUT, self.training)
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        queries = self.norm2(queries + self._dropout(self.multihead_attn(queries, patches)))
+        hidden = self._dropout(F.relu(self.linear1(queries)))
+        return self.norm3(queries + self._dropout(self.linear2(hidden)))
+
+
+class MaskLayer(nn.Module):
+    """The last layer: nothing but the scores between queries and patches."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.multihead_attn = MaskAttention(dim, heads)
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        return self.multihead_attn(queries, patches)
+
+
+class OneWayDecoder(nn.Module):
+    """Queries [B, C, D] and patch tokens [B, N, D] -> mask logits [B, C, N].
+
+    Args:
+        dim: D.  heads: attention heads.  layers: at least 1; the last one makes the masks.
+        ffn_width: hidden width of the feed-forward part.
+        query_mixers: for every layer a module applied to the queries before it, or None.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, layers: int, ffn_width: int, query_mixers: Sequence[nn.Module | None] | None = None
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"decoder_heads: {heads} does not divide the joint width {dim}")
+        if layers < 1:
+            raise ValueError(f"decoder_layers: expected at least 1, got {layers}")
+        mixers = query_mixers or [None] * layers
+        self.query_mixers = nn.ModuleList(mixer or nn.Identity() for mixer in mixers)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_width) for _ in range(layers - 1))
+        self.layers.append(MaskLayer(dim, heads))
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        for mix, layer in zip(self.query_mixers, self.layers):
+            queries = layer(mix(queries), patches)
+        return queries
