@@ -1,0 +1,236 @@
+"""What ZegCLIP, TagCLIP and their kin share: from mask logits to scores, labels and losses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zs3fast import ops
+from zs3fast.encoders.config import vision_config
+from zs3fast.encoders.open_clip_weights import load_clip_weights
+from zs3fast.encoders.prompted import PromptedClipViT
+from zs3fast.labels import targets
+from zs3fast.ops.masks_to_labels import reference_scores
+from zs3fast.types import SegmentationOutput
+
+logger = logging.getLogger("zs3fast")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SETTINGS = ("inductive", "transductive", "supervised")
+
+
+class SegmentationModel(nn.Module):
+    """Base of the one-stage methods: a prompted CLIP encoder, a descriptor and a decoder.
+
+    Args:
+        clip: open_clip ViT name or configuration dict.  pretrained: open_clip tag, path or None (random weights).
+        num_prompts: K prompts a layer (published: 10 on VOC, 100 on COCO-Stuff).
+        image_size: side in pixels of the training crop; the position table is stored for it and mask logits are
+            upsampled to it.
+        seen: class indices with labels in training, in dataset indices; None: all of `num_classes`.
+        num_classes: size of the training vocabulary; None if unknown.
+        class_names: the training vocabulary, kept with the model; lets a Segmenter tell seen names from unseen.
+        seen_offset: subtracted from the scores of seen classes; 0.1 for inductive models, 0 after self-training.
+        loss_weights: weight of every loss term; defaults to the method's VOC inductive recipe.
+        prompt_depth: see `PromptedClipViT`.  quick_gelu: see `vision_config`.
+        double_class_embedding: ZegCLIP's doubled class token (True) or plain CLIP's.
+    """
+
+    method: ClassVar[str]
+    default_loss_weights: ClassVar[dict[str, float]] = {}
+    pixel_mean = IMAGENET_MEAN  # these methods normalise with ImageNet's statistics, not CLIP's
+    pixel_std = IMAGENET_STD
+    trusty_weighting = "off"
+
+    def __init__(
+        self,
+        *,
+        clip: str | dict[str, Any] = "ViT-B-16",
+        pretrained: str | None = None,
+        num_prompts: int = 10,
+        image_size: int = 512,
+        seen: Sequence[int] | None = None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        seen_offset: float = 0.1,
+        loss_weights: dict[str, float] | None = None,
+        prompt_depth: int | None = None,
+        quick_gelu: bool | None = None,
+        double_class_embedding: bool = True,
+    ):
+        super().__init__()
+        vision = vision_config(clip, pretrained, quick_gelu)
+        if num_classes is None and class_names is not None:
+            num_classes = len(class_names)
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"class_names: expected num_classes = {num_classes} names, got {len(class_names)}")
+        unknown = set(loss_weights or {}) - set(self.default_loss_weights)
+        if unknown:
+            raise ValueError(f"loss_weights: unknown terms {sorted(unknown)}, expected {list(self.default_loss_weights)}")
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.class_names = None if class_names is None else list(class_names)
+        self.seen = range(num_classes or 0) if seen is None else seen
+        self.seen_offset = seen_offset
+        self.loss_weights = {**self.default_loss_weights, **(loss_weights or {})}
+        self._architecture = {
+            "clip": clip,
+            "pretrained": pretrained,
+            "num_prompts": num_prompts,
+            "prompt_depth": prompt_depth,
+            "quick_gelu": vision.quick_gelu,
+            "double_class_embedding": double_class_embedding,
+        }
+        self._told_about_other_vocabulary = False
+        self.encoder = PromptedClipViT(
+            vision,
+            image_size,
+            num_prompts=num_prompts,
+            prompt_depth=prompt_depth,
+            double_class_embedding=double_class_embedding,
+        )
+        if pretrained is not None:
+            load_clip_weights(self.encoder, clip, pretrained)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-safe arguments of `create_model` that build this model again, with its current settings."""
+        return {
+            "method": self.method,
+            **self._architecture,
+            "image_size": self.image_size,
+            "seen": self.seen,
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+            "seen_offset": self.seen_offset,
+            "loss_weights": dict(self.loss_weights),
+        }
+
+    @property
+    def seen(self) -> list[int]:
+        """Indices of the classes with labels in training, in dataset indices."""
+        return self._seen
+
+    @seen.setter
+    def seen(self, seen: Sequence[int]) -> None:
+        indices = [int(c) for c in seen]
+        if len(set(indices)) != len(indices):
+            raise ValueError(f"seen: indices must differ, got {indices}")
+        limit = self.num_classes
+        if any(c < 0 or (limit is not None and c >= limit) for c in indices):
+            raise ValueError(f"seen: expected indices in 0..{'' if limit is None else limit - 1}, got {indices}")
+        self._seen = indices
+
+    @property
+    def patch_size(self) -> int:
+        return self.encoder.config.patch_size
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the joint width of text and image."""
+        return self.encoder.config.embed_dim
+
+    def check_text(self, text_embeddings: Tensor) -> Tensor:
+        """Text embeddings [C, D] in the model's dtype; half-precision rows are promoted, never renormalised."""
+        like = self.encoder.proj
+        if not isinstance(text_embeddings, Tensor):
+            raise TypeError(f"text_embeddings: expected a tensor [C, {self.embed_dim}], got {type(text_embeddings).__name__}")
+        if text_embeddings.dim() != 2 or text_embeddings.shape[1] != self.embed_dim or not len(text_embeddings):
+            raise ValueError(
+                f"text_embeddings: expected [C, {self.embed_dim}] with C >= 1, got {list(text_embeddings.shape)}"
+            )
+        if not text_embeddings.is_floating_point():
+            raise TypeError(f"text_embeddings: expected a floating-point type, got {text_embeddings.dtype}")
+        if text_embeddings.device != like.device:
+            raise ValueError(f"text_embeddings: on {text_embeddings.device}, but the model is on {like.device}")
+        return text_embeddings.to(like.dtype)
+
+    def upsample_size(self, out: SegmentationOutput) -> tuple[int, int]:
+        """The size mask logits are upsampled to before they become scores.
+
+        image_size x image_size, whatever the size of the (square) input, as the official recipe has it; an input that
+        is not square, which the official code cannot take, gets its own size.
+        """
+        h, w = out.mask_logits.shape[-2:]
+        return (self.image_size, self.image_size) if h == w else (h * self.patch_size, w * self.patch_size)
+
+    def _calibration(self, out: SegmentationOutput, size: tuple[int, int]) -> dict[str, Any]:
+        classes = out.mask_logits.shape[1]
+        seen: Sequence[int] = self.seen
+        if self.num_classes is not None and classes != self.num_classes:
+            seen = ()
+            if not self._told_about_other_vocabulary and not torch.compiler.is_compiling():
+                self._told_about_other_vocabulary = True
+                logger.info(
+                    "%d classes given, the model's vocabulary has %d: no class counts as seen here", classes, self.num_classes
+                )
+        crop = self.upsample_size(out)
+        return {
+            "seen": seen,
+            "seen_offset": self.seen_offset,
+            "trusty_logits": out.trusty_logits,
+            "trusty_weighting": self.trusty_weighting,
+            "crop_size": None if crop == tuple(size) else crop,
+        }
+
+    def class_scores(self, out: SegmentationOutput, size: tuple[int, int]) -> Tensor:
+        """Calibrated scores [B, C, H, W] at `size` = (H, W): exact, differentiable, slow.
+
+        Logits are upsampled bilinearly (`upsample_size`), go through the sigmoid, seen classes lose `seen_offset`, the
+        trusty map weighs them, and the result is resized to `size`. Where `out` has another number of classes than
+        the model's vocabulary, no class counts as seen.
+        """
+        return reference_scores(out.mask_logits, size, **self._calibration(out, size))
+
+    def predict_labels(self, out: SegmentationOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Labels [B, H, W], always equal to `class_scores(out, size).argmax(1)`, without the scores."""
+        return ops.masks_to_labels(out.mask_logits, size, dtype=dtype, **self._calibration(out, size))
+
+    def loss(
+        self, out: SegmentationOutput, labels: Tensor, setting: str = "inductive", *, ignore_index: int = 255
+    ) -> dict[str, Tensor]:
+        """Weighted loss terms; "loss" is their sum.
+
+        Args:
+            out: train-mode output; inductive: made with `text_embeddings[seen]`, else with all classes.
+            labels: [B, H, W] in dataset indices, `ignore_index` = ignore (such pixels are negatives for every class).
+            setting: "inductive": unseen pixels count as ignored; "transductive": they take the model's own best unseen
+                class (self-training); "supervised": labels are used as they are.
+        """
+        if setting not in SETTINGS:
+            raise ValueError(f"setting: expected one of {', '.join(SETTINGS)}, got {setting!r}")
+        channels = out.mask_logits.shape[1]
+        classes = channels if self.num_classes is None and setting == "supervised" else self.num_classes
+        if classes is None:
+            raise ValueError(f"setting: the {setting} loss needs a model that knows num_classes, and it is None")
+        expected = len(self.seen) if setting == "inductive" else classes
+        if channels != expected:
+            what = "the seen classes" if setting == "inductive" else "all classes"
+            raise ValueError(f"out: the {setting} loss needs the output for {what} ({expected}), got {channels} classes")
+        targets.check_labels(labels, classes, ignore_index)
+        mapped = self._training_labels(out, labels, setting, classes, ignore_index)
+        terms = self._loss_terms(out, labels, mapped, classes, ignore_index)
+        weighted = {f"loss_{name}": term * self.loss_weights[name] for name, term in terms.items()}
+        return {**weighted, "loss": torch.stack(list(weighted.values())).sum()}
+
+    def _training_labels(
+        self, out: SegmentationOutput, labels: Tensor, setting: str, classes: int, ignore_index: int
+    ) -> Tensor:
+        """Channel indices [B, H, W] of the setting."""
+        if setting == "inductive":
+            return targets.inductive_labels(labels, self.seen, classes, ignore_index)
+        if setting == "transductive":
+            return targets.pseudo_labels(labels, out.mask_logits, self.seen, classes, ignore_index)
+        return labels.long()
+
+    def _loss_terms(
+        self, out: SegmentationOutput, labels: Tensor, mapped: Tensor, classes: int, ignore_index: int
+    ) -> dict[str, Tensor]:
+        """Unweighted terms by name, from dataset labels and the channel indices `mapped` of the setting."""
+        mask = ops.mask_loss(out.mask_logits, mapped, ignore_index=ignore_index, validate=False)
+        return {"mask": mask.focal, "dice": mask.dice}

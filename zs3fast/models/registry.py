@@ -1,0 +1,47 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_METHOD_FILES = ("tagclip", "zegclip")
+_models: dict[str, type[nn.Module]] = {}
+
+
+def register_model(method: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator: the model answers to `create_model(method)`."""
+
+    def add(model: type[nn.Module]) -> type[nn.Module]:
+        model.method = method
+        _models[method] = model
+        return model
+
+    return add
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows, sorted."""
+    return sorted(_METHOD_FILES)
+
+
+def create_model(method: str, **options: Any) -> nn.Module:
+    """A new model of a method.
+
+    Args:
+        method: one of `list_models()`.
+        options: sizes and settings, the same for all methods: clip="ViT-B-16", pretrained=None (an open_clip tag, a
+            path or None), num_prompts=10, image_size=512, seen=[...], num_classes=20; the method's own are in its class.
+    Raises:
+        ValueError, TypeError: unknown method, unknown option, or an option out of range.
+    """
+    if method not in _METHOD_FILES:
+        close = difflib.get_close_matches(str(method), _METHOD_FILES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"method: expected one of {', '.join(list_models())}, got {method!r}{hint}")
+    importlib.import_module(f"zs3fast.models.{method}")
+    return _models[method](**options)
