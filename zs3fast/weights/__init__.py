@@ -1,0 +1,6 @@
+"""Weights on disk: official checkpoints in, safetensors with their configuration out and in."""
+
+from zs3fast.weights.files import CheckpointError, load, save
+from zs3fast.weights.official import load_official, official_keys
+
+__all__ = ["CheckpointError", "load", "load_official", "official_keys", "save"]

@@ -1,0 +1,197 @@
+"""Official checkpoints of ZegCLIP and TagCLIP -> our models, with sizes read off the tensors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from zs3fast.encoders.config import clip_model_config
+from zs3fast.models.registry import create_model
+from zs3fast.weights.files import CheckpointError, read_state_dict, report, strict_load, unwrap_state_dict
+
+logger = logging.getLogger("zs3fast")
+
+# A key that only the method's own checkpoints hold, tried in this order.
+_SIGNATURES = {
+    "maft": r"^(IPCLIP\.|clip_adapter\.)",
+    "clip_rc": r"^(backbone\.region_level_bridge|decode_head\.decoder_q\.)",
+    "tagclip": r"^decode_head\.(relationship_discriptor|decoder\.layers)\.",
+    "zegclip": r"^decode_head\.(decoder_1\.layers|q_proj)\.",
+}
+_DECODER = {"zegclip": "decode_head.decoder_1.", "tagclip": "decode_head.decoder."}
+
+
+def detect_method(keys: Sequence[str]) -> str | None:
+    """The method whose official checkpoints have such keys, or None."""
+    for method, signature in _SIGNATURES.items():
+        if any(re.match(signature, key) for key in keys):
+            return method
+    return None
+
+
+def load_official(
+    checkpoint: str | os.PathLike[str] | dict[str, Tensor],
+    method: str | None = None,
+    *,
+    seen: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int = 8,
+    image_size: int | None = None,
+    start_layer: int = 8,
+    **options: Any,
+) -> nn.Module:
+    """A model in eval mode with the weights, and the meaning, of an official checkpoint.
+
+    Args:
+        checkpoint: a torch or safetensors file, or a state dict with official keys.
+        method: "zegclip" or "tagclip"; None reads it off the keys.
+        seen, num_classes: the training vocabulary; they are not in the weights. Self-trained checkpoints want
+            `seen_offset=0` as well.
+        heads: attention heads of the encoder; None: width / 64.  decoder_heads: of the decoder.
+        image_size: the side masks are upsampled to; None: the one the position table was stored for.
+        start_layer: MAFT's first masked layer; the other methods have none.
+        options: further settings of the method, such as `seen_offset` or `trusty_weighting`.
+    Raises:
+        CheckpointError: unreadable, of another method, or with missing, surplus or misshapen weights (all named).
+            Keys the official forward pass never uses are dropped; `text_encoder.*` is not the model's.
+    """
+    if isinstance(checkpoint, dict):
+        source, state = "checkpoint", unwrap_state_dict(checkpoint, "checkpoint")
+    else:
+        source, state = os.fspath(checkpoint), read_state_dict(checkpoint)
+    found = detect_method(list(state))
+    if found is None:
+        raise CheckpointError(
+            f"{source}: no official checkpoint of a known method; its keys start with {sorted(state)[:3]}"
+        )
+    if method is not None and method != found:
+        raise CheckpointError(f"{source}: method {method!r} was asked for, but these are weights of {found!r}")
+    if found not in _DECODER:
+        raise CheckpointError(f"{source}: a checkpoint of {found!r}, which this version does not load yet")
+    sizes = _sizes(found, state, source, heads)
+    if image_size is not None and image_size != sizes["image_size"]:
+        logger.info("%s: trained at %d pixels, masks go to %d", source, sizes["image_size"], image_size)
+    model = create_model(found, **sizes, decoder_heads=decoder_heads, seen=seen, num_classes=num_classes, **options)
+    model.image_size = image_size or sizes["image_size"]
+    names = official_keys(model)
+    missing = [official for official in names.values() if official not in state]
+    surplus = [key for key in state if key not in names.values() and not _dead(found, key, sizes)]
+    if missing or surplus:
+        raise CheckpointError(report(source, sorted(missing), sorted(surplus), []))
+    strict_load(model, {ours: state[official] for ours, official in names.items()}, source)
+    return model.eval()
+
+
+def official_keys(model: nn.Module) -> dict[str, str]:
+    """Our parameter names -> the official ones of the same tensors."""
+    rename = {"zegclip": _zegclip_key, "tagclip": _tagclip_key}[model.method]
+    return {name: rename(name) for name in model.state_dict()}
+
+
+def _zegclip_key(name: str) -> str:
+    room, _, rest = name.partition(".")
+    return {"encoder": f"backbone.{rest}", "descriptor": f"decode_head.{rest}", "decoder": f"decode_head.decoder_1.{rest}"}[room]
+
+
+def _tagclip_key(name: str) -> str:
+    if name == "trusty_token":
+        return "decode_head.disc_token"
+    room, _, rest = name.partition(".")
+    if room == "encoder":
+        return f"backbone.{rest}"
+    if room == "descriptor":
+        return f"decode_head.relationship_discriptor.{rest}"  # official spelling
+    mixer = re.fullmatch(r"query_mixers\.(\d+)\.(self_attn\..*|norm\.(weight|bias))", rest)
+    if mixer:
+        rest = f"layers.{mixer[1]}.{mixer[2].replace('norm.', 'norm1.')}"
+    return f"decode_head.decoder.{rest}"
+
+
+def _dead(method: str, key: str, sizes: dict[str, Any]) -> bool:
+    """Whether the official forward pass never uses this tensor (or it is the text tower's)."""
+    if key.startswith("text_encoder.") or key == "decode_head.loss_decode.criterion.empty_weight":
+        return True
+    layer = re.fullmatch(re.escape(_DECODER[method]) + r"layers\.(\d+)\.(\w+)\.(.+)", key)
+    if not layer:
+        return False
+    index, part, rest = int(layer[1]), layer[2], layer[3]
+    letters = sizes["layout"].split("_") if method == "tagclip" else ["n"] * sizes["decoder_layers"]
+    if part in ("self_attn", "norm1"):
+        return letters[index] == "n"
+    last = index == len(letters) - 1
+    return last and (part in ("linear1", "linear2", "norm2", "norm3") or rest.startswith(("v.", "proj.")))
+
+
+def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None) -> dict[str, Any]:
+    """Options of `create_model` read off the shapes."""
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in state:
+            raise CheckpointError(f"{source}: {_described(method)} has no {key!r}, which its sizes are read from")
+        return tuple(state[key].shape)
+
+    width, _, patch_size, _ = shape("backbone.conv1.weight")
+    layers = _count(state, r"backbone\.transformer\.resblocks\.(\d+)\.")
+    embed_dim = shape("backbone.proj")[1]
+    mlp_width = shape("backbone.transformer.resblocks.0.mlp.c_fc.weight")[0]
+    grid = math.isqrt(shape("backbone.positional_embedding")[0] - 1)
+    heads = heads or max(width // 64, 1)
+    if width % heads:
+        raise ValueError(f"heads: {heads} does not divide the encoder's width {width}")
+    deep = state.get("backbone.deep_prompt_embeddings")
+    shallow = state.get("backbone.prompt_embeddings")
+    if deep is None and shallow is None:
+        raise CheckpointError(f"{source}: {_described(method)} has no prompt embeddings")
+    depth = 0 if deep is None else deep.shape[0] * (-1 if shallow is None else 1)
+    decoder = re.escape(_DECODER[method])
+    decoder_layers = _count(state, decoder + r"layers\.(\d+)\.")
+    sizes: dict[str, Any] = {
+        "clip": _clip_name(width, layers, heads, patch_size, embed_dim, mlp_width, grid),
+        "quick_gelu": True,
+        "image_size": grid * patch_size,
+        "num_prompts": (shallow if deep is None else deep).shape[1],
+        "prompt_depth": depth,
+        "decoder_width": shape(_DECODER[method] + "layers.0.linear1.weight")[0],
+    }
+    if method == "zegclip":
+        return {**sizes, "decoder_layers": decoder_layers}
+    letters = [f"{_DECODER[method]}layers.{i}.self_attn.in_proj_weight" in state for i in range(decoder_layers)]
+    return {
+        **sizes,
+        "layout": "_".join("a" if letter else "n" for letter in letters),
+        "trusty_token": "decode_head.disc_token" in state,
+    }
+
+
+def _count(state: dict[str, Tensor], pattern: str) -> int:
+    return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)
+
+
+def _clip_name(
+    width: int, layers: int, heads: int, patch_size: int, embed_dim: int, mlp_width: int, grid: int
+) -> str | dict[str, Any]:
+    """open_clip's name where the sizes are those of ViT-B-16 (whose tokenizer and text tower then fit), else a dict."""
+    vision = {
+        "width": width,
+        "layers": layers,
+        "head_width": width // heads,
+        "patch_size": patch_size,
+        "image_size": grid * patch_size,
+        "mlp_ratio": mlp_width / width,
+    }
+    common = clip_model_config("ViT-B-16")
+    named = {"head_width": 64, "mlp_ratio": 4.0, **common["vision_cfg"], "image_size": vision["image_size"]}
+    if embed_dim == common["embed_dim"] and vision == named:
+        return "ViT-B-16"
+    return {"embed_dim": embed_dim, "vision_cfg": vision, "quick_gelu": True}
+
+
+def _described(method: str) -> str:
+    return f"this {method} checkpoint"
