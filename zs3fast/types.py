@@ -39,6 +39,7 @@ class SegmentationOutput:
     patch_tokens:  [B, N, D].
     trusty_logits: [B, 1, h, w] pre-sigmoid, sigmoid = P(pixel is unseen); None without a trusty token.
     region_tokens: [B, M, D] or None.
+    recovery_losses: [2] CLIP-RC's unweighted recovery terms (queries, patches) in training mode, else None.
     """
 
     mask_logits: Tensor
@@ -46,6 +47,7 @@ class SegmentationOutput:
     patch_tokens: Tensor
     trusty_logits: Tensor | None = None
     region_tokens: Tensor | None = None
+    recovery_losses: Tensor | None = None
 
 
 torch.export.register_dataclass(ImageFeatures)

@@ -119,10 +119,18 @@ def test_cached_prompts_follow_the_weights() -> None:
     encoder, images = make(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         encoder(images)
-        for name in ("prompt_embeddings", "deep_prompt_embeddings", "prompt_proj.weight", "transformer.resblocks.1.ln_1.bias"):
+        for name in (
+            "prompt_embeddings",
+            "deep_prompt_embeddings",
+            "prompt_proj.weight",
+            "transformer.resblocks.1.ln_1.bias",
+        ):
             encoder.get_parameter(name).add_(0.3)
             assert relative(encoder(images).patch_tokens, plain_encode(encoder, images, 2)[1]) < 1e-5, name
-        assert relative(encoder.double()(images.double()).patch_tokens, plain_encode(encoder, images.double(), 2)[1]) < 1e-12
+        assert (
+            relative(encoder.double()(images.double()).patch_tokens, plain_encode(encoder, images.double(), 2)[1])
+            < 1e-12
+        )
 
 
 def test_only_prompts_train_and_each_sample_draws_its_own_dropout() -> None:

@@ -8,6 +8,7 @@ away, so their queries, output projection and MLP are never computed. Parameter 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from zs3fast.encoders.config import ClipVisionConfig
 
 QUICK_GELU_SLOPE = 1.702
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -42,13 +44,17 @@ class Attention(nn.Module):
         k, v = kv.unflatten(-1, (2, self.heads, width // self.heads)).unbind(2)
         return k, v
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """[B, T, width] -> [B, T, width]; `context` adds keys and values every token attends to."""
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None, attend: Attend | None = None) -> Tensor:
+        """[B, T, width] -> [B, T, width]; `context` puts keys and values before those of `x`.
+
+        `attend` takes q, k, v [B, heads, tokens, dh] in the place of plain softmax attention.
+        """
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         if context is not None:
             k, v = (torch.cat([new.expand(x.shape[0], -1, -1, -1), own], 1) for new, own in zip(context, (k, v)))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        attend = attend or F.scaled_dot_product_attention
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -66,7 +72,7 @@ class Mlp(nn.Module):
             return self.c_proj(F.gelu(self.c_fc(x)))
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.c_proj(quick_gelu(self.c_fc(x)))
-        # x * sigmoid(a x) = silu(a x) / a: both factors ride on the matrix products, the activation is one in-place pass.
+        # x * sigmoid(a x) = silu(a x) / a: the factors ride on the matrix products, the activation is one pass in place.
         a = QUICK_GELU_SLOPE
         hidden = torch.addmm(self.c_fc.bias, x.flatten(0, 1), self.c_fc.weight.t(), beta=a, alpha=a)
         hidden = F.silu(hidden, inplace=True)
@@ -88,8 +94,8 @@ class Block(nn.Module):
         """This block's keys and values of tokens [B or 1, K, width] that are only looked at."""
         return self.attn.context_keys_values(self.ln_1(tokens))
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), context)
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None, attend: Attend | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), context, attend)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -148,6 +154,9 @@ class ClipViT(nn.Module):
         token = self.class_embedding * (2 if self.double_class_embedding else 1) + position[0]
         tokens = torch.cat([token.expand(images.shape[0], 1, -1), patches + position[1:]], dim=1)
         return self.ln_pre(tokens), grid
+
+    def reset_added_tokens(self) -> None:
+        """Set tokens that CLIP does not have from its weights; called after those are loaded."""
 
     def project(self, tokens: Tensor) -> Tensor:
         """Tokens of the last block -> unit vectors [B, T, D]."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
-import open_clip
+from zs3fast._open_clip import clip_model_config, uses_quick_gelu
 
 # Tower options of open_clip that change the computation in ways `ClipViT` does not follow.
 _UNSUPPORTED = {
@@ -46,27 +45,6 @@ class ClipVisionConfig:
         return self.image_size // self.patch_size
 
 
-def clip_model_config(clip: str | dict[str, Any]) -> dict[str, Any]:
-    """The open_clip model configuration (embed_dim, vision_cfg, text_cfg) of a name, or the dict itself.
-
-    Raises:
-        ValueError: open_clip has no model of that name; the message lists close ones.
-    """
-    if isinstance(clip, dict):
-        for key in ("embed_dim", "vision_cfg"):
-            if key not in clip:
-                raise ValueError(f"clip: the configuration has no {key!r}, expected open_clip's embed_dim and vision_cfg")
-        return clip
-    if not isinstance(clip, str):
-        raise TypeError(f"clip: expected an open_clip model name or configuration dict, got {type(clip).__name__}")
-    config = open_clip.get_model_config(clip)
-    if config is None:
-        known = open_clip.list_models()
-        close = difflib.get_close_matches(clip, known, n=5, cutoff=0.4) or ["ViT-B-16", "ViT-L-14"]
-        raise ValueError(f"clip: open_clip has no model {clip!r}; close names: {', '.join(close)}")
-    return config
-
-
 def vision_config(
     clip: str | dict[str, Any], pretrained: str | None = None, quick_gelu: bool | None = None
 ) -> ClipVisionConfig:
@@ -97,7 +75,8 @@ def vision_config(
     if width % head_width:
         raise ValueError(f"clip: width {width} of {name} is not a multiple of head_width {head_width}")
     if quick_gelu is None:
-        quick_gelu = _activation(clip, config, pretrained)
+        named_only = isinstance(clip, str) and pretrained is None
+        quick_gelu = named_only or uses_quick_gelu(clip, pretrained)
     return ClipVisionConfig(
         width=width,
         layers=vision.get("layers", 12),
@@ -108,13 +87,3 @@ def vision_config(
         mlp_width=int(width * vision.get("mlp_ratio", 4.0)),
         quick_gelu=quick_gelu,
     )
-
-
-def _activation(clip: str | dict[str, Any], config: dict[str, Any], pretrained: str | None) -> bool:
-    if isinstance(clip, str):
-        if pretrained is None:
-            return True
-        tag = open_clip.get_pretrained_cfg(clip, pretrained)
-        if tag:
-            return bool(tag.get("quick_gelu", False)) or bool(config.get("quick_gelu", False))
-    return bool(config.get("quick_gelu", False))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import open_clip
-import torch
 from torch import Tensor
 
+from zs3fast._open_clip import create_open_clip
 from zs3fast.encoders.clip_vit import ClipViT, resize_positions
 
 
@@ -19,27 +18,8 @@ def load_clip_weights(encoder: ClipViT, clip: str | dict[str, Any], pretrained: 
     Raises:
         ValueError: open_clip cannot load these weights (unknown tag, no network, not a CLIP checkpoint).
     """
-    tower = open_clip_model(clip, pretrained).visual
+    tower = create_open_clip(clip, pretrained).visual
     load_tower_state(encoder, {name: tensor.detach().float() for name, tensor in tower.state_dict().items()})
-
-
-def open_clip_model(clip: str | dict[str, Any], pretrained: str | None) -> torch.nn.Module:
-    """open_clip's own model; failures to find or fetch weights become one clear error."""
-    if isinstance(clip, dict):
-        sizes = {key: clip[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
-        model = open_clip.CLIP(**sizes, quick_gelu=clip.get("quick_gelu", False))
-        if pretrained is not None:
-            open_clip.load_checkpoint(model, pretrained)
-        return model
-    try:
-        return open_clip.create_model(clip, pretrained=pretrained)
-    except Exception as error:  # the hub, the network and the unpickler each raise their own
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) or "none"
-        raise ValueError(
-            f"pretrained: open_clip could not load {pretrained!r} for {clip} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Expected a checkpoint file or one of its "
-            f"tags, which are downloaded on first use: {tags}"
-        ) from None
 
 
 def load_tower_state(encoder: ClipViT, state: dict[str, Tensor]) -> None:
@@ -48,6 +28,7 @@ def load_tower_state(encoder: ClipViT, state: dict[str, Tensor]) -> None:
     side = round((encoder.positional_embedding.shape[0] - 1) ** 0.5)
     state["positional_embedding"] = resize_positions(state["positional_embedding"], (side, side))
     missing, unexpected = encoder.load_state_dict(state, strict=False)
-    missing = [name for name in missing if "prompt" not in name]
+    missing = [name for name in missing if not ("prompt" in name or "region" in name)]
     if missing or unexpected:
         raise ValueError(f"pretrained: not a plain CLIP image tower: missing {missing}, unexpected {list(unexpected)}")
+    encoder.reset_added_tokens()

@@ -54,7 +54,9 @@ class PromptedClipViT(ClipViT):
         if depth >= 0:
             self.prompt_embeddings = nn.Parameter(torch.empty(1, num_prompts, width).uniform_(-bound, bound))
         if depth != 0:
-            self.deep_prompt_embeddings = nn.Parameter(torch.empty(abs(depth), num_prompts, width).uniform_(-bound, bound))
+            self.deep_prompt_embeddings = nn.Parameter(
+                torch.empty(abs(depth), num_prompts, width).uniform_(-bound, bound)
+            )
         self.prompt_proj = nn.Linear(width, width)
         nn.init.kaiming_normal_(self.prompt_proj.weight, a=0, mode="fan_out")
         self.prompt_norm = nn.LayerNorm(width, eps=1e-6)

@@ -1,0 +1,295 @@
+"""The `zs3fast` command as a user meets it: files in, files out, one line an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.test_segmenter import NAMES, SEEN, make_model, photo, text_rows
+from tests.tiny_clip import text_state, tiny_clip
+from zs3fast import weights
+from zs3fast.cli import app
+from zs3fast.segmenter import Segmenter
+from zs3fast.text import class_names, seen_classes
+from zs3fast.weights.official import official_keys
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty folder to be in, with its own cache."""
+    monkeypatch.setenv("ZS3FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(place):
+    """Converted weights with a text tower, named in the cache."""
+    path = place / "cache" / "weights" / "tiny.safetensors"
+    path.parent.mkdir(parents=True)
+    weights.save(make_model(), path, text_state(tiny_clip(), "text_encoder."))
+    return "tiny"
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    if code:
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+    return " ".join(result.output.split())
+
+
+def save_photo(path, size=(30, 40), seed=2):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(photo(*size, seed=seed)).save(path)
+    return path
+
+
+def test_segment_one_file(place, tiny):
+    picture = save_photo(place / "photo.png")
+    output = run("segment", picture, "--weights", tiny, "--classes", "cat, moon, sky", "-o", "out")
+    assert "1 of 1 pictures segmented" in output and "untrained" not in output
+    assert sorted(file.name for file in (place / "out").iterdir()) == [
+        "photo.json",
+        "photo_labels.png",
+        "photo_overlay.png",
+    ]
+    expected = Segmenter.from_pretrained(tiny)(picture, ["cat", "moon", "sky"])
+    assert np.array_equal(np.asarray(Image.open("out/photo_labels.png")), expected.labels)
+    assert np.array_equal(np.asarray(Image.open("out/photo_overlay.png")), np.asarray(expected.overlay()))
+    summary = json.loads((place / "out" / "photo.json").read_text(encoding="utf-8"))
+    assert {**expected.to_dict(), "labels": "photo_labels.png", "overlay": "photo_overlay.png"} == summary
+    assert [entry["name"] for entry in summary["classes"]] == ["cat", "moon", "sky"]
+
+
+def test_segment_folders_and_globs(place, tiny):
+    for name in ("b/1.png", "b/2.JPG", "c/3.png", "c/deep/4.png"):
+        save_photo(place / name)
+    (place / "b" / "notes.txt").write_text("not a picture, not tried")
+    output = run("segment", "b", "c/**/*.png", "b/1.png", "--weights", tiny, "-o", "out")
+    assert "4 of 4 pictures segmented" in output
+    assert sorted(file.name for file in (place / "out").glob("*.json")) == ["1.json", "2.json", "3.json", "4.json"]
+
+
+def test_a_second_run_over_the_same_folder_skips_its_own_results(place, tiny):
+    save_photo(place / "a.png")
+    for _ in range(2):
+        assert "1 of 1 pictures" in run("segment", place, "--weights", tiny, "-o", place)
+
+
+def test_the_same_stem_never_overwrites(place, tiny):
+    for index, name in enumerate(("a/x.png", "b/x.png", "b/X.jpg", "b/x-2.png")):
+        save_photo(place / name, seed=index)
+    output = run("segment", "a", "b", "--weights", tiny, "-o", "out")
+    assert "4 of 4" in output and "results are named x-4, its own is taken" in output
+    stems = {file.stem: json.loads(file.read_text())["source"] for file in (place / "out").glob("*.json")}
+    assert len(stems) == len({stem.casefold() for stem in stems}) == 4
+    assert sorted(stems.values()) == ["a/x.png", "b/X.jpg", "b/x-2.png", "b/x.png"]
+    assert stems["x-2"] == "b/x-2.png"
+
+
+def test_broken_pictures_are_listed_at_the_end(place, tiny):
+    good = save_photo(place / "in" / "good.png")
+    (place / "in" / "broken.jpg").write_bytes(b"no picture")
+    (place / "in" / "cut.png").write_bytes(good.read_bytes()[:200])
+    output = run("segment", "in", "missing.png", "--weights", tiny, "-o", "out", code=1)
+    assert "failed in/broken.jpg: image: in/broken.jpg is not a picture" in output
+    assert "failed in/cut.png: image: in/cut.png cannot be read" in output
+    assert "failed missing.png: image: no file missing.png" in output
+    assert output.endswith("1 of 4 pictures segmented, results in out")
+    assert (place / "out" / "good.json").exists() and not (place / "out" / "cut.json").exists()
+
+
+def test_warnings_are_one_line(place, tiny):
+    frames = [Image.fromarray(photo(20, 20, seed=i)) for i in range(2)]
+    frames[0].save(place / "x.gif", save_all=True, append_images=frames[1:])
+    output = run("segment", "x.gif", "--weights", tiny)
+    assert "warning x.gif: x.gif holds 2 frames, only the first is used" in output
+    assert (place / "zs3fast_out" / "x.json").exists()
+
+
+def test_class_files_datasets_and_defaults(place, tiny):
+    save_photo(place / "x.png")
+    (place / "classes.txt").write_text("# mine\nmoon\nsofa, couch\n")
+
+    def names(*options):
+        run("segment", "x.png", "--weights", tiny, "-o", "out", *options)
+        return [entry["name"] for entry in json.loads((place / "out" / "x.json").read_text())["classes"]]
+
+    assert names("--classes-file", "classes.txt") == ["moon", "sofa"]
+    assert names("--dataset", "voc20", "--templates", "single") == class_names("voc20")
+    assert names() == NAMES, "the vocabulary of the weights"
+
+
+def test_min_score_and_background(place, tiny):
+    picture = save_photo(place / "x.png")
+    expected = Segmenter.from_pretrained(tiny)(picture, min_score=0.5, background="dog")
+    run("segment", picture, "--weights", tiny, "--min-score", "0.5", "--background", "dog", "-o", "out")
+    labels = np.asarray(Image.open("out/x_labels.png"))
+    assert np.array_equal(labels, np.where(expected.labels < 0, 255, expected.labels))
+
+
+def test_prepared_embeddings(place, tiny):
+    save_photo(place / "x.png")
+    np.save("rows.npy", text_rows(5).numpy())
+    run("segment", "x.png", "--weights", tiny, "--text-embeddings", "rows.npy", "-o", "out")
+    expected = Segmenter(make_model(), text_embeddings=text_rows(5))("x.png")
+    assert np.array_equal(np.asarray(Image.open("out/x_labels.png")), expected.labels)
+    output = run("segment", "x.png", "--weights", tiny, "--text-embeddings", "rows.npy", "-c", "a, b", code=2)
+    assert output == "error text_embeddings: rows.npy has 5 rows, expected one for each of 2 classes"
+
+
+def test_untrained_weights_work_and_say_so_once(place):
+    """Without any weights: the parts work, the labels mean nothing, and one note says so."""
+    save_photo(place / "x.png")
+    arguments = ("segment", "x.png", "--clip", "ViT-S-32-alt", "-c", "cat, dog", "--templates", "single")
+    output = run(*arguments, "--seed", "3", "-o", "one")
+    assert output.count("untrained") == 1 and "the labels mean nothing" in output and "random weights" not in output
+    run(*arguments, "--seed", "3", "-o", "two")
+    one, two = (json.loads((place / folder / "x.json").read_text()) for folder in ("one", "two"))
+    assert one == two, "the seed decides"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-c", "cat", "--dataset", "voc20"], "expected one class list, got --classes and --dataset"),
+        (["-c", "cat, Cat"], "--classes: 'Cat' is given twice (classes 1 and 2)"),
+        (["-c", ""], "--classes: expected names with commas between them, got no class"),
+        (["--dataset", "voc"], "dataset: expected one of voc20, coco171, context59, context60, ade150, got 'voc'"),
+        (["--classes-file", "none.txt"], "none.txt: No such file or directory"),
+        (["--weights", "none"], "name_or_path: no file none"),
+        (["--device", "tpu"], "--device: 'tpu' cannot be used here"),
+        (["--weights", "tiny", "--trained-on", "voc20"], "--trained-on is for official checkpoints"),
+        (["--weights", "tiny", "--templates", "photo"], "templates: expected 'single', 'multi'"),
+        (["--weights", "tiny", "--background", "sky, sky"], "background: 'sky' is given twice"),
+        (["--weights", "tiny", "--min-score", "nan"], "min_score: expected a finite number"),
+        ([], "expected class names: give --classes, --classes-file or --dataset"),
+        (["-c", "cat", "--clip", "ViT-B16"], "clip: open_clip has no model 'ViT-B16'; close names: "),
+        (["-c", "cat", "--method", "zegclipp"], "method: expected one of"),
+        (["--oops"], "No such option"),
+        (["--min-score", "much"], "Invalid value for '--min-score'"),
+    ],
+)
+def test_a_users_mistakes_are_one_line_and_exit_code_2(place, tiny, options, message):
+    save_photo(place / "x.png")
+    output = run("segment", "x.png", "-o", "out", *options, code=2)
+    assert message in output
+    assert not list(place.glob("out/*"))
+
+
+def test_nothing_to_segment(place, tiny):
+    (place / "empty").mkdir()
+    assert run("segment", "empty", "-w", tiny, code=2) == "error INPUT: no pictures in empty"
+    assert run("segment", "*.png", "-w", tiny, code=2) == "error INPUT: no pictures in *.png"
+
+
+def test_a_failed_write_keeps_the_old_results(place, tiny, monkeypatch):
+    save_photo(place / "x.png")
+    run("segment", "x.png", "-w", tiny, "-o", "out")
+    before = {file.name: file.read_bytes() for file in (place / "out").iterdir()}
+    save_photo(place / "x.png", seed=9)
+
+    def full(self, file, *args, **kwargs):
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "No space left on device" in run("segment", "x.png", "-w", tiny, "-o", "out", code=1)
+    assert {file.name: file.read_bytes() for file in (place / "out").iterdir()} == before
+
+
+def official_checkpoint(path, **extra):
+    model = make_model(class_names=None, num_classes=None, seen=None)
+    state = {official_keys(model)[key]: value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": {**state, **extra}}, path)
+
+
+def test_convert(place, monkeypatch):
+    """The tiny model's heads are 12 wide; official ones are 64, which is what the command assumes."""
+    from zs3fast.weights import official
+
+    monkeypatch.setattr(official, "load_official", lambda *a, f=official.load_official, **k: f(*a, heads=4, **k))
+    monkeypatch.setattr(weights, "load_official", official.load_official)
+    official_checkpoint("voc.pth", **text_state(tiny_clip(), "text_encoder."))
+    output = run("convert", "voc.pth", "voc.safetensors", "--trained-on", "voc20", "--seen-offset", "0")
+    assert "voc.safetensors: zegclip, 64 pixels, 15 of 20 classes seen, with its text tower" in output
+    model, extra = weights.load("voc.safetensors")
+    assert (model.seen, model.num_classes, model.seen_offset) == (seen_classes("voc20"), 20, 0)
+    assert model.config["class_names"] == class_names("voc20")
+    assert set(extra) == set(text_state(tiny_clip(), "text_encoder."))
+    save_photo(place / "x.png")
+    options = ("-c", "sofa, moon", "--templates", "single")
+    run("segment", "x.png", "-w", "voc.safetensors", *options, "-o", "out")
+    official_checkpoint("bare.pth")
+    output = run("segment", "x.png", "-w", "voc.pth", *options, "-o", "raw")
+    assert "note: no --trained-on for an official checkpoint" in output
+    raw, converted = (np.asarray(Image.open(f"{folder}/x_labels.png")) for folder in ("raw", "out"))
+    assert np.array_equal(raw, converted), "an offset of 0 and no offset are the same"
+    output = run("convert", "bare.pth", "bare.safetensors")
+    assert "training vocabulary not recorded, without a text tower" in output
+    output = run("segment", "x.png", "-w", "bare.safetensors", code=2)
+    assert output == "error expected class names: these weights carry none, give --classes, --classes-file or --dataset"
+
+
+@pytest.mark.parametrize(
+    ("official", "out", "message"),
+    [
+        ("none.pth", "x.safetensors", "no file none.pth"),
+        ("junk.pth", "x.safetensors", "junk.pth: not a readable torch file"),
+        ("other.pth", "x.safetensors", "other.pth: no official checkpoint of a known method"),
+        ("other.pth", "x.pth", "out: expected a .safetensors file, got x.pth"),
+    ],
+)
+def test_bad_conversions(place, official, out, message):
+    (place / "junk.pth").write_bytes(b"junk")
+    torch.save({"weight": torch.zeros(1)}, "other.pth")
+    (place / "x.safetensors").write_bytes(b"old")
+    assert message in run("convert", official, out, code=2)
+    assert (place / "x.safetensors").read_bytes() == b"old"
+
+
+def test_info(place, tiny):
+    (place / "cache" / "text").mkdir()
+    output = run("info")
+    for fact in (
+        "zs3fast 0.",
+        f"torch {torch.__version__}",
+        "extension",
+        "devices cpu",
+        "1 files",
+        ": tiny",
+        "0 files",
+    ):
+        assert fact in output
+    for op in ("attention_to_mask", "masks_to_labels", "relationship_descriptor"):
+        assert op in output
+    assert "not written for this op" in output, "an objection in words"
+
+
+@pytest.mark.parametrize("command", ["segment", "convert", "info"])
+def test_every_help_shows_an_example(command):
+    assert f"Example: zs3fast {command}" in run(command, "--help")
+
+
+def test_commands_are_those_that_work():
+    output = run("--help")
+    assert all(command in output for command in ("segment", "convert", "info"))
+    run("train", code=2)
+
+
+def test_python_m_zs3fast():
+    done = subprocess.run([sys.executable, "-m", "zs3fast", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: zs3fast" in done.stdout
+
+
+def test_seen_travels_with_the_weights(tiny):
+    assert Segmenter.from_pretrained(tiny).model.seen == SEEN

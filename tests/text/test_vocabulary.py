@@ -1,0 +1,123 @@
+"""Class lists: published ones, strings, sequences and files."""
+
+from __future__ import annotations
+
+import pytest
+
+from zs3fast.text import class_names, datasets, parse_classes, read_class_file, seen_classes, unseen_classes
+from zs3fast.text.templates import MULTI, SINGLE, resolve_templates
+
+SPLITS = {  # dataset: (C, names of the unseen classes)
+    "voc20": (20, ["pottedplant", "sheep", "sofa", "train", "tvmonitor"]),
+    "coco171": (
+        171,
+        "cow giraffe suitcase frisbee skateboard carrot scissors cardboard clouds grass playingfield river road tree "
+        "wall-concrete".split(),
+    ),
+    "context59": (59, "aeroplane bird boat cat cow fence keyboard motorbike sofa tvmonitor".split()),
+    "context60": (60, "aeroplane bird boat cat cow fence keyboard motorbike sofa tvmonitor".split()),
+}
+
+
+@pytest.mark.parametrize("dataset", SPLITS)
+def test_published_splits(dataset):
+    count, unseen = SPLITS[dataset]
+    names = class_names(dataset)
+    assert len(names) == len(set(names)) == count
+    assert [names[c] for c in unseen_classes(dataset)] == unseen
+    assert sorted(seen_classes(dataset) + unseen_classes(dataset)) == list(range(count))
+
+
+def test_landmarks_of_the_lists():
+    coco = class_names("coco171")
+    assert [coco[i] for i in (0, 60, 79, 80, 170)] == ["person", "dining table", "toothbrush", "banner", "wood"]
+    assert class_names("context60") == ["background", *class_names("context59")]
+    ade = class_names("ade150")
+    assert (len(ade), len(set(ade)), ade[0], ade[8], ade[149]) == (150, 150, "wall", "windowpane", "flag")
+
+
+def test_unknown_dataset_lists_the_known():
+    with pytest.raises(ValueError, match="dataset: expected one of voc20, .*got 'voc'"):
+        class_names("voc")
+    with pytest.raises(ValueError, match="ade150 has no published seen/unseen split"):
+        seen_classes("ade150")
+    assert datasets() == ["voc20", "coco171", "context59", "context60", "ade150"]
+
+
+def test_lists_are_copies():
+    class_names("voc20").append("moon")
+    assert len(class_names("voc20")) == 20
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("cat, grass", [("cat",), ("grass",)]),
+        (["grass", "cat"], [("grass",), ("cat",)]),
+        (["sofa, couch", " potted   plant "], [("sofa", "couch"), ("potted plant",)]),
+        ([("sofa", "couch"), "cat"], [("sofa", "couch"), ("cat",)]),
+        ("猫, Straße", [("猫",), ("Straße",)]),
+    ],
+)
+def test_parse_classes_keeps_order_and_synonyms(given, expected):
+    assert parse_classes(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "classes: .*no class"),
+        ("  ", "classes: .*no class"),
+        ([], "classes: expected at least one class, got none"),
+        ("cat,, dog", "classes: .*empty name in 'cat,, dog'"),
+        (["cat", ""], "classes: .*no class"),
+        ("cat, dog, Cat", r"classes: 'Cat' is given twice \(classes 1 and 3\)"),
+        (["hot dog", "hot  dog"], "classes: 'hot dog' is given twice"),
+    ],
+)
+def test_bad_class_lists_name_the_argument(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse_classes(given)
+
+
+def test_classes_that_are_no_names():
+    with pytest.raises(TypeError, match="classes: each class is a name.*got 7"):
+        parse_classes(["cat", 7])
+
+
+def test_class_file(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeff# pets\ncat\n\n  sofa, couch   # furniture\ncafé\r\nC#\n".encode())
+    assert read_class_file(path) == [("cat",), ("sofa", "couch"), ("café",), ("C#",)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"# nothing\n\n", "expected at least one class, got none"),
+        (b"cat\ndog\ncat\n", r"'cat' is given twice \(classes 1 and 3\)"),
+        (b"cat\nsofa,,couch\n", "line 2: .*empty name"),
+        (b"caf\xe9\n", "not UTF-8"),
+    ],
+)
+def test_bad_class_files_are_named(tmp_path, content, message):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_class_file(path)
+    assert str(path) in str(caught.value)
+
+
+def test_templates():
+    assert SINGLE == ("a photo of a {}",)
+    assert len(MULTI) == len(set(MULTI)) == 15
+    assert all(template.count("{}") == 1 and template.endswith(".") for template in MULTI)
+    assert resolve_templates("single") == SINGLE and resolve_templates("multi") == MULTI
+    assert resolve_templates("an X-ray of {}") == ("an X-ray of {}",)
+    assert resolve_templates(["{}", "the {}"]) == ("{}", "the {}")
+
+
+@pytest.mark.parametrize("templates", ["a photo", [], ["a {} {}"], ["a photo"], [3]])
+def test_bad_templates(templates):
+    with pytest.raises(ValueError, match="templates: "):
+        resolve_templates(templates)

@@ -1,0 +1,17 @@
+"""zs3fast: CLIP-based zero-shot semantic segmentation on fused kernels."""
+
+from zs3fast import ops
+from zs3fast.models.registry import create_model, list_models
+from zs3fast.weights import load_official
+
+__version__ = "0.1.0"
+__all__ = ["Segmenter", "create_model", "list_models", "load_official", "ops"]
+
+
+def __getattr__(name: str) -> object:
+    # The segmenter brings image reading and text encoders; a training script does not need them.
+    if name == "Segmenter":
+        from zs3fast.segmenter import Segmenter
+
+        return Segmenter
+    raise AttributeError(f"module 'zs3fast' has no attribute {name!r}")

@@ -1,0 +1,411 @@
+"""The `zs3fast` command."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from zs3fast.segmenter import Segmenter
+    from zs3fast.text.vocabulary import ClassEntry
+    from zs3fast.types import Segmentation
+
+app = typer.Typer(
+    name="zs3fast",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="CLIP-based zero-shot semantic segmentation: pictures and class names in, label maps out.",
+)
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+_out = Console(soft_wrap=True, highlight=False)
+
+USAGE_ERROR, RUN_ERROR = 2, 1
+_OUTPUT_SUFFIXES = ("_labels.png", "_overlay.png")  # of our own files, when a folder is read a second time
+
+
+@app.command(
+    no_args_is_help=True,
+    epilog="**Example**: `zs3fast segment photos/ --weights zegclip_voc.safetensors --classes 'cat, sofa, grass'`",
+)
+def segment(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Pictures, folders of pictures, or globs.")],
+    classes: Annotated[str | None, typer.Option("--classes", "-c", help="Class names, commas between them.")] = None,
+    classes_file: Annotated[
+        Path | None, typer.Option(help="Text file with one class a line; synonyms after commas, # comments.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Class list of a dataset: voc20, coco171, context59, context60 or ade150.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", "-w", help="Weights: a converted file or its name in the cache, or an official one."),
+    ] = None,
+    trained_on: Annotated[
+        str | None,
+        typer.Option(help="The dataset an official checkpoint was trained on, which tells seen from unseen."),
+    ] = None,
+    text_embeddings: Annotated[
+        Path | None, typer.Option(help="Prepared .npy text embeddings, a row for each class of the list.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="Prompt templates: single, multi, or a sentence with {} in it.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Method of an untrained model, where no --weights are given.")
+    ] = "zegclip",
+    clip: Annotated[str, typer.Option(help="open_clip name of an untrained model's CLIP.")] = "ViT-B-16",
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip tag or file with CLIP weights for an untrained model.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("zs3fast_out"),
+    min_score: Annotated[float | None, typer.Option(help="Pixels that score lower stay unlabelled.")] = None,
+    background: Annotated[str, typer.Option(help="Class names, commas between them, that stay unlabelled.")] = "",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; cuda if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of an untrained model's weights.")] = 0,
+) -> None:
+    """Segment pictures into classes given by name.
+
+    For each picture three files are written: NAME_labels.png (class indices; 255 = unlabelled, 65535 for more than 255
+    classes), NAME_overlay.png (the picture under its colours, with a legend) and NAME.json (a summary).
+    """
+    with _one_line_errors(USAGE_ERROR):
+        pictures = _find_pictures(inputs)
+        entries = _class_list(classes, classes_file, dataset)
+        segmenter = _segmenter(
+            entries,
+            weights=weights,
+            trained_on=trained_on,
+            text_embeddings=text_embeddings,
+            templates=templates,
+            method=method,
+            clip=clip,
+            pretrained=pretrained,
+            device=_device(device),
+            seed=seed,
+        )
+        segmenter.check(min_score=min_score, background=background)
+        output.mkdir(parents=True, exist_ok=True)
+    stems = _distinct_stems(pictures)
+    failures = []
+    with _progress() as progress:
+        for picture in progress.track(pictures, description="Segmenting"):
+            try:
+                line = _segment_one(segmenter, picture, output / stems[picture], min_score, background)
+            except (ValueError, OSError, RuntimeError) as error:  # one bad picture does not end the run
+                failures.append((picture, _first_line(error)))
+            else:
+                progress.console.print(line)
+    for picture, reason in failures:
+        _err.print(f"[red]failed[/] {escape(str(picture))}: {escape(reason)}")
+    done = len(pictures) - len(failures)
+    _out.print(f"{done} of {len(pictures)} pictures segmented, results in {escape(str(output))}")
+    if failures:
+        raise typer.Exit(RUN_ERROR)
+
+
+@app.command(
+    no_args_is_help=True,
+    epilog="**Example**: `zs3fast convert voc_inductive.pth zegclip_voc.safetensors --trained-on voc20`",
+)
+def convert(
+    official: Annotated[Path, typer.Argument(help="Official checkpoint (.pth).")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    trained_on: Annotated[
+        str | None,
+        typer.Option(help="The dataset it was trained on; its class list and split travel with the weights."),
+    ] = None,
+    seen_offset: Annotated[
+        float | None, typer.Option(help="Taken off the scores of seen classes; 0 for self-trained checkpoints.")
+    ] = None,
+) -> None:
+    """Convert an official checkpoint into one safetensors file that holds its configuration too.
+
+    A text tower inside the checkpoint is kept, so the file can embed class names by itself.
+    """
+    from zs3fast.segmenter import read_official
+    from zs3fast.weights import save
+
+    with _one_line_errors(USAGE_ERROR):
+        if out.suffix != ".safetensors":
+            raise ValueError(f"out: expected a .safetensors file, got {out}")
+        options = _training_vocabulary(trained_on)
+        if seen_offset is not None:
+            options["seen_offset"] = seen_offset
+        model, tower = read_official(official, **options)
+    with _one_line_errors(RUN_ERROR):
+        save(model, out, tower)
+    seen = (
+        f"{len(model.seen)} of {model.num_classes} classes seen" if trained_on else "training vocabulary not recorded"
+    )
+    text = "with its text tower" if tower else "without a text tower"
+    _out.print(f"{escape(str(out))}: {model.config['method']}, {model.image_size} pixels, {seen}, {text}")
+
+
+@app.command(epilog="**Example**: `zs3fast info`")
+def info() -> None:
+    """Show what is installed and built, what each op would run on and why not elsewhere, weights and caches."""
+    import torch
+
+    import zs3fast
+    from zs3fast.ops import _dispatch, _extension
+    from zs3fast.text import cache_dir
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("zs3fast", f"{zs3fast.__version__} in {Path(zs3fast.__file__).parent}")
+    facts.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "open_clip_torch", "safetensors", "transformers"):
+        facts.add_row(package, _version(package))
+    facts.add_row("extension", ", ".join(f"{key} {value}" for key, value in _extension.info().items()))
+    facts.add_row("backend", f"{_dispatch.requested_backend()} (ZS3FAST_BACKEND)")
+    facts.add_row("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *_cuda_devices()]))
+    facts.add_row("methods", ", ".join(zs3fast.list_models()))
+    facts.add_row("cache", f"{cache_dir()} (ZS3FAST_CACHE)")
+    facts.add_row("  weights", _listing(cache_dir() / "weights"))
+    facts.add_row("  text embeddings", _listing(cache_dir() / "text", names=False))
+    _out.print(facts)
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        _out.print(_backend_table(device))
+
+
+def _segmenter(
+    entries: list[ClassEntry] | None,
+    *,
+    weights: str | None,
+    trained_on: str | None,
+    text_embeddings: Path | None,
+    templates: str | None,
+    method: str,
+    clip: str,
+    pretrained: str | None,
+    device: str,
+    seed: int,
+) -> Segmenter:
+    import torch
+
+    from zs3fast.models.registry import create_model
+    from zs3fast.segmenter import Segmenter, find_weights, is_converted
+    from zs3fast.text import TextEncoder, load_text_embeddings
+
+    options = {"class_names": entries, "templates": templates, "device": device}
+    if text_embeddings is not None:
+        options["text_embeddings"] = load_text_embeddings(text_embeddings, None if entries is None else len(entries))
+    if weights is not None:
+        path = find_weights(weights)
+        if is_converted(path) and trained_on is not None:
+            raise ValueError(f"--trained-on is for official checkpoints, {path} knows its own training vocabulary")
+        if not is_converted(path) and trained_on is None:
+            _err.print("[yellow]note[/]: no --trained-on for an official checkpoint, so no class counts as seen")
+        segmenter = Segmenter.from_pretrained(path, **options, official=_training_vocabulary(trained_on))
+    else:
+        if entries is None:
+            raise ValueError("expected class names: give --classes, --classes-file or --dataset")
+        torch.manual_seed(seed)
+        model = create_model(method, clip=clip, pretrained=pretrained, seen=[], num_classes=len(entries))
+        if text_embeddings is None:
+            with _quiet("zs3fast"):  # the note below says it for image and text at once
+                options["text_encoder"] = TextEncoder.from_open_clip(clip, pretrained).to(device)
+        segmenter = Segmenter(model, **options)
+        what = "the decoder's" if pretrained else "all"
+        _err.print(
+            f"[yellow]untrained[/]: no --weights given, so {what} weights are random (seed {seed}) and the labels mean "
+            "nothing. This run only shows that the parts work"
+        )
+    if entries is None and segmenter.classes is None:
+        raise ValueError("expected class names: these weights carry none, give --classes, --classes-file or --dataset")
+    return segmenter
+
+
+def _segment_one(segmenter: Segmenter, picture: Path, target: Path, min_score: float | None, background: str) -> str:
+    """Segment one picture, write its three files, and say what is in it."""
+    from zs3fast._files import replacing
+    from zs3fast.rendering import save_picture
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        result = segmenter(picture, min_score=min_score, background=background)
+    for warning in caught:
+        _err.print(f"[yellow]warning[/] {escape(str(picture))}: {escape(str(warning.message))}")
+    labels, overlay, summary = (target.parent / f"{target.name}{end}" for end in (*_OUTPUT_SUFFIXES, ".json"))
+    result.save(labels)
+    save_picture(result.overlay(), overlay)
+    content = {**result.to_dict(), "labels": labels.name, "overlay": overlay.name}
+    with replacing(summary) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return f"{escape(str(picture))} -> {escape(str(overlay))}: {escape(_in_words(result))}"
+
+
+def _in_words(result: Segmentation) -> str:
+    classes = sorted(result.to_dict()["classes"], key=lambda entry: -entry["pixels"])
+    present = [f"{entry['name']} {entry['percent']:.0f} %" for entry in classes if entry["pixels"]]
+    more = f", and {len(present) - 4} more" if len(present) > 4 else ""
+    return ", ".join(present[:4]) + more or "nothing labelled"
+
+
+def _class_list(classes: str | None, classes_file: Path | None, dataset: str | None) -> list[ClassEntry] | None:
+    from zs3fast.text import class_names, parse_classes, read_class_file
+
+    given = {"--classes": classes, "--classes-file": classes_file, "--dataset": dataset}
+    given = [option for option, value in given.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"expected one class list, got {' and '.join(given)}")
+    if classes is not None:
+        return parse_classes(classes, "--classes")
+    if classes_file is not None:
+        return read_class_file(classes_file)
+    return None if dataset is None else [(name,) for name in class_names(dataset)]
+
+
+def _training_vocabulary(trained_on: str | None) -> dict[str, object]:
+    """What `load_official` should know of the dataset a checkpoint was trained on."""
+    from zs3fast.text import class_names, seen_classes
+
+    if trained_on is None:
+        return {}
+    names = class_names(trained_on)
+    return {"class_names": names, "num_classes": len(names), "seen": seen_classes(trained_on)}
+
+
+def _find_pictures(inputs: Sequence[str]) -> list[Path]:
+    """Files as given, the pictures of folders, what globs match; each once, in order."""
+    found: dict[Path, None] = {}
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            matches = _pictures_among(path.iterdir())
+        elif path.exists() or not glob.has_magic(text):
+            matches = [path]  # a file that is not there is reported with the other failures
+        else:
+            matches = _pictures_among(Path(match) for match in glob.glob(text, recursive=True))
+        if not matches:
+            raise ValueError(f"INPUT: no pictures in {text}")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _pictures_among(paths: Iterator[Path]) -> list[Path]:
+    from PIL import Image
+
+    suffixes = set(Image.registered_extensions())
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in suffixes and path.is_file() and not path.name.endswith(_OUTPUT_SUFFIXES)
+    )
+
+
+def _distinct_stems(pictures: list[Path]) -> dict[Path, str]:
+    """Names of the results: the picture's stem, with a number where another picture has it (on any file system)."""
+    natural = {picture.stem.casefold() for picture in pictures}
+    used: set[str] = set()
+    stems = {}
+    for picture in pictures:
+        stem, number = picture.stem, 1
+        while stem.casefold() in used or (number > 1 and stem.casefold() in natural):
+            number += 1
+            stem = f"{picture.stem}-{number}"
+        used.add(stem.casefold())
+        stems[picture] = stem
+        if number > 1:
+            _err.print(f"[yellow]note[/] {escape(str(picture))}: results are named {escape(stem)}, its own is taken")
+    return stems
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device!r} cannot be used here ({_first_line(error)})") from None
+    return device
+
+
+def _backend_table(device: str) -> Table:
+    """For every op and backend, what it has against a float32 request on this device."""
+    import torch
+
+    from zs3fast import ops  # noqa: F401 - registers them
+    from zs3fast.ops import _dispatch
+
+    table = Table(title=f"float32 on {device}", title_justify="left", show_lines=True)
+    for heading in ("op", "auto takes", *_dispatch.BACKENDS):
+        table.add_column(heading, overflow="fold")
+    request = torch.zeros(1, 8, 16, 64, device=device)
+    for op in _dispatch.registered():
+        if op.endswith("_backward"):
+            continue
+        reasons = {backend: _dispatch.objections(op, backend, request) for backend in _dispatch.BACKENDS}
+        chosen = next(backend for backend in _dispatch.BACKENDS if not reasons[backend])
+        table.add_row(op, chosen, *("; ".join(reasons[backend]) or "yes" for backend in _dispatch.BACKENDS))
+    return table
+
+
+def _cuda_devices() -> list[str]:
+    import torch
+
+    return [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+
+
+def _listing(folder: Path, names: bool = True) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files) / 2**20
+    listed = f": {', '.join(file.stem for file in files)}" if names and files else ""
+    return f"{len(files)} files, {size:.1f} MiB{listed}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=_out, transient=True, disable=not _out.is_terminal)
+
+
+@contextmanager
+def _one_line_errors(code: int) -> Iterator[None]:
+    """Turn the errors a user can cause into one line and an exit code."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        _err.print(f"[red]error[/] {escape(_first_line(error))}")
+        raise typer.Exit(code) from None
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

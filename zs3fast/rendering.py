@@ -1,0 +1,143 @@
+"""Label maps as pictures: class colours, the overlay with its legend, label files."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from zs3fast._files import replacing
+
+UNLABELLED = -1
+_BLEND = 0.6  # how much of a class colour covers the photo
+_SMALLEST_SIDE = 200  # smaller photos are enlarged, by a whole factor, so that they can be seen
+
+
+@functools.cache
+def palette(count: int) -> np.ndarray:
+    """Colours [count, 3] uint8, each as far as possible (in CIELAB) from white, black, mid-grey and those before it.
+
+    A class index has the same colour in every picture, however many classes there are.
+    """
+    steps = np.linspace(0, 255, 16)
+    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+    lab = _lab(candidates)
+    visible = (lab[:, 0] > 35) & (lab[:, 0] < 92)  # neither lost in shadows nor in the legend's white
+    candidates, lab = candidates[visible], lab[visible]
+    taken = _lab(np.array([[255.0] * 3, [0.0] * 3, [127.0] * 3]))
+    distance = np.min(np.linalg.norm(lab[:, None] - taken, axis=-1), axis=1)
+    chosen = []
+    for _ in range(count):
+        best = int(distance.argmax())
+        chosen.append(best)
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[best], axis=-1))
+    colours = candidates[chosen].round().astype(np.uint8).reshape(count, 3)
+    colours.flags.writeable = False
+    return colours
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+    """The photo under its class colours, with a legend beside it.
+
+    Args:
+        image: [H, W, 3] uint8.  labels: [H, W] class indices, -1 where unlabelled (the photo shows through).
+    Returns:
+        RGB image. The legend lists the classes present, largest first: colour, name, share of all pixels. Photos
+        smaller than 200 pixels a side are enlarged.
+    """
+    colours = palette(len(class_names)).astype(np.float32)
+    blended = image.astype(np.float32)
+    labelled = labels != UNLABELLED
+    blended[labelled] = (1 - _BLEND) * blended[labelled] + _BLEND * colours[labels[labelled]]
+    picture = Image.fromarray(blended.round().astype(np.uint8))
+    factor = max(1, -(-_SMALLEST_SIDE // max(picture.size)))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    legend = _legend(_rows(labels, class_names), picture.size)
+    whole = Image.new("RGB", (picture.width + legend.width, max(picture.height, legend.height)), "white")
+    whole.paste(picture, (0, 0))
+    whole.paste(legend, (picture.width, 0))
+    return whole
+
+
+def save_labels(labels: np.ndarray, path: str | os.PathLike[str], count: int) -> None:
+    """Write labels [H, W] as a PNG of class indices; the file is replaced whole, or not at all.
+
+    Up to 255 classes: 8 bits with a palette, 255 = unlabelled. More: 16-bit grey, 65535 = unlabelled.
+    """
+    if not os.fspath(path).lower().endswith(".png"):
+        raise ValueError(f"path: label maps are PNG files, got {os.fspath(path)!r}")
+    if count > 65535:
+        raise ValueError(f"labels: a PNG holds up to 65535 classes, got {count}")
+    if count <= 255:
+        picture = Image.fromarray(np.where(labels == UNLABELLED, 255, labels).astype(np.uint8), "L")
+        colours = np.full((256, 3), 255, np.uint8)
+        colours[:count] = palette(count)
+        picture.putpalette(colours.tobytes())
+    else:
+        picture = Image.fromarray(np.where(labels == UNLABELLED, 65535, labels).astype(np.uint16))
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a PIL image in the format of the suffix; the file is replaced whole, or not at all."""
+    with replacing(path) as temporary:
+        picture.save(temporary)
+
+
+def _rows(labels: np.ndarray, class_names: Sequence[str]) -> list[tuple[tuple[int, int, int] | None, str, str]]:
+    """(colour, name, share) of what is present, largest first; unlabelled pixels last, without a colour."""
+    counts = np.bincount(labels[labels != UNLABELLED].ravel(), minlength=len(class_names))
+    colours = palette(len(class_names))
+    present = sorted((c for c in range(len(class_names)) if counts[c]), key=lambda c: -counts[c])
+    rows = [(tuple(map(int, colours[c])), class_names[c], _share(counts[c], labels.size)) for c in present]
+    unlabelled = labels.size - int(counts.sum())
+    return rows + ([(None, "unlabelled", _share(unlabelled, labels.size))] if unlabelled else [])
+
+
+def _share(pixels: int, total: int) -> str:
+    percent = 100 * pixels / total
+    return "<0.1 %" if percent < 0.1 else f"{percent:.1f} %"
+
+
+def _legend(rows: list[tuple[tuple[int, int, int] | None, str, str]], beside: tuple[int, int]) -> Image.Image:
+    """The legend on white, in as many columns as fit it beside a picture of that size."""
+    size = int(np.clip(min(beside) / 22, 14, 64))  # readable when the whole picture is shown on a screen
+    font = ImageFont.load_default(size)
+    names = [_shortened(name, font, 16 * size) for _, name, _ in rows]
+    line, gap = round(1.5 * size), round(0.5 * size)
+    name_width = round(max(font.getlength(name) for name in names))
+    share_width = round(max(font.getlength(share) for _, _, share in rows))
+    column = gap + size + gap + name_width + gap + share_width + size
+    per_column = max(min(len(rows), 10), (beside[1] - 2 * gap) // line)
+    columns = -(-len(rows) // per_column)
+    legend = Image.new("RGB", (columns * column, min(len(rows), per_column) * line + 2 * gap), "white")
+    draw = ImageDraw.Draw(legend)
+    for index, ((colour, _, share), name) in enumerate(zip(rows, names, strict=True)):
+        x, y = index // per_column * column + gap, gap + index % per_column * line
+        box = (x, y + line // 2 - size // 2, x + size - 1, y + line // 2 - size // 2 + size - 1)
+        draw.rectangle(box, fill=colour or (255, 255, 255), outline=(70, 70, 70))
+        draw.text((x + size + gap, y + line / 2), name, fill=(20, 20, 20), font=font, anchor="lm")
+        right = x + size + 2 * gap + name_width + share_width
+        draw.text((right, y + line / 2), share, fill=(90, 90, 90), font=font, anchor="rm")
+    return legend
+
+
+def _shortened(name: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(name) <= width:
+        return name
+    while name and font.getlength(name + "...") > width:
+        name = name[:-1]
+    return name + "..."
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB in 0..255 -> CIELAB (D65)."""
+    linear = np.where(rgb / 255 <= 0.04045, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], -1)

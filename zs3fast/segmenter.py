@@ -1,0 +1,395 @@
+"""Picture in, labels out: reading, resizing, sliding windows, the model, and a result a person can look at."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zs3fast import ops, weights
+from zs3fast.images import read_image
+from zs3fast.labels.windows import sliding_windows
+from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_templates
+from zs3fast.text.encoder import Tokenizer
+from zs3fast.text.vocabulary import ClassEntry, same_name
+from zs3fast.types import Segmentation, SegmentationOutput
+from zs3fast.weights.files import METADATA_KEY, TEXT_PREFIX, read_state_dict
+
+logger = logging.getLogger("zs3fast")
+
+# A bound on one picture's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
+MAX_WINDOWS = 1000
+Classes = str | Iterable[str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a call comes to: the names to show, embeddings [C, D] of all that compete, and who of them is what.
+
+    seen: indices, or None where nothing is known.  rejected: indices of the background.
+    """
+
+    class_names: tuple[str, ...]
+    text: Tensor
+    seen: list[int] | None
+    rejected: list[int]
+
+
+class Segmenter:
+    """Segments pictures of any size into classes given by name.
+
+    The recipe is the published test recipe: the short side is resized to `model.image_size`, windows of that size slide
+    with a stride of 426/512 of it, each window's calibrated scores are averaged, resized to the picture and compared.
+    All of it after the model is one fused op; scores of all classes at picture size are never stored.
+
+    Which classes count as seen (and lose `model.seen_offset`, which offsets what training favours):
+        - `seen=` of a call, if given;
+        - else, where `model.config["class_names"]` holds the training vocabulary: a class is seen if any of its names
+          is a seen name there; a name that training never had is unseen;
+        - else, where the list is as long as the model's vocabulary: `model.seen`, as indices into the list;
+        - else nothing is known and nothing is offset.
+    TagCLIP's trusty map weighs seen against unseen; where only one of both kinds is on the list, it is left out.
+
+    Args:
+        model: from `create_model`, `load_official` or `weights.load`; put in eval mode.
+        tokenizer: list of sentences -> token ids, in place of the text encoder's own.
+        text_encoder: the text tower of the CLIP the model grew from. None: built when first needed, from open_clip,
+            with the model's own `pretrained` weights or, where the model names none, OpenAI's.
+        text_embeddings: [C, D] prepared rows for `class_names`, instead of a text encoder. Classes are then chosen
+            from these by name.
+        class_names: the rows' names, and the classes of a call that gives none. None: the model's training vocabulary.
+        templates: "single", "multi" or sentences with one {}. None: what was published for training: "single" for a
+            vocabulary of 20 (VOC), else "multi".
+        device: move the model there.
+        window_batch: windows the model sees at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        *,
+        text_encoder: TextEncoder | None = None,
+        text_embeddings: Tensor | np.ndarray | None = None,
+        class_names: Classes | None = None,
+        templates: str | Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        window_batch: int = 8,
+    ):
+        if window_batch < 1:
+            raise ValueError(f"window_batch: expected at least 1, got {window_batch}")
+        if text_encoder is not None and text_embeddings is not None:
+            raise ValueError("text_embeddings: give these or a text_encoder, not both")
+        self.model = (model if device is None else model.to(device)).eval()
+        self.window_batch = window_batch
+        published = "single" if model.config.get("num_classes") == 20 else "multi"
+        self.templates = resolve_templates(published if templates is None else templates)
+        self._tokenizer = tokenizer
+        self._text_encoder = text_encoder
+        if text_encoder is not None and tokenizer is not None:
+            text_encoder.tokenizer = tokenizer
+        names = model.config.get("class_names") if class_names is None else class_names
+        self.classes = None if names is None else parse_classes(names, "class_names")
+        self._rows = None if text_embeddings is None else self._named_rows(text_embeddings)
+        self._encoded: tuple[tuple[ClassEntry, ...], Tensor] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        text_encoder: TextEncoder | None = None,
+        text_embeddings: Tensor | np.ndarray | None = None,
+        class_names: Classes | None = None,
+        templates: str | Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        window_batch: int = 8,
+        official: Mapping[str, Any] | None = None,
+    ) -> Segmenter:
+        """A segmenter from a weight file: one of ours, or an official checkpoint.
+
+        A text tower inside the file is used unless a text encoder or embeddings are given.
+
+        Args:
+            name_or_path: a file; or the name of one in the cache, `weights/<name>.safetensors` under
+                `zs3fast.text.cache_dir()`.
+            official: for official checkpoints, options of `load_official`: seen, num_classes, class_names, ...
+        Raises:
+            FileNotFoundError: neither a file nor a name in the cache.  ValueError: a file that is no such thing.
+        """
+        path = find_weights(name_or_path)
+        if is_converted(path):
+            if official:
+                raise ValueError(
+                    f"official: {path} carries its own settings, got {', '.join(sorted(official))} as well"
+                )
+            model, extra = weights.load(path)
+        else:
+            model, extra = read_official(path, **(official or {}))
+        tower = {key: value for key, value in extra.items() if key.startswith(TEXT_PREFIX)}
+        if tower and text_encoder is None and text_embeddings is None:
+            text_encoder = TextEncoder.from_state_dict(tower, name=path.name)
+            if device is not None:
+                text_encoder.to(device)
+        return cls(
+            model,
+            tokenizer,
+            text_encoder=text_encoder,
+            text_embeddings=text_embeddings,
+            class_names=class_names,
+            templates=templates,
+            device=device,
+            window_batch=window_batch,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The text tower; built from open_clip when first asked for, if none was given."""
+        if self._text_encoder is None:
+            config = self.model.config
+            if not isinstance(config["clip"], str) and config.get("pretrained") is None:
+                raise ValueError("text_encoder: expected one, since this model's CLIP has no name to find a tower by")
+            pretrained = config.get("pretrained") or "openai"
+            self._text_encoder = TextEncoder.from_open_clip(config["clip"], pretrained, tokenizer=self._tokenizer)
+            self._text_encoder.to(self.device)
+        return self._text_encoder
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        classes: Classes | None = None,
+        *,
+        seen: Iterable[str | int] | None = None,
+        min_score: float | None = None,
+        background: str | Sequence[str] = (),
+    ) -> Segmentation:
+        """Segment one picture.
+
+        Args:
+            image: a path, PIL image, array or tensor; see `zs3fast.images.read_image`.
+            classes: the names that compete, as "cat, grass" or one item a class; an item may hold synonyms,
+                "sofa, couch". None: `class_names` of the constructor.
+            seen: which of them count as seen, as names or as indices into `classes`. None: see the class.
+            min_score: pixels whose best score is lower (or not a number) stay unlabelled.
+            background: names whose pixels stay unlabelled. Those that are not in `classes` compete as well.
+        Returns:
+            labels and scores at the picture's own size, names in the order given.
+        """
+        plan = self._plan(classes, seen, min_score, background)
+        pixels, source = read_image(image)
+        labels, scores, nan_pixels = self._labels(pixels, plan)
+        unlabelled = np.isin(labels, plan.rejected)
+        if min_score is not None:
+            unlabelled |= ~(scores >= min_score)
+        labels[unlabelled] = -1
+        if nan_pixels:
+            what = source or "the image"
+            warnings.warn(f"{nan_pixels} pixels of {what} have no score (nan): check the weights", stacklevel=2)
+        return Segmentation(labels, plan.class_names, scores, pixels, nan_pixels, source)
+
+    def check(
+        self,
+        classes: Classes | None = None,
+        *,
+        seen: Iterable[str | int] | None = None,
+        min_score: float | None = None,
+        background: str | Sequence[str] = (),
+    ) -> None:
+        """Raise now what a call with these arguments would, and encode its names, before any picture is read."""
+        self._plan(classes, seen, min_score, background)
+
+    @torch.no_grad()
+    def _plan(
+        self,
+        classes: Classes | None,
+        seen: Iterable[str | int] | None,
+        min_score: float | None,
+        background: str | Sequence[str],
+    ) -> _Plan:
+        if min_score is not None and not np.isfinite(min_score):
+            raise ValueError(f"min_score: expected a finite number, got {min_score}")
+        entries = self._entries(classes)
+        rejected = parse_classes(background, "background") if background else []
+        shown = {same_name(entry[0]) for entry in entries}
+        competing = entries + [entry for entry in rejected if same_name(entry[0]) not in shown]
+        names = {same_name(entry[0]) for entry in rejected}
+        return _Plan(
+            class_names=tuple(entry[0] for entry in entries),
+            text=self._text_embeddings(tuple(competing)),
+            seen=self._seen(entries, competing, seen),
+            rejected=[i for i, entry in enumerate(competing) if same_name(entry[0]) in names],
+        )
+
+    def _entries(self, classes: Classes | None) -> list[ClassEntry]:
+        if classes is not None:
+            return parse_classes(classes)
+        if self.classes is None:
+            raise ValueError("classes: expected class names, since neither model nor segmenter has a list of its own")
+        return list(self.classes)
+
+    def _seen(
+        self, given: list[ClassEntry], competing: list[ClassEntry], seen: Iterable[str | int] | None
+    ) -> list[int] | None:
+        """Indices of the seen among the competing classes; None where nothing is known."""
+        model, vocabulary = self.model, self.model.config.get("class_names")
+        if seen is not None:
+            return _seen_argument(given, seen)
+        if vocabulary is not None:
+            names = {same_name(vocabulary[index]) for index in model.seen}
+            return [i for i, entry in enumerate(competing) if any(same_name(name) in names for name in entry)]
+        if len(given) == model.config.get("num_classes"):
+            return list(model.seen)
+        logger.info("the model's vocabulary is not known: none of the %d classes counts as seen", len(given))
+        return None
+
+    def _text_embeddings(self, entries: tuple[ClassEntry, ...]) -> Tensor:
+        """[C, D] on the model's device; the same tensor as long as the list stays the same."""
+        if self._encoded is None or self._encoded[0] != entries or self._encoded[1].device != self.device:
+            rows = self._chosen_rows(entries) if self._rows else self.text_encoder.encode(entries, self.templates)
+            self._encoded = entries, rows.to(self.device)
+        return self._encoded[1]
+
+    def _named_rows(self, text_embeddings: Tensor | np.ndarray) -> dict[str, Tensor]:
+        rows = torch.as_tensor(text_embeddings).float()
+        if self.classes is None:
+            raise ValueError("class_names: expected the names of the rows of text_embeddings")
+        if rows.dim() != 2 or len(rows) != len(self.classes):
+            raise ValueError(
+                f"text_embeddings: expected [C, D] with a row for each of {len(self.classes)} class_names, "
+                f"got {list(rows.shape)}"
+            )
+        return {same_name(name): row for entry, row in zip(self.classes, rows, strict=True) for name in entry}
+
+    def _chosen_rows(self, entries: Iterable[ClassEntry]) -> Tensor:
+        missing = [entry[0] for entry in entries if same_name(entry[0]) not in self._rows]
+        if missing:
+            known = ", ".join(entry[0] for entry in self.classes[:10])
+            raise ValueError(f"classes: no text_embeddings for {', '.join(missing)}; there are rows for {known}, ...")
+        return torch.stack([self._rows[same_name(entry[0])] for entry in entries])
+
+    def _labels(self, pixels: np.ndarray, plan: _Plan) -> tuple[np.ndarray, np.ndarray, int]:
+        model, crop, size = self.model, (self.model.image_size,) * 2, pixels.shape[:2]
+        canvas = prepare(pixels, model.image_size, model.pixel_mean, model.pixel_std).to(self.device)
+        stride = max(426 * model.image_size // 512, 1)
+        windows = sliding_windows(canvas.shape[-2:], crop, (stride, stride))
+        out = self._run(canvas, windows, plan.text)
+        mixed = plan.seen is not None and 0 < len(plan.seen) < len(plan.text)
+        result = ops.masks_to_labels(
+            out.mask_logits,
+            size,
+            seen=plan.seen or (),
+            seen_offset=model.seen_offset,
+            trusty_logits=out.trusty_logits if mixed else None,
+            trusty_weighting=model.trusty_weighting if mixed else "off",
+            crop_size=crop,
+            canvas_size=tuple(canvas.shape[-2:]),
+            windows=windows,
+            dtype=torch.int32,
+            return_details=True,
+        )
+        return result.labels[0].cpu().numpy(), result.scores[0].float().cpu().numpy(), int(result.nan_count.sum())
+
+    def _run(self, canvas: Tensor, windows: list[tuple[int, int]], text: Tensor) -> SegmentationOutput:
+        """The model's output for all windows, in batches of `window_batch`."""
+        side, like = self.model.image_size, next(self.model.parameters())
+        parts = []
+        for start in range(0, len(windows), self.window_batch):
+            batch = windows[start : start + self.window_batch]
+            crops = torch.stack([canvas[:, y : y + side, x : x + side] for y, x in batch])
+            parts.append(self.model(crops.to(like.dtype), text))
+        trusty = [part.trusty_logits for part in parts]
+        return SegmentationOutput(
+            mask_logits=torch.cat([part.mask_logits for part in parts]),
+            global_token=torch.cat([part.global_token for part in parts]),
+            patch_tokens=torch.cat([part.patch_tokens for part in parts]),
+            trusty_logits=None if trusty[0] is None else torch.cat(trusty),
+        )
+
+
+def prepare(pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The normalised picture [3, H', W'] whose short side is `image_size`.
+
+    Resized as the official code does it with OpenCV: bilinear without antialiasing, on 8 bits, rounded back to them.
+    The long side becomes int(x * image_size / short + 0.5).
+
+    Raises:
+        ValueError: so long a strip that more than `MAX_WINDOWS` windows would be needed.
+    """
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    size = tuple(int(side * image_size / short + 0.5) for side in (height, width))
+    if max(size) > MAX_WINDOWS * 426 * image_size // 512:
+        raise ValueError(
+            f"image: {width} x {height} pixels are too long a strip: resized to a short side of {image_size}, it needs "
+            f"more than {MAX_WINDOWS} windows. Cut it into pieces"
+        )
+    values = torch.from_numpy(pixels).permute(2, 0, 1).float()
+    if size != (height, width):
+        values = F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0].round()
+    mean, std = (torch.tensor(values_).view(3, 1, 1) for values_ in (mean, std))
+    return (values / 255 - mean) / std
+
+
+def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
+    """The weight file of a path, or of a name in the cache folder."""
+    path, kept = Path(name_or_path), cache_dir() / "weights"
+    if path.is_file():
+        return path
+    named = kept / f"{os.fspath(name_or_path)}.safetensors"
+    if named.is_file():
+        return named
+    names = ", ".join(sorted(file.stem for file in kept.glob("*.safetensors"))) or "none"
+    raise FileNotFoundError(
+        f"name_or_path: no file {path}, and no such name among the weights in {kept} ({names}). "
+        "`zs3fast convert` writes such files from official checkpoints"
+    )
+
+
+def read_official(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model of an official checkpoint, and the text tower in it (empty if it has none); the file is read once."""
+    state = read_state_dict(path)
+    try:
+        model = weights.load_official(state, **options)
+    except weights.CheckpointError as error:
+        raise weights.CheckpointError(f"{path}: {str(error).removeprefix('checkpoint: ')}") from None
+    return model, {key: value for key, value in state.items() if key.startswith(TEXT_PREFIX)}
+
+
+def is_converted(path: Path) -> bool:
+    """Whether a weight file is one of ours, with its configuration inside."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _seen_argument(given: list[ClassEntry], seen: Iterable[str | int]) -> list[int]:
+    if isinstance(seen, str):
+        raise TypeError(f"seen: expected a list of names or indices, got the string {seen!r}")
+    position = {same_name(name): index for index, entry in enumerate(given) for name in entry}
+    indices = []
+    for item in seen:
+        index = position.get(same_name(item)) if isinstance(item, str) else item
+        if not isinstance(index, int) or not 0 <= index < len(given):
+            raise ValueError(f"seen: expected names or indices of the {len(given)} classes, got {item!r}")
+        indices.append(index)
+    return sorted(set(indices))

@@ -1,0 +1,24 @@
+"""Class names and their embeddings: vocabularies, templates, class-name files, the text tower and its disk cache."""
+
+from zs3fast.text.cache import cache_dir
+from zs3fast.text.class_lists import class_names, datasets, seen_classes, unseen_classes
+from zs3fast.text.embeddings import load_text_embeddings
+from zs3fast.text.encoder import TextEncoder
+from zs3fast.text.templates import MULTI, SINGLE, TEMPLATES, resolve_templates
+from zs3fast.text.vocabulary import parse_classes, read_class_file
+
+__all__ = [
+    "MULTI",
+    "SINGLE",
+    "TEMPLATES",
+    "TextEncoder",
+    "cache_dir",
+    "class_names",
+    "datasets",
+    "load_text_embeddings",
+    "parse_classes",
+    "read_class_file",
+    "resolve_templates",
+    "seen_classes",
+    "unseen_classes",
+]

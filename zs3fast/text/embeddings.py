@@ -1,0 +1,41 @@
+"""Prepared text embeddings: the .npy files that come with the official code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def load_text_embeddings(path: str | os.PathLike[str], num_classes: int | None = None) -> Tensor:
+    """Text embeddings [C, D] float32 of a NumPy file, a row a class in dataset order.
+
+    Rows stored in half precision are promoted and not renormalised: official results rest on the rounded values.
+
+    Args:
+        path: .npy file, [C, D] float16, float32 or float64.
+        num_classes: the C expected, if known.
+    Raises:
+        ValueError: not a .npy file, truncated, pickled objects, another shape or dtype, or values that are not finite.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"text_embeddings: {path} is not a whole .npy file of plain numbers ({error})") from None
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        raise ValueError(f"text_embeddings: {path} holds {array.dtype}, expected float16, float32 or float64")
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"text_embeddings: {path} has shape {list(array.shape)}, expected [C, D]")
+    if num_classes is not None and len(array) != num_classes:
+        raise ValueError(
+            f"text_embeddings: {path} has {len(array)} rows, expected one for each of {num_classes} classes"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"text_embeddings: {path} holds values that are not finite")
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))

@@ -1,0 +1,240 @@
+"""CLIP's text tower, through open_clip: class names in, unit vectors out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU, TextTransformer
+from torch import Tensor, nn
+
+from zs3fast._open_clip import clip_model_config, create_open_clip, quiet_open_clip
+from zs3fast.text.cache import cached, tensor_digest
+from zs3fast.text.templates import resolve_templates
+from zs3fast.text.vocabulary import ClassEntry, parse_classes
+
+logger = logging.getLogger("zs3fast")
+
+Tokenizer = Callable[[list[str]], Tensor]
+_TEXT_KEYS = ("positional_embedding", "token_embedding.", "text_projection", "ln_final.", "transformer.")
+_OPTIONAL_KEYS = ("attn_mask", "logit_scale", "logit_bias")  # of a whole CLIP state dict: no weights of the text tower
+
+
+class TextEncoder:
+    """Encodes class names with a CLIP text tower.
+
+    Args:
+        tower: token ids [n, context] -> text features [n, D]; open_clip's `TextTransformer`, or a module alike.
+        tokenizer: list of n sentences -> token ids [n, context].
+        name: what the weights are called, in cache keys and messages.
+        cache: keep embeddings on disk, see `zs3fast.text.cache`.
+        batch_size: sentences encoded at once.
+    """
+
+    def __init__(
+        self, tower: nn.Module, tokenizer: Tokenizer, *, name: str = "", cache: bool = True, batch_size: int = 256
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.tower = tower.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.cache = cache
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        clip: str | dict[str, Any] = "ViT-B-16",
+        pretrained: str | os.PathLike[str] | None = None,
+        *,
+        quick_gelu: bool | None = None,
+        tokenizer: Tokenizer | None = None,
+        cache: bool = True,
+        batch_size: int = 256,
+    ) -> TextEncoder:
+        """The text tower of an open_clip model.
+
+        Args:
+            clip: open_clip model name, or a configuration dict (embed_dim, vision_cfg, text_cfg).
+            pretrained: open_clip tag, checkpoint file or None: random weights, with a warning, and nothing is cached.
+            quick_gelu: overrides the activation. None: what a tag was trained with, else the configuration's.
+        Raises:
+            ValueError: no such model (close names are listed), or weights that cannot be found, fetched or read.
+        """
+        config = clip_model_config(clip, ("vision_cfg", "text_cfg"))
+        pretrained = None if pretrained is None else os.fspath(pretrained)
+        name = clip if isinstance(clip, str) else "CLIP"
+        if tokenizer is None:
+            tokenizer = _tokenizer(clip, config)
+        if pretrained is None:
+            logger.warning("the text tower of %s has random weights: its embeddings mean nothing", name)
+            cache = False
+        tower = create_open_clip(clip, pretrained, quick_gelu=quick_gelu).text
+        return cls(tower, tokenizer, name=f"{name} {pretrained}", cache=cache, batch_size=batch_size)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: dict[str, Tensor],
+        *,
+        heads: int | None = None,
+        quick_gelu: bool = True,
+        tokenizer: Tokenizer | None = None,
+        name: str = "",
+        cache: bool = True,
+        batch_size: int = 256,
+    ) -> TextEncoder:
+        """A text tower from its weights, with sizes read off their shapes.
+
+        Args:
+            state: open_clip / OpenAI text keys (positional_embedding, token_embedding.weight, text_projection,
+                ln_final.*, transformer.resblocks.*), alone, in a whole CLIP, or under `text_encoder.` as in official
+                ZegCLIP checkpoints. Half-precision weights are promoted.
+            heads: attention heads; None: width / 64, as in every OpenAI CLIP.
+        Raises:
+            ValueError: keys that are missing or unexpected, or have the wrong shape; all are listed.
+        """
+        weights = _text_weights(state)
+        width = weights["ln_final.weight"].shape[0]
+        heads = heads or max(width // 64, 1)
+        if width % heads:
+            raise ValueError(f"heads: the width {width} of the text tower is not a multiple of {heads}")
+        tower = TextTransformer(
+            context_length=weights["positional_embedding"].shape[0],
+            vocab_size=weights["token_embedding.weight"].shape[0],
+            width=width,
+            heads=heads,
+            layers=len({key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")}),
+            mlp_ratio=weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+            output_dim=weights["text_projection"].shape[1],
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
+        )
+        _load_strictly(tower, weights)
+        tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=tower.context_length)
+        return cls(tower, tokenizer, name=name, cache=cache, batch_size=batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.tower.parameters()).device
+
+    def to(self, device: str | torch.device) -> TextEncoder:
+        """Move the tower to a device."""
+        self.tower.to(device)
+        return self
+
+    def encode(self, classes: str | Iterable[str | Sequence[str]], templates: str | Sequence[str] = "single") -> Tensor:
+        """Text embeddings [C, D] of classes, unit rows, float32, on the tower's device.
+
+        Each sentence of a name is encoded and normalised, a name is the normalised mean of its sentences, a class the
+        normalised mean of its names (ZegCLIP's recipe; of one sentence and one name: the normalised feature).
+
+        Args:
+            classes: as `parse_classes` takes them; order is kept.
+            templates: "single", "multi", or sentences with one {} each.
+        Raises:
+            ValueError: empty or repeated classes, bad templates, a sentence too long for the tower.
+        """
+        entries, templates = parse_classes(classes), resolve_templates(templates)
+        sentences = [template.replace("{}", name) for entry in entries for name in entry for template in templates]
+        tokens = self._tokenize(sentences)
+        if not self.cache:
+            return self._encode(tokens, entries, len(templates))
+        key = {
+            "model": self.name,
+            "weights": tensor_digest(*self.tower.state_dict().values()),
+            "architecture": f"{self.tower} heads={getattr(self.tower, 'heads', None)}",
+            "device": self.device.type,
+            "classes": entries,
+            "templates": templates,
+            "tokens": tensor_digest(tokens),
+        }
+        return cached(key, lambda: self._encode(tokens, entries, len(templates))).to(self.device)
+
+    @torch.no_grad()
+    def _encode(self, tokens: Tensor, entries: list[ClassEntry], templates: int) -> Tensor:
+        batches = tokens.to(self.device).split(self.batch_size)
+        features = torch.cat([F.normalize(_features(self.tower, batch).float(), dim=-1) for batch in batches])
+        names = F.normalize(features.unflatten(0, (-1, templates)).mean(1), dim=-1)  # [all names, D]
+        of_class = names.split([len(entry) for entry in entries])
+        return torch.stack([F.normalize(rows.mean(0), dim=-1) for rows in of_class])
+
+    def _tokenize(self, sentences: list[str]) -> Tensor:
+        tokens = self.tokenizer(sentences)
+        # Tokenizers cut silently. Whoever has an `encode` lets us see the uncut length: words, start and end.
+        encode, context = getattr(self.tokenizer, "encode", None), tokens.shape[1]
+        for sentence in sentences if isinstance(self.tokenizer, open_clip.SimpleTokenizer) else ():
+            if len(encode(sentence)) + 2 > context:
+                raise ValueError(f"classes: too long for the text tower ({context} tokens): {sentence!r}")
+        return tokens
+
+
+def _features(tower: nn.Module, tokens: Tensor) -> Tensor:
+    """`tower(tokens)`, without what lies behind the longest sentence: in a causal tower it reaches no feature."""
+    causal = isinstance(tower, TextTransformer) and tower.attn_mask is not None and tower.cls_emb is None
+    if not causal or tower.pool_type != "argmax":
+        return tower(tokens)
+    length, mask = int(tokens.argmax(1).max()) + 1, tower.attn_mask
+    tower.attn_mask = mask[:length, :length]
+    try:
+        return tower(tokens[:, :length])
+    finally:
+        tower.attn_mask = mask
+
+
+def _tokenizer(clip: str | dict[str, Any], config: dict[str, Any]) -> Tokenizer:
+    if isinstance(clip, dict):
+        return open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+    try:
+        with quiet_open_clip():
+            return open_clip.get_tokenizer(clip)
+    except Exception as error:  # tokenizers of some models come from the hub, which raises its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"clip: the tokenizer of {clip} could not be had from the hub: {reason}") from None
+
+
+def _text_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "text_encoder."
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    weights = {key: value for key, value in (inside or state).items() if key.startswith(_TEXT_KEYS)}
+    if inside:
+        unexpected = sorted(set(inside) - set(weights) - set(_OPTIONAL_KEYS))
+        if unexpected:
+            raise ValueError(f"state: not a CLIP text tower: unexpected {unexpected[:10]}")
+    needed = (
+        "positional_embedding",
+        "token_embedding.weight",
+        "text_projection",
+        "ln_final.weight",
+        "transformer.resblocks.0.mlp.c_fc.weight",
+    )
+    missing = [key for key in needed if key not in weights]
+    if missing:
+        raise ValueError(f"state: not a CLIP text tower: missing {', '.join(missing)}")
+    flat = [key for key in needed if weights[key].dim() != (1 if key == "ln_final.weight" else 2)]
+    if flat:
+        shapes = ", ".join(f"{key} {list(weights[key].shape)}" for key in flat)
+        raise ValueError(f"state: not a CLIP text tower: wrong rank of {shapes}")
+    return {key: value.float() for key, value in weights.items()}
+
+
+def _load_strictly(tower: nn.Module, weights: dict[str, Tensor]) -> None:
+    own = tower.state_dict()
+    lists = {
+        "missing": [key for key in own if key not in weights],
+        "unexpected": [key for key in weights if key not in own],
+        "wrong shape": [
+            f"{key} {list(weights[key].shape)}, expected {list(own[key].shape)}"
+            for key in own
+            if key in weights and own[key].shape != weights[key].shape
+        ],
+    }
+    if any(lists.values()):
+        report = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists.items() if keys)
+        raise ValueError(f"state: not a CLIP text tower: {report}")
+    tower.load_state_dict(weights)
