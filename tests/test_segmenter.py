@@ -257,10 +257,22 @@ def test_bad_constructions():
         Segmenter(make_model(), text_encoder=encoder, text_embeddings=text_rows(5))
     with pytest.raises(ValueError, match="classes: expected class names"):
         Segmenter(make_model(class_names=None), text_encoder=encoder)(photo(9, 9))
+    loaded = make_model()
+    loaded.load_state_dict(make_model().state_dict())
     with pytest.raises(ValueError, match="text_encoder: expected one"):
-        Segmenter(make_model())(photo(9, 9), ["cat"])
+        Segmenter(loaded)(photo(9, 9), ["cat"])
     with pytest.raises(ValueError, match=r"text_embeddings: expected \[C, 32\]"):
         Segmenter(make_model(), text_embeddings=torch.zeros(5, 31))(photo(9, 9))
+
+
+def test_an_untrained_model_segments_and_says_so_once(caplog):
+    """Nothing is fetched for a model whose own weights are random: its text tower is random too."""
+    seg = Segmenter(make_model())
+    with caplog.at_level("WARNING", "zs3fast"):
+        first = seg(photo(40, 50), ["cat", "moon"])
+        again = seg(photo(40, 50), ["cat", "moon"])
+    assert first.labels.shape == (40, 50) and np.array_equal(first.labels, again.labels)
+    assert sum("untrained" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_names_are_encoded_once_a_list():
@@ -358,6 +370,7 @@ def test_the_text_tower_is_looked_for_where_the_model_says(monkeypatch):
 
     monkeypatch.setattr(TextEncoder, "from_open_clip", from_open_clip)
     model = make_model()
+    model.load_state_dict(model.state_dict())  # no longer the random weights of the constructor
     config = model.config
     for clip, pretrained in (("ViT-B-16", None), ("ViT-B-32", "laion2b_e16")):
         changed = {**config, "clip": clip, "pretrained": pretrained}

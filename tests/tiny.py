@@ -1,4 +1,4 @@
-"""A CLIP and models small enough to run in milliseconds, and real in every part."""
+"""Models small enough to run in milliseconds, and real in every part."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import zs3fast
+from tests.tiny_clip import CONFIG as CLIP
 
-CLIP = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 64, "layers": 3, "width": 48, "patch_size": 16, "head_width": 12},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    "quick_gelu": True,
-}
 NUM_CLASSES = 7
 SEEN = [0, 1, 2, 4, 6]
 
@@ -22,6 +17,8 @@ SEEN = [0, 1, 2, 4, 6]
 def tiny_model(method: str, **options: Any) -> nn.Module:
     """A seeded model in eval mode."""
     torch.manual_seed(0)
+    if method == "clip_rc":
+        options.setdefault("regions", 4)
     settings = {"clip": CLIP, "num_prompts": 3, "image_size": 64, "num_classes": NUM_CLASSES, "seen": SEEN}
     return zs3fast.create_model(method, **{**settings, "decoder_heads": 4, **options}).eval()
 

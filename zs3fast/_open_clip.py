@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import open_clip
 from torch import nn
+
+# open_clip is imported where it is used: it takes seconds and some 200 MB, and a checkpoint's sizes need none of it.
 
 
 def clip_model_config(clip: str | dict[str, Any], parts: tuple[str, ...] = ("vision_cfg",)) -> dict[str, Any]:
@@ -28,6 +29,8 @@ def clip_model_config(clip: str | dict[str, Any], parts: tuple[str, ...] = ("vis
         return clip
     if not isinstance(clip, str):
         raise TypeError(f"clip: expected an open_clip model name or configuration dict, got {type(clip).__name__}")
+    import open_clip
+
     config = open_clip.get_model_config(clip) if clip in open_clip.list_models() else None
     if config is None:
         close = difflib.get_close_matches(clip, open_clip.list_models(), n=5, cutoff=0.4) or ["ViT-B-16", "ViT-L-14"]
@@ -37,6 +40,8 @@ def clip_model_config(clip: str | dict[str, Any], parts: tuple[str, ...] = ("vis
 
 def uses_quick_gelu(clip: str | dict[str, Any], pretrained: str | None) -> bool:
     """The activation of a configuration, or of the tag its weights come from."""
+    import open_clip
+
     config = clip_model_config(clip, ())
     tag = open_clip.get_pretrained_cfg(clip, pretrained) if isinstance(clip, str) and pretrained else {}
     return bool(tag.get("quick_gelu", False)) or bool(config.get("quick_gelu", False))
@@ -53,6 +58,8 @@ def create_open_clip(
     Raises:
         ValueError: weights that cannot be found, fetched or read.
     """
+    import open_clip
+
     config = clip_model_config(clip, ("vision_cfg", "text_cfg"))
     gelu = uses_quick_gelu(clip, pretrained) if quick_gelu is None else quick_gelu
     tag = open_clip.get_pretrained_cfg(clip, pretrained) if isinstance(clip, str) and pretrained else {}
@@ -75,6 +82,8 @@ def create_open_clip(
 
 
 def _check_file(clip: str | dict[str, Any], pretrained: str) -> None:
+    import open_clip
+
     if not os.path.isfile(pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) if isinstance(clip, str) else "none"
         raise ValueError(
@@ -91,6 +100,8 @@ def _check_file(clip: str | dict[str, Any], pretrained: str) -> None:
 
 
 def _no_weights(clip: str | dict[str, Any], pretrained: str | None, tag: dict[str, Any], error: Exception) -> str:
+    import open_clip
+
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not tag:
         what = clip if isinstance(clip, str) else "this configuration"

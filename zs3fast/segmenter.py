@@ -64,7 +64,8 @@ class Segmenter:
         model: from `create_model`, `load_official` or `weights.load`; put in eval mode.
         tokenizer: list of sentences -> token ids, in place of the text encoder's own.
         text_encoder: the text tower of the CLIP the model grew from. None: built when first needed, from open_clip,
-            with the model's own `pretrained` weights or, where the model names none, OpenAI's.
+            with the model's own `pretrained` weights or, where the model names none, OpenAI's; random, with a warning,
+            for a model whose own weights are the constructor's random ones.
         text_embeddings: [C, D] prepared rows for `class_names`, instead of a text encoder. Classes are then chosen
             from these by name.
         class_names: the rows' names, and the classes of a call that gives none. None: the model's training vocabulary.
@@ -162,6 +163,10 @@ class Segmenter:
         """The text tower; built from open_clip when first asked for, if none was given."""
         if self._text_encoder is None:
             config = self.model.config
+            if not self.model.weights_loaded:
+                logger.warning("the model's weights are untrained, so its text tower is too: labels mean nothing")
+                self._text_encoder = TextEncoder.from_open_clip(config["clip"], None, tokenizer=self._tokenizer)
+                return self._text_encoder.to(self.device)
             if not isinstance(config["clip"], str) and config.get("pretrained") is None:
                 raise ValueError("text_encoder: expected one, since this model's CLIP has no name to find a tower by")
             pretrained = config.get("pretrained") or "openai"

@@ -1,4 +1,4 @@
-"""ZegCLIP and TagCLIP against the official implementations: outputs, labels, losses, gradients."""
+"""Every method against its official implementation: outputs, labels, losses, gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zs3fast
 from tests.goldens_data import HEADS, SEEN, Golden, golden_files, relative
 from zs3fast.weights import official_keys
 
-FILES = [(method, path) for method in ("zegclip", "tagclip") for path in golden_files(method)]
+FILES = [(method, path) for method in zs3fast.list_models() for path in golden_files(method)]
 pytestmark = pytest.mark.parametrize(("method", "path"), FILES, ids=[path.stem for _, path in FILES])
 TOLERANCE = 1e-5
 
@@ -41,6 +41,9 @@ def test_eval_outputs(method: str, path: Path, grad: bool) -> None:
         assert relative(out.global_token, golden["eval/global_token"]) < TOLERANCE
         assert relative(patch_map, golden["eval/patch_map"]) < TOLERANCE
         assert relative(masks, golden["eval/mask_logits"]) < TOLERANCE
+        if method == "clip_rc":
+            region_map = out.region_tokens.transpose(1, 2).unflatten(-1, model.encoder.regions)
+            assert relative(region_map, golden["eval/region_map"]) < TOLERANCE
     model.trusty_weighting = "off"
     assert relative(model.class_scores(out, size), golden["eval/scores"]) < TOLERANCE
     labels = model.predict_labels(out, size)
@@ -64,7 +67,14 @@ def test_losses_and_gradients(method: str, path: Path, monkeypatch: pytest.Monke
             module.dropout = 0.0
     out = model(golden["input/image"], golden["input/text_embeddings"][SEEN])
     losses = model.loss(out, golden["input/label"], setting="inductive")
-    names = {"loss_mask": "loss_mask", "loss_dice": "loss_dice", "loss_trusty": "loss_disc", "loss": "total"}
+    names = {
+        "loss_mask": "loss_mask",
+        "loss_dice": "loss_dice",
+        "loss_trusty": "loss_disc",
+        "loss_recovery_q": "recovery_loss_q",
+        "loss_recovery_k": "recovery_loss_k",
+        "loss": "total",
+    }
     for name, loss in losses.items():
         assert relative(loss, golden[f"train/{names[name]}"]) < TOLERANCE, name
     losses["loss"].backward()

@@ -145,7 +145,18 @@ def test_without_the_token_there_is_no_trusty_map_and_no_trusty_loss() -> None:
     assert set(model.loss(out, tiny_labels())) == {"loss_mask", "loss_dice", "loss"}
 
 
-VARIANTS = ["s_q", "q", "identity", "qmscq", "attn:q_s_s", "attn:qms_q_qmscq", "attn:qcs_qcs_qcs", "self_attn:qmscq", "self_attn:qms", "attn_cat:qms_s_q"]
+VARIANTS = [
+    "s_q",
+    "q",
+    "identity",
+    "qmscq",
+    "attn:q_s_s",
+    "attn:qms_q_qmscq",
+    "attn:qcs_qcs_qcs",
+    "self_attn:qmscq",
+    "self_attn:qms",
+    "attn_cat:qms_s_q",
+]
 
 
 @pytest.mark.parametrize("descriptor", VARIANTS)

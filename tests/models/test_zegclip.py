@@ -184,9 +184,19 @@ def test_a_few_steps_on_one_batch_lower_the_loss() -> None:
     [
         (torch.zeros(2, 64, 64), "inductive", TypeError, "labels: expected an integer type"),
         (torch.zeros(64, 64, dtype=torch.long), "inductive", ValueError, r"labels: expected \[B, H, W\]"),
-        (torch.full((2, 64, 64), 9), "inductive", ValueError, r"labels: value 9 at \[b, y, x\] = \[0, 0, 0\], expected 0..6 or 255"),
+        (
+            torch.full((2, 64, 64), 9),
+            "inductive",
+            ValueError,
+            r"labels: value 9 at \[b, y, x\] = \[0, 0, 0\], expected 0..6 or 255",
+        ),
         (torch.zeros(2, 64, 64, dtype=torch.long), "open", ValueError, "setting: expected one of inductive"),
-        (torch.zeros(2, 64, 64, dtype=torch.long), "supervised", ValueError, r"out: the supervised loss needs the output for all classes \(7\), got 5"),
+        (
+            torch.zeros(2, 64, 64, dtype=torch.long),
+            "supervised",
+            ValueError,
+            r"out: the supervised loss needs the output for all classes \(7\), got 5",
+        ),
     ],
 )
 def test_bad_loss_input(labels: torch.Tensor, setting: str, error: type[Exception], message: str) -> None:
@@ -231,7 +241,9 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 
 
 def test_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match=r"method: expected one of tagclip, zegclip, got 'zegclipp'; did you mean 'zegclip'"):
+    with pytest.raises(
+        ValueError, match=r"method: expected one of clip_rc, tagclip, zegclip, got 'zegclipp'; did you mean 'zegclip'"
+    ):
         zs3fast.create_model("zegclipp")
 
 

@@ -35,7 +35,12 @@ def test_file_wrappers_and_prefixes_are_opened(tmp_path: Path) -> None:
 
 def test_sizes_are_read_off_the_keys() -> None:
     config = zs3fast.load_official(official(), **OPTIONS).config
-    assert (config["num_prompts"], config["prompt_depth"], config["decoder_layers"], config["decoder_width"]) == (3, 2, 3, 128)
+    assert (config["num_prompts"], config["prompt_depth"], config["decoder_layers"], config["decoder_width"]) == (
+        3,
+        2,
+        3,
+        128,
+    )
     assert config["image_size"] == 64 and config["clip"]["vision_cfg"]["width"] == 48
     model = zs3fast.load_official(official("tagclip"), image_size=96, **OPTIONS)
     assert model.config["layout"] == "a_n_n" and model.config["trusty_token"] and model.image_size == 96
@@ -61,7 +66,9 @@ def test_dead_and_text_keys_are_dropped_but_nothing_else() -> None:
     zs3fast.load_official(state, **OPTIONS)
     state["decode_head.surprise"] = torch.ones(1)
     del state["backbone.ln_post.bias"]
-    with pytest.raises(CheckpointError, match=r"(?s)missing \(1\): backbone.ln_post.bias.*unexpected \(1\): decode_head.surprise"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)missing \(1\): backbone.ln_post.bias.*unexpected \(1\): decode_head.surprise"
+    ):
         zs3fast.load_official(state, **OPTIONS)
 
 
@@ -116,7 +123,7 @@ def test_entries_that_are_no_tensors(tmp_path: Path) -> None:
         zs3fast.load_official(tmp_path / "odd.pth")
 
 
-@pytest.mark.parametrize("method", ["zegclip", "tagclip"])
+@pytest.mark.parametrize("method", zs3fast.list_models())
 def test_save_and_load_keep_weights_settings_and_companions(tmp_path: Path, method: str) -> None:
     model = tiny_model(method, class_names=list("abcdefg"), seen_offset=0.0)
     if method == "tagclip":

@@ -32,8 +32,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
         q, k, v = (
-            _split_heads(layer(x), self.heads)
-            for layer, x in ((self.q, queries), (self.k, patches), (self.v, patches))
+            _split_heads(layer(x), self.heads) for layer, x in ((self.q, queries), (self.k, patches), (self.v, patches))
         )
         dropout = DROPOUT if self.training else 0.0
         out, _ = ops.attention_to_mask(q, k, v, q.shape[-1] ** -0.5, dropout_p=dropout, need_masks=False)

@@ -157,6 +157,8 @@ def build_variant(spec: str, dim: int, heads: int, num_classes: int | None) -> n
         )
     if kind == "":
         return LinearDescriptor(dim, inputs)
-    return {"attn": CrossAttentionDescriptor, "self_attn": SelfAttentionDescriptor, "attn_cat": AttentionConcatDescriptor}[
-        kind
-    ](dim, inputs, heads)
+    return {
+        "attn": CrossAttentionDescriptor,
+        "self_attn": SelfAttentionDescriptor,
+        "attn_cat": AttentionConcatDescriptor,
+    }[kind](dim, inputs, heads)

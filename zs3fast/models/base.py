@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zs3fast import ops
-from zs3fast.encoders.config import vision_config
+from zs3fast.encoders.config import ClipVisionConfig, vision_config
 from zs3fast.encoders.open_clip_weights import load_clip_weights
 from zs3fast.encoders.prompted import PromptedClipViT
 from zs3fast.labels import targets
@@ -22,6 +22,17 @@ logger = logging.getLogger("zs3fast")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SETTINGS = ("inductive", "transductive", "supervised")
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    """`value`, or an error that names the argument and its choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _note_loaded_weights(model: nn.Module, _keys: object) -> None:
+    model.weights_loaded = True
 
 
 class SegmentationModel(nn.Module):
@@ -39,6 +50,9 @@ class SegmentationModel(nn.Module):
         loss_weights: weight of every loss term; defaults to the method's VOC inductive recipe.
         prompt_depth: see `PromptedClipViT`.  quick_gelu: see `vision_config`.
         double_class_embedding: ZegCLIP's doubled class token (True) or plain CLIP's.
+
+    Attributes:
+        weights_loaded: False while all weights are the random ones of the constructor.
     """
 
     method: ClassVar[str]
@@ -71,7 +85,9 @@ class SegmentationModel(nn.Module):
             raise ValueError(f"class_names: expected num_classes = {num_classes} names, got {len(class_names)}")
         unknown = set(loss_weights or {}) - set(self.default_loss_weights)
         if unknown:
-            raise ValueError(f"loss_weights: unknown terms {sorted(unknown)}, expected {list(self.default_loss_weights)}")
+            raise ValueError(
+                f"loss_weights: unknown terms {sorted(unknown)}, expected {list(self.default_loss_weights)}"
+            )
         self.image_size = image_size
         self.num_classes = num_classes
         self.class_names = None if class_names is None else list(class_names)
@@ -87,15 +103,23 @@ class SegmentationModel(nn.Module):
             "double_class_embedding": double_class_embedding,
         }
         self._told_about_other_vocabulary = False
-        self.encoder = PromptedClipViT(
+        self.weights_loaded = pretrained is not None
+        self.register_load_state_dict_post_hook(_note_loaded_weights)
+        self.encoder = self._make_encoder(
             vision,
             image_size,
-            num_prompts=num_prompts,
-            prompt_depth=prompt_depth,
-            double_class_embedding=double_class_embedding,
+            {
+                "num_prompts": num_prompts,
+                "prompt_depth": prompt_depth,
+                "double_class_embedding": double_class_embedding,
+            },
         )
         if pretrained is not None:
             load_clip_weights(self.encoder, clip, pretrained)
+
+    def _make_encoder(self, vision: ClipVisionConfig, image_size: int, options: dict[str, Any]) -> PromptedClipViT:
+        """The image tower; methods with another one override it."""
+        return PromptedClipViT(vision, image_size, **options)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -139,7 +163,9 @@ class SegmentationModel(nn.Module):
         """Text embeddings [C, D] in the model's dtype; half-precision rows are promoted, never renormalised."""
         like = self.encoder.proj
         if not isinstance(text_embeddings, Tensor):
-            raise TypeError(f"text_embeddings: expected a tensor [C, {self.embed_dim}], got {type(text_embeddings).__name__}")
+            raise TypeError(
+                f"text_embeddings: expected a tensor [C, {self.embed_dim}], got {type(text_embeddings).__name__}"
+            )
         if text_embeddings.dim() != 2 or text_embeddings.shape[1] != self.embed_dim or not len(text_embeddings):
             raise ValueError(
                 f"text_embeddings: expected [C, {self.embed_dim}] with C >= 1, got {list(text_embeddings.shape)}"
@@ -167,7 +193,9 @@ class SegmentationModel(nn.Module):
             if not self._told_about_other_vocabulary and not torch.compiler.is_compiling():
                 self._told_about_other_vocabulary = True
                 logger.info(
-                    "%d classes given, the model's vocabulary has %d: no class counts as seen here", classes, self.num_classes
+                    "%d classes given, the model's vocabulary has %d: no class counts as seen here",
+                    classes,
+                    self.num_classes,
                 )
         crop = self.upsample_size(out)
         return {
@@ -187,7 +215,9 @@ class SegmentationModel(nn.Module):
         """
         return reference_scores(out.mask_logits, size, **self._calibration(out, size))
 
-    def predict_labels(self, out: SegmentationOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64) -> Tensor:
+    def predict_labels(
+        self, out: SegmentationOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64
+    ) -> Tensor:
         """Labels [B, H, W], always equal to `class_scores(out, size).argmax(1)`, without the scores."""
         return ops.masks_to_labels(out.mask_logits, size, dtype=dtype, **self._calibration(out, size))
 
@@ -202,8 +232,7 @@ class SegmentationModel(nn.Module):
             setting: "inductive": unseen pixels count as ignored; "transductive": they take the model's own best unseen
                 class (self-training); "supervised": labels are used as they are.
         """
-        if setting not in SETTINGS:
-            raise ValueError(f"setting: expected one of {', '.join(SETTINGS)}, got {setting!r}")
+        one_of("setting", setting, SETTINGS)
         channels = out.mask_logits.shape[1]
         classes = channels if self.num_classes is None and setting == "supervised" else self.num_classes
         if classes is None:
@@ -211,7 +240,9 @@ class SegmentationModel(nn.Module):
         expected = len(self.seen) if setting == "inductive" else classes
         if channels != expected:
             what = "the seen classes" if setting == "inductive" else "all classes"
-            raise ValueError(f"out: the {setting} loss needs the output for {what} ({expected}), got {channels} classes")
+            raise ValueError(
+                f"out: the {setting} loss needs the output for {what} ({expected}), got {channels} classes"
+            )
         targets.check_labels(labels, classes, ignore_index)
         mapped = self._training_labels(out, labels, setting, classes, ignore_index)
         terms = self._loss_terms(out, labels, mapped, classes, ignore_index)

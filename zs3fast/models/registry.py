@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-_METHOD_FILES = ("tagclip", "zegclip")
+_METHOD_FILES = ("clip_rc", "tagclip", "zegclip")
 _models: dict[str, type[nn.Module]] = {}
 
 
@@ -35,7 +35,7 @@ def create_model(method: str, **options: Any) -> nn.Module:
     Args:
         method: one of `list_models()`.
         options: sizes and settings, the same for all methods: clip="ViT-B-16", pretrained=None (an open_clip tag, a
-            path or None), num_prompts=10, image_size=512, seen=[...], num_classes=20; the method's own are in its class.
+            path or None), num_prompts=10, image_size=512, seen=[...], num_classes=20; a method's own are in its class.
     Raises:
         ValueError, TypeError: unknown method, unknown option, or an option out of range.
     """

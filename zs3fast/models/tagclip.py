@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,18 +14,12 @@ from zs3fast.descriptors.relationship import RelationshipDescriptor
 from zs3fast.descriptors.trusty import TrustyLearner
 from zs3fast.descriptors.variants import build_variant
 from zs3fast.labels import targets
-from zs3fast.models.base import SegmentationModel
+from zs3fast.models.base import SegmentationModel, one_of
 from zs3fast.models.registry import register_model
 from zs3fast.ops.masks_to_labels import TRUSTY_WEIGHTINGS
 from zs3fast.types import SegmentationOutput
 
 _TRUSTY_INIT = {"xavier": nn.init.xavier_uniform_, "zeros": nn.init.zeros_, "uniform01": nn.init.uniform_}
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
 
 
 @register_model("tagclip")
@@ -41,7 +34,7 @@ class TagCLIP(SegmentationModel):
         trusty_polarity: "unseen": sigmoid(trusty_logits) = P(unseen), the official code's; "seen" negates the output of
             weights trained the other way round, so that `trusty_logits` always has the first meaning.
         trusty_target: "unseen": pixels of unseen classes; "not_seen": ignored pixels too (background undifferentiated).
-        unseen_labels: "separate": self-training fills unseen pixels with pseudo labels; "merged": they count as ignored.
+        unseen_labels: "separate": self-training fills unseen pixels with pseudo labels; "merged": they are ignored.
         layout: a letter a decoder layer, joined by "_": "a" mixes the queries by self-attention first, "n" does not.
         descriptor: "qms_q" (default) or an ablation, see `zs3fast.descriptors.variants`.
         decoder_heads, decoder_width: heads and FFN width (None: 4 D) of the decoder.
@@ -77,13 +70,13 @@ class TagCLIP(SegmentationModel):
             raise ValueError("descriptor: 'learnable' has no row for the trusty token; use it with trusty_token=False")
         super().__init__(**options)
         self.trusty_weighting = trusty_weighting
-        self.trusty_loss = _one_of("trusty_loss", trusty_loss, ("focal", "dice"))
-        self.trusty_polarity = _one_of("trusty_polarity", trusty_polarity, ("unseen", "seen"))
-        self.trusty_target = _one_of("trusty_target", trusty_target, ("unseen", "not_seen"))
-        self.unseen_labels = _one_of("unseen_labels", unseen_labels, ("separate", "merged"))
+        self.trusty_loss = one_of("trusty_loss", trusty_loss, ("focal", "dice"))
+        self.trusty_polarity = one_of("trusty_polarity", trusty_polarity, ("unseen", "seen"))
+        self.trusty_target = one_of("trusty_target", trusty_target, ("unseen", "not_seen"))
+        self.unseen_labels = one_of("unseen_labels", unseen_labels, ("separate", "merged"))
         self._architecture.update(
             trusty_token=trusty_token,
-            trusty_init=_one_of("trusty_init", trusty_init, tuple(_TRUSTY_INIT)),
+            trusty_init=one_of("trusty_init", trusty_init, tuple(_TRUSTY_INIT)),
             layout=layout,
             descriptor=descriptor,
             decoder_heads=decoder_heads,
@@ -124,7 +117,7 @@ class TagCLIP(SegmentationModel):
 
     @trusty_weighting.setter
     def trusty_weighting(self, mode: str) -> None:
-        self._trusty_weighting = _one_of("trusty_weighting", mode, TRUSTY_WEIGHTINGS)
+        self._trusty_weighting = one_of("trusty_weighting", mode, TRUSTY_WEIGHTINGS)
 
     def forward(self, images: Tensor, text_embeddings: Tensor) -> SegmentationOutput:
         """Images [B, 3, H, W], normalised, and text embeddings [C, D] -> mask and trusty logits and the tokens."""

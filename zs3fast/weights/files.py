@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -83,20 +85,26 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         raise CheckpointError(
-            f"{path}: holds pickled objects other than tensors and is not loaded, since that could run code ({reason.strip()})"
+            f"{path}: holds pickled objects other than tensors and is not loaded, since that could run code "
+            f"({reason.strip()})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable torch file, truncated perhaps ({type(error).__name__}: {error})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, struct.error) as error:
+        raise CheckpointError(
+            f"{path}: not a readable torch file, truncated perhaps ({type(error).__name__}: {error})"
+        ) from None
     return unwrap_state_dict(content, str(path))
 
 
 def unwrap_state_dict(content: Any, source: str) -> dict[str, Tensor]:
-    """Open {"state_dict": ...} / {"model": ...} wrappers and strip a leading "module."."""
+    """Open {"state_dict": ...} / {"model": ...} wrappers, strip a leading "module.", take NumPy arrays as tensors."""
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{source}: expected a state dict of named tensors, got {type(content).__name__}")
+    content = {
+        key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in content.items()
+    }
     odd = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if odd:
         raise CheckpointError(f"{source}: entries that are not named tensors: {odd[:5]}")

@@ -1,4 +1,4 @@
-"""Official checkpoints of ZegCLIP and TagCLIP -> our models, with sizes read off the tensors."""
+"""Official checkpoints of ZegCLIP, TagCLIP and CLIP-RC -> our models, with sizes read off the tensors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from zs3fast.encoders.config import clip_model_config
 from zs3fast.models.registry import create_model
 from zs3fast.weights.files import CheckpointError, read_state_dict, report, strict_load, unwrap_state_dict
 
@@ -24,7 +23,12 @@ _SIGNATURES = {
     "tagclip": r"^decode_head\.(relationship_discriptor|decoder\.layers)\.",
     "zegclip": r"^decode_head\.(decoder_1\.layers|q_proj)\.",
 }
-_DECODER = {"zegclip": "decode_head.decoder_1.", "tagclip": "decode_head.decoder."}
+_VIT_B_16 = (768, 12, 12, 16, 512, 3072)  # width, layers, heads, patch, joint width, MLP width
+_DECODER = {
+    "zegclip": "decode_head.decoder_1.",
+    "tagclip": "decode_head.decoder.",
+    "clip_rc": "decode_head.decoder_q.",
+}
 
 
 def detect_method(keys: Sequence[str]) -> str | None:
@@ -51,7 +55,7 @@ def load_official(
 
     Args:
         checkpoint: a torch or safetensors file, or a state dict with official keys.
-        method: "zegclip" or "tagclip"; None reads it off the keys.
+        method: "zegclip", "tagclip" or "clip_rc"; None reads it off the keys.
         seen, num_classes: the training vocabulary; they are not in the weights. Self-trained checkpoints want
             `seen_offset=0` as well.
         heads: attention heads of the encoder; None: width / 64.  decoder_heads: of the decoder.
@@ -78,7 +82,8 @@ def load_official(
     sizes = _sizes(found, state, source, heads)
     if image_size is not None and image_size != sizes["image_size"]:
         logger.info("%s: trained at %d pixels, masks go to %d", source, sizes["image_size"], image_size)
-    model = create_model(found, **sizes, decoder_heads=decoder_heads, seen=seen, num_classes=num_classes, **options)
+    settings = {**sizes, "decoder_heads": decoder_heads, "seen": seen, "num_classes": num_classes, **options}
+    model = create_model(found, **settings)
     model.image_size = image_size or sizes["image_size"]
     names = official_keys(model)
     missing = [official for official in names.values() if official not in state]
@@ -91,13 +96,17 @@ def load_official(
 
 def official_keys(model: nn.Module) -> dict[str, str]:
     """Our parameter names -> the official ones of the same tensors."""
-    rename = {"zegclip": _zegclip_key, "tagclip": _tagclip_key}[model.method]
+    rename = {"zegclip": _zegclip_key, "tagclip": _tagclip_key, "clip_rc": _clip_rc_key}[model.method]
     return {name: rename(name) for name in model.state_dict()}
 
 
 def _zegclip_key(name: str) -> str:
     room, _, rest = name.partition(".")
-    return {"encoder": f"backbone.{rest}", "descriptor": f"decode_head.{rest}", "decoder": f"decode_head.decoder_1.{rest}"}[room]
+    return {
+        "encoder": f"backbone.{rest}",
+        "descriptor": f"decode_head.{rest}",
+        "decoder": f"decode_head.decoder_1.{rest}",
+    }[room]
 
 
 def _tagclip_key(name: str) -> str:
@@ -114,10 +123,19 @@ def _tagclip_key(name: str) -> str:
     return f"decode_head.decoder.{rest}"
 
 
+def _clip_rc_key(name: str) -> str:
+    room, _, rest = name.partition(".")
+    prefixes = {"encoder": "backbone.", "recovery": "decode_head.recovery_decoder."}
+    return prefixes.get(room, "decode_head.") + rest
+
+
 def _dead(method: str, key: str, sizes: dict[str, Any]) -> bool:
     """Whether the official forward pass never uses this tensor (or it is the text tower's)."""
     if key.startswith("text_encoder.") or key == "decode_head.loss_decode.criterion.empty_weight":
         return True
+    if method == "clip_rc":  # every layer is live but for its self-attention; Jittor saves its mask too
+        unused = r"decode_head\..*\.(self_attn\..*|norm1\.(weight|bias))|.*\.attn_mask"
+        return re.fullmatch(unused, key) is not None
     layer = re.fullmatch(re.escape(_DECODER[method]) + r"layers\.(\d+)\.(\w+)\.(.+)", key)
     if not layer:
         return False
@@ -160,6 +178,16 @@ def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None
         "prompt_depth": depth,
         "decoder_width": shape(_DECODER[method] + "layers.0.linear1.weight")[0],
     }
+    if method == "clip_rc":
+        recovery = _count(state, r"decode_head\.recovery_decoder\.decouple_q\.(\d+)\.")
+        del sizes["prompt_depth"]
+        return {
+            **sizes,
+            "decoder_layers": decoder_layers,
+            "regions": shape("backbone.region_level_bridge")[0],
+            "recovery_layers": recovery if "decode_head.recovery_decoder.linear_q_in.weight" in state else None,
+            **_alignment(shape("decode_head.lateral_proj.weight"), embed_dim),
+        }
     if method == "zegclip":
         return {**sizes, "decoder_layers": decoder_layers}
     letters = [f"{_DECODER[method]}layers.{i}.self_attn.in_proj_weight" in state for i in range(decoder_layers)]
@@ -168,6 +196,13 @@ def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None
         "layout": "_".join("a" if letter else "n" for letter in letters),
         "trusty_token": "decode_head.disc_token" in state,
     }
+
+
+def _alignment(shape: tuple[int, ...], dim: int) -> dict[str, str]:
+    """Which tokens join the patches, where the width of the projection tells; one of two is told by an option."""
+    known = {1: "none", 3: "region_global"}
+    parts = shape[1] // dim
+    return {"alignment": known[parts]} if parts in known else {}
 
 
 def _count(state: dict[str, Tensor], pattern: str) -> int:
@@ -186,9 +221,7 @@ def _clip_name(
         "image_size": grid * patch_size,
         "mlp_ratio": mlp_width / width,
     }
-    common = clip_model_config("ViT-B-16")
-    named = {"head_width": 64, "mlp_ratio": 4.0, **common["vision_cfg"], "image_size": vision["image_size"]}
-    if embed_dim == common["embed_dim"] and vision == named:
+    if (width, layers, heads, patch_size, embed_dim, mlp_width) == _VIT_B_16:
         return "ViT-B-16"
     return {"embed_dim": embed_dim, "vision_cfg": vision, "quick_gelu": True}
 

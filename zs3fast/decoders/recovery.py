@@ -1,0 +1,75 @@
+"""Recovery decoder: decoded queries and features back to what CLIP said, in training only (CLIP-RC section 3.4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zs3fast.decoders.one_way import DecoderLayer
+
+
+class RecoveryDecoder(nn.Module):
+    """Linears, `layers` two-way layers, Linears; L1 to the detached descriptor and patch tokens.
+
+    Shapes: queries [B, M * C, D], features [B, N, D] -> descriptors [B, M * C, 2 D], patch tokens [B, N, D].
+    """
+
+    def __init__(self, dim: int, heads: int, layers: int, ffn_width: int):
+        super().__init__()
+        self.linear_q_in, self.linear_k_in = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.decouple_q = nn.ModuleList(DecoderLayer(dim, heads, ffn_width) for _ in range(layers))
+        self.decouple_v = nn.ModuleList(DecoderLayer(dim, heads, ffn_width) for _ in range(layers))
+        self.linear_q_out, self.linear_k_out = nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, queries: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        queries, features = self.linear_q_in(queries), self.linear_k_in(features)
+        for layer_q, layer_v in zip(self.decouple_q, self.decouple_v):
+            queries, features = layer_q(queries, features), layer_v(features, queries)
+        return self.linear_q_out(queries), self.linear_k_out(features)
+
+
+def descriptor_l1(recovered: Tensor, text: Tensor, visual: Tensor) -> Tensor:
+    """mean |recovered - concat(text * visual, text)| over all elements, the target rebuilt and never stored.
+
+    Args:
+        recovered: [B, M * C, 2 D], region-major.  text: [C, D].  visual: [B, M, D]. No gradient reaches the last two.
+    """
+    return _DescriptorL1.apply(recovered, text.detach(), visual.detach())
+
+
+class _DescriptorL1(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, recovered: Tensor, text: Tensor, visual: Tensor) -> Tensor:
+        ctx.save_for_backward(recovered, text, visual)
+        total = recovered.new_zeros((), dtype=torch.float64)
+        for _, difference in _differences(recovered, text, visual):
+            total += difference.abs().sum(dtype=torch.float64)
+        return (total / max(recovered.numel(), 1)).to(recovered.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        recovered, text, visual = ctx.saved_tensors
+        result = torch.empty_like(recovered)
+        scale = grad / max(recovered.numel(), 1)
+        for place, difference in _differences(recovered, text, visual):
+            place(result).copy_(difference.sign() * scale)
+        return result, None, None
+
+
+def _differences(recovered: Tensor, text: Tensor, visual: Tensor):
+    """(a view of the same place in a tensor like `recovered`, its difference to the target), one region at a time."""
+    classes, dim = text.shape
+    for m in range(visual.shape[1]):
+
+        def product(x: Tensor, m: int = m) -> Tensor:
+            return x[:, m * classes : (m + 1) * classes, :dim]
+
+        def names(x: Tensor, m: int = m) -> Tensor:
+            return x[:, m * classes : (m + 1) * classes, dim:]
+
+        yield product, product(recovered) - text * visual[:, m : m + 1]
+        yield names, names(recovered) - text
