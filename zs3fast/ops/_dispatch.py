@@ -89,7 +89,16 @@ def registered(op: str | None = None) -> dict[str, Implementation] | list[str]:
 def objections(op: str, backend: str, *args: Any) -> list[str]:
     """Why `backend` cannot take this request; empty if it can."""
     implementation = _implementations[op].get(backend)
-    return ["not written for this op"] if implementation is None else implementation.objections(*args)
+    if implementation is None:
+        return ["not written for this op"]
+    reasons = implementation.objections(*args)
+    if not reasons and backend == "cpp" and not _has_cpu_kernel(op):
+        return ["the extension was built before this op was written: build it again"]
+    return reasons
+
+
+def _has_cpu_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"zs3fast_cpp::{op}", "CPU")
 
 
 def choose(op: str, *args: Any) -> str:
