@@ -1,0 +1,3 @@
+#define ZS3FAST_ISA avx2
+#include "one_window.h"
+#include "windows.h"
