@@ -188,6 +188,8 @@ def test_info_of_a_loaded_extension():
 def test_an_extension_older_than_the_op_is_an_objection(monkeypatch):
     """A .so built before an op was written loads well and lacks its kernel: auto falls back, a request by name says why."""
     monkeypatch.setattr(_dispatch, "_implementations", dict(_dispatch._implementations))
+    library = torch.library.Library("zs3fast_cpp", "FRAGMENT")  # the schema lives as long as this
+    library.define("brand_new(Tensor x) -> Tensor")
     _dispatch.register("brand_new", "cpp", lambda x: 1 / 0, lambda x: [])
     _dispatch.register("brand_new", "reference", lambda x: x + 1, _dispatch.never)
     assert _dispatch.call("brand_new", torch.zeros(1)) == 1

@@ -21,7 +21,8 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
         raise TypeError(f"labels: expected an integer type, got {labels.dtype}")
     if torch.compiler.is_compiling():
         return
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    values = labels.long()  # in a narrow type a bound may wrap round
+    bad = (values != ignore_index) & ((values < 0) | (values >= num_classes))
     if bad.any():
         place = bad.nonzero()[0].tolist()
         raise ValueError(
