@@ -1,0 +1,1 @@
+"""Benchmarks: `run.py` for whole models, `ops/` with one file an op, `baselines/` to measure against, `results/`."""

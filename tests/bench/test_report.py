@@ -1,0 +1,67 @@
+"""Numbers in Markdown come from results files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import harness, report
+from bench.harness import Timing
+
+
+def write(folder: Path) -> None:
+    described = {"device": "Some CPU", "versions": {"torch": "2.10"}, "commit": "0123456789abcdef-dirty", "threads": 2}
+    described["isa"] = "AVX2"
+    rows = [
+        harness.row("zegclip", "zs3fast", "voc20-512-B1", Timing([1.2]), described=described, call_mib=3.25,
+                    import_s=1.0, load_s=2.0, first_call_s=3.0, peak_bytes=2**30, floor="encoder"),
+        harness.row("clip_rc", "zs3fast", "voc20-512-B1", Timing([1.8]), described=described, floor="encoder M=16"),
+        harness.row("encoder", "floor: products", "voc20-512-B1", Timing([1.0]), described=described, floor="encoder"),
+        harness.row("encoder M=16", "floor: products", "voc20-512-B1", Timing([1.5]), described=described,
+                    floor="encoder M=16"),
+        harness.row("clip_rc M=256", "official eager", "coco171-512-B1", None, described=described,
+                    outcome="does not fit in 18.0 GiB"),
+    ]  # fmt: skip
+    harness.write_results(folder / "some-cpu" / "models.json", rows)
+
+
+def test_tables_are_filled_from_the_results_file(tmp_path):
+    write(tmp_path)
+    before = "# Speed\n\n<!-- bench:some-cpu/models -->\nold\n<!-- /bench -->\n\nafter\n"
+    after = report.fill(before, tmp_path)
+    assert after.startswith("# Speed\n\n<!-- bench:some-cpu/models -->\n| shape |") and after.endswith(
+        "<!-- /bench -->\n\nafter\n"
+    )
+    assert "| voc20-512-B1 | forward | float32 | zegclip | zs3fast | 1200 | 1200 - 1200 | 1.20 |" in after
+    assert "| voc20-512-B1 | forward | float32 | clip_rc | zs3fast | 1800 | 1800 - 1800 | 1.20 |" in after
+    assert "| voc20-512-B1 | forward | zegclip | zs3fast | 1 | 2 | 3 | 1024 | 3.25 |" in after
+    assert (
+        "| coco171-512-B1 | forward | clip_rc M=256 | official eager |  |  |  | does not fit in 18.0 GiB |  |" in after
+    )
+    assert "Measured on Some CPU, 2 threads (AVX2); torch 2.10; commit 0123456789ab-dirty." in after
+    assert "old" not in after
+    assert report.fill(after, tmp_path) == after
+
+
+def test_a_missing_results_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="bench:nowhere/models"):
+        report.fill("<!-- bench:nowhere/models -->\n<!-- /bench -->", tmp_path)
+
+
+def test_readme_says_what_the_results_files_say():
+    readme = harness.ROOT / "README.md"
+    markdown = readme.read_text() if readme.exists() else ""
+    if not report.BLOCK.search(markdown):
+        pytest.skip("README.md has no bench markers")
+    assert report.fill(markdown) == markdown, "run: python bench/report.py README.md"
+
+
+def test_kept_results_are_whole():
+    for path in harness.RESULTS.glob("*/*.json"):
+        rows = json.loads(path.read_text())["rows"]
+        assert rows, path
+        assert {r["commit"] for r in rows}, path
+        assert all(r["p20_ms"] <= r["p50_ms"] <= r["p80_ms"] for r in rows if r["rounds"]), path
+        assert report.render(rows)
