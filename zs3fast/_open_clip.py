@@ -100,8 +100,6 @@ def _check_file(clip: str | dict[str, Any], pretrained: str) -> None:
 
 
 def _no_weights(clip: str | dict[str, Any], pretrained: str | None, tag: dict[str, Any], error: Exception) -> str:
-    import open_clip
-
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not tag:
         what = clip if isinstance(clip, str) else "this configuration"

@@ -72,7 +72,7 @@ class Mlp(nn.Module):
             return self.c_proj(F.gelu(self.c_fc(x)))
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.c_proj(quick_gelu(self.c_fc(x)))
-        # x * sigmoid(a x) = silu(a x) / a: the factors ride on the matrix products, the activation is one in-place pass.
+        # x * sigmoid(a x) = silu(a x) / a: the factors ride on the matrix products, the activation is one pass.
         a = QUICK_GELU_SLOPE
         hidden = torch.addmm(self.c_fc.bias, x.flatten(0, 1), self.c_fc.weight.t(), beta=a, alpha=a)
         hidden = F.silu(hidden, inplace=True)
