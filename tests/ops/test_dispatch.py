@@ -186,7 +186,7 @@ def test_info_of_a_loaded_extension():
 
 
 def test_an_extension_older_than_the_op_is_an_objection(monkeypatch):
-    """A .so built before an op was written loads well and lacks its kernel: auto falls back, a named request says why."""
+    """A .so built before an op was written loads well and lacks its kernel: auto falls back, a request says why."""
     monkeypatch.setattr(_dispatch, "_implementations", dict(_dispatch._implementations))
     library = torch.library.Library("zs3fast_cpp", "FRAGMENT")  # the schema lives as long as this
     library.define("brand_new(Tensor x) -> Tensor")

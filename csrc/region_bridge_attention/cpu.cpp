@@ -1,0 +1,159 @@
+// region_bridge_attention, CPU: torch's flash attention over prefix and patches, then what the regions add (kernel.h).
+//
+// The backward pass of the prefix and patch rows is torch's too: given the final log-sum-exp and the final output, its
+// probabilities and its corrections are those of the whole row.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <tuple>
+
+#include "isa.h"
+#include "region_bridge_attention/kernel.h"
+
+namespace zs3fast::region_bridge_attention {
+namespace {
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512: return kernels_avx512;
+    case Isa::avx2: return kernels_avx2;
+    default: break;
+  }
+#endif
+  return kernels_baseline;
+}
+
+// fp32 with neighbouring columns: half types are computed in fp32, which is also faster than torch's fp16 backward.
+at::Tensor rows_of(const at::Tensor& x) {
+  const auto wide = x.to(at::kFloat);
+  return wide.size(3) == 1 || wide.stride(3) == 1 ? wide : wide.contiguous();
+}
+
+template <class T>
+Rows<T> head(const at::Tensor& x, int64_t b, int64_t h) {
+  return {x.data_ptr<float>() + b * x.stride(0) + h * x.stride(1), x.stride(2)};
+}
+
+// [B, heads, rows, dh] lying in memory as [B, rows, heads, dh]: what the next linear layer reads without a copy.
+at::Tensor empty_heads(const at::Tensor& like) {
+  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+}
+
+struct Problem {
+  int64_t batch, heads, queries, regions, block_q, block_k;  // block: prefix and patches
+  Layout layout;
+  at::IntArrayRef grid;
+
+  Problem(const at::Tensor& q, const at::Tensor& k, int64_t num_prefix, at::IntArrayRef grid, at::IntArrayRef count,
+          double scale)
+      : batch(q.size(0)), heads(q.size(1)), queries(q.size(2)), regions(count[0] * count[1]),
+        block_q(queries - regions), block_k(k.size(2) - regions), grid(grid) {
+    const int64_t patches = grid[0] * grid[1];
+    layout = {block_q - patches, num_prefix,         patches,   grid[1],
+              count[1],          grid[0] / count[0], grid[1] / count[1], q.size(3), static_cast<float>(scale)};
+  }
+
+  at::Tensor q_block(const at::Tensor& x) const { return x.narrow(2, 0, block_q); }
+  at::Tensor k_block(const at::Tensor& x) const { return x.narrow(2, 0, block_k); }
+
+  // The rows of the block that no region touches: prefix, and the margin outside all windows.
+  void copy_untouched(const at::Tensor& to, const at::Tensor& block) const {
+    const int64_t prefix = block.size(2) - layout.patches;
+    const int64_t covered_h = regions / layout.regions_w * layout.wh, covered_w = layout.regions_w * layout.ww;
+    to.narrow(2, 0, prefix).copy_(block.narrow(2, 0, prefix));
+    const auto patches = [&](const at::Tensor& x) { return x.narrow(2, prefix, layout.patches).unflatten(2, grid); };
+    const auto out = patches(to), in = patches(block);  // [B, heads, h, w, dh]
+    if (covered_h < grid[0]) out.slice(2, covered_h).copy_(in.slice(2, covered_h));
+    if (covered_w < grid[1]) out.slice(3, covered_w).copy_(in.slice(3, covered_w));
+  }
+
+  // task(scratch, b, h, region); neighbouring tasks are the heads of one region, whose rows lie side by side.
+  template <class Task>
+  void for_each_region(const Task& task) const {
+    at::parallel_for(0, batch * regions * heads, 1, [&](int64_t begin, int64_t end) {
+      const auto scratch = std::make_unique<float[]>(layout.wh * layout.ww + 1);
+      for (int64_t i = begin; i < end; ++i) task(scratch.get(), i / heads / regions, i % heads, i / heads % regions);
+    });
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                                           int64_t num_prefix, at::IntArrayRef grid, at::IntArrayRef regions,
+                                           double scale) {
+  const auto q = rows_of(q_in), k = rows_of(k_in), v = rows_of(v_in);
+  const Problem problem(q, k, num_prefix, grid, regions, scale);
+  auto output = empty_heads(q);
+  auto lse = at::empty({problem.batch, problem.heads, problem.queries}, q.options());
+  if (problem.batch == 0) return {output.to(q_in.scalar_type()), lse};
+
+  const auto [block, block_lse] = at::_scaled_dot_product_flash_attention_for_cpu(
+      problem.q_block(q), problem.k_block(k), problem.k_block(v), 0.0, false, {}, scale);
+  problem.copy_untouched(output, block);
+  problem.q_block(lse).copy_(block_lse);
+  const auto& kernel = kernels();
+  problem.for_each_region([&, &block = block](float* scratch, int64_t b, int64_t h, int64_t region) {
+    const Forward f{problem.layout,
+                    head<const float>(q, b, h),
+                    head<const float>(k, b, h),
+                    head<const float>(v, b, h),
+                    head<const float>(block, b, h),
+                    head<float>(output, b, h),
+                    lse.data_ptr<float>() + (b * problem.heads + h) * problem.queries};
+    kernel.forward(f, region, scratch);
+  });
+  return {output.to(q_in.scalar_type()), lse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output_in, const at::Tensor& q_in,
+                                                        const at::Tensor& k_in, const at::Tensor& v_in,
+                                                        const at::Tensor& output_in, const at::Tensor& lse_in,
+                                                        int64_t num_prefix, at::IntArrayRef grid,
+                                                        at::IntArrayRef regions, double scale) {
+  const auto q = rows_of(q_in), k = rows_of(k_in), v = rows_of(v_in);
+  const auto grad_output = rows_of(grad_output_in), output = rows_of(output_in), lse = lse_in.contiguous();
+  const Problem problem(q, k, num_prefix, grid, regions, scale);
+  auto dq = empty_heads(q), dk = empty_heads(k), dv = empty_heads(v);
+  if (problem.batch == 0)
+    return {dq.to(q_in.scalar_type()), dk.to(k_in.scalar_type()), dv.to(v_in.scalar_type())};
+
+  const auto [block_dq, block_dk, block_dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+      problem.q_block(grad_output), problem.q_block(q), problem.k_block(k), problem.k_block(v),
+      problem.q_block(output), problem.q_block(lse), 0.0, false, {}, scale);
+  problem.copy_untouched(dq, block_dq);
+  problem.copy_untouched(dk, block_dk);
+  problem.copy_untouched(dv, block_dv);
+  const auto& kernel = kernels();
+  problem.for_each_region(
+      [&, &block_dq = block_dq, &block_dk = block_dk, &block_dv = block_dv](float*, int64_t b, int64_t h,
+                                                                            int64_t region) {
+        const Backward g{problem.layout,
+                         head<const float>(grad_output, b, h),
+                         head<const float>(q, b, h),
+                         head<const float>(k, b, h),
+                         head<const float>(v, b, h),
+                         head<const float>(output, b, h),
+                         lse.data_ptr<float>() + (b * problem.heads + h) * problem.queries,
+                         head<const float>(block_dq, b, h),
+                         head<const float>(block_dk, b, h),
+                         head<const float>(block_dv, b, h),
+                         head<float>(dq, b, h),
+                         head<float>(dk, b, h),
+                         head<float>(dv, b, h)};
+        kernel.backward(g, region);
+      });
+  return {dq.to(q_in.scalar_type()), dk.to(k_in.scalar_type()), dv.to(v_in.scalar_type())};
+}
+
+}  // namespace
+}  // namespace zs3fast::region_bridge_attention
+
+TORCH_LIBRARY_IMPL(zs3fast_cpp, CPU, m) {
+  m.impl("region_bridge_attention", zs3fast::region_bridge_attention::forward);
+  m.impl("region_bridge_attention_backward", zs3fast::region_bridge_attention::backward);
+}

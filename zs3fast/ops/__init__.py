@@ -1,0 +1,18 @@
+"""The ops: one file each, with the public function, its reference and its registration in torch.library."""
+
+from zs3fast.ops._dispatch import use_backend
+from zs3fast.ops.attention_to_mask import attention_to_mask
+from zs3fast.ops.mask_loss import MaskLossTerms, mask_loss
+from zs3fast.ops.masks_to_labels import masks_to_labels
+from zs3fast.ops.region_bridge_attention import region_bridge_attention
+from zs3fast.ops.relationship_descriptor import relationship_descriptor
+
+__all__ = [
+    "MaskLossTerms",
+    "mask_loss",
+    "attention_to_mask",
+    "masks_to_labels",
+    "region_bridge_attention",
+    "relationship_descriptor",
+    "use_backend",
+]
