@@ -1,0 +1,274 @@
+"""proposal_attention in Triton: rows of proposals against the patches that a word of bits keeps, and themselves.
+
+Forward, one launch: a program is (b, head, block of rows). Its online softmax starts at the token itself (maximum q .
+k_self, sum 1, accumulator v_self), so a row that keeps nothing needs no case of its own. A block of patches that no row
+of the program keeps costs its words and nothing else: neither keys nor values are read.
+
+Backward, from the saved log-sum-exp, two launches and no atomics, since every row has one writer:
+  dq:     blocks of rows; also dk_self, dv_self and delta = output . grad_output.
+  dk, dv: blocks of patches, over the rows, with the same skip.
+
+Floor of the forward pass: B heads dh (4 Nq + 2 N) elements and 4 B Nq ceil(N / 32) bytes of bits; 4 FLOPs a kept pair
+and column. Rows are few (100 to 300) and programs B heads ceil(Nq / BLOCK_Q), so a block has only 16 rows, the least
+that a matrix product takes, until there are programs enough to fill a GPU with larger ones. Small blocks skip more.
+
+Block sizes below come from compiling for sm_80, sm_90 and sm_100 (registers, no spills), not yet from a clock.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from zs3fast.kernels._tuning import cdiv, dot_precision, next_power_of_2
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_FULL = 4 * 132  # programs that fill a large GPU several times over
+
+
+@triton.jit
+def _load(base, rows, inside, d, row_stride, column_stride, width):
+    """[rows, width] of a matrix, zeros where `inside` is false."""
+    at = rows.to(tl.int64)[:, None] * row_stride + d[None, :] * column_stride
+    return tl.load(base + at, mask=inside[:, None] & (d < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(base, rows, inside, d, b, a, length, heads, width, x):
+    """Rows of [B, heads, length, width] that lie in memory as [B, length, heads, width]."""
+    at = ((b * length + rows.to(tl.int64)) * heads + a)[:, None] * width + d[None, :]
+    tl.store(base + at, x.to(base.dtype.element_ty), mask=inside[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def _dot(x, y):
+    """Row by row products of two matrices, fp32."""
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+
+
+@triton.jit
+def _words(bits, row, inside, first, words, WORDS: tl.constexpr):
+    """[rows, WORDS] of the bits, from the word of patch `first` on; zeros outside."""
+    word = first // 32 + tl.arange(0, WORDS)
+    at = row.to(tl.int64)[:, None] * words + word[None, :]
+    return tl.load(bits + at, mask=inside[:, None] & (word < words)[None, :], other=0)
+
+
+@triton.jit
+def _keep(words, patch, N, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """[ROWS, 32 * WORDS] which row keeps which patch; bits behind the last patch are ignored."""
+    spread = tl.broadcast_to(words[:, :, None], [ROWS, WORDS, 32]).reshape(ROWS, WORDS * 32)
+    return (((spread >> (patch % 32)[None, :]) & 1) != 0) & (patch < N)[None, :]
+
+
+@triton.jit
+def proposal_attention_fwd_kernel(
+    q, k_self, v_self, k, v, bits, output, lse,
+    q_b, q_h, q_n, q_d, ks_b, ks_h, ks_n, ks_d, vs_b, vs_h, vs_n, vs_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    heads, Nq, N, words, dh, scale,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, WORDS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Nq, BLOCK_Q)
+    head = tl.program_id(0) // blocks  # b * heads + a
+    b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = row < Nq
+    d = tl.arange(0, BLOCK_D)
+    k += b * k_b + a * k_h
+    v += b * v_b + a * v_h
+    bits += b * Nq * words
+    q += b * q_b + a * q_h
+    left = _load(q, row, inside, d, q_n, q_d, dh)  # [BLOCK_Q, BLOCK_D]
+    own = _load(k_self + b * ks_b + a * ks_h, row, inside, d, ks_n, ks_d, dh)
+    largest = _dot(left, own) * (scale * _LOG2E)  # in units of log2
+    total = tl.full([BLOCK_Q], 1.0, tl.float32)
+    sums = _load(v_self + b * vs_b + a * vs_h, row, inside, d, vs_n, vs_d, dh).to(tl.float32)
+    for first in range(0, N, 32 * WORDS):
+        block = _words(bits, row, inside, first, words, WORDS)  # [BLOCK_Q, WORDS]
+        if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
+            patch = first + tl.arange(0, 32 * WORDS)
+            keep = _keep(block, patch, N, BLOCK_Q, WORDS)
+            right = _load(k, patch, patch < N, d, k_n, k_d, dh)
+            # again, and from L1: kept over the branch, an fp32 operand is spread over 128 registers of every thread
+            left = _load(q, row, inside, d, q_n, q_d, dh)
+            s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)  # [BLOCK_Q, 32 * WORDS]
+            s = tl.where(keep, s, float("-inf"))
+            now = tl.maximum(largest, tl.max(s, 1))
+            p = tl.exp2(s - now[:, None])
+            shrink = tl.exp2(largest - now)
+            total = total * shrink + tl.sum(p, 1)
+            values = _load(v, patch, patch < N, d, v_n, v_d, dh)
+            sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
+            largest = now
+    _store(output, row, inside, d, b, a, Nq, heads, dh, sums / total[:, None])
+    tl.store(lse + head.to(tl.int64) * Nq + row, (largest + tl.log2(total)) * _LN2, mask=inside)
+
+
+@triton.jit
+def proposal_attention_bwd_kernel_dq(
+    q, k_self, v_self, k, v, bits, output, grad_output, lse, delta, dq, dk_self, dv_self,
+    q_b, q_h, q_n, q_d, ks_b, ks_h, ks_n, ks_d, vs_b, vs_h, vs_n, vs_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    o_b, o_h, o_n, o_d, g_b, g_h, g_n, g_d,
+    heads, Nq, N, words, dh, scale,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, WORDS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Nq, BLOCK_Q)
+    head = tl.program_id(0) // blocks
+    b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = row < Nq
+    d = tl.arange(0, BLOCK_D)
+    k += b * k_b + a * k_h
+    v += b * v_b + a * v_h
+    bits += b * Nq * words
+    left = _load(q + b * q_b + a * q_h, row, inside, d, q_n, q_d, dh)  # [BLOCK_Q, BLOCK_D]
+    grad = _load(grad_output + b * g_b + a * g_h, row, inside, d, g_n, g_d, dh)
+    correction = _dot(grad, _load(output + b * o_b + a * o_h, row, inside, d, o_n, o_d, dh))  # sum over keys of p dp
+    tl.store(delta + head.to(tl.int64) * Nq + row, correction, mask=inside)
+    log_sum = tl.load(lse + head.to(tl.int64) * Nq + row, mask=inside, other=0.0) * _LOG2E
+
+    own = _load(k_self + b * ks_b + a * ks_h, row, inside, d, ks_n, ks_d, dh)
+    own_values = _load(v_self + b * vs_b + a * vs_h, row, inside, d, vs_n, vs_d, dh)
+    own_p = tl.exp2(_dot(left, own) * (scale * _LOG2E) - log_sum)
+    own_ds = own_p * (_dot(grad, own_values) - correction)
+    _store(dk_self, row, inside, d, b, a, Nq, heads, dh, (own_ds * scale)[:, None] * left.to(tl.float32))
+    _store(dv_self, row, inside, d, b, a, Nq, heads, dh, own_p[:, None] * grad.to(tl.float32))
+    sums = own_ds[:, None] * own.to(tl.float32)
+    for first in range(0, N, 32 * WORDS):
+        block = _words(bits, row, inside, first, words, WORDS)
+        if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
+            patch = first + tl.arange(0, 32 * WORDS)
+            keep = _keep(block, patch, N, BLOCK_Q, WORDS)
+            right = _load(k, patch, patch < N, d, k_n, k_d, dh)
+            values = _load(v, patch, patch < N, d, v_n, v_d, dh)
+            s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)
+            p = tl.where(keep, tl.exp2(s - log_sum[:, None]), 0.0)
+            dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+            ds = p * (dp - correction[:, None])
+            sums = tl.dot(ds.to(right.dtype), right, sums, input_precision=PRECISION)
+    _store(dq, row, inside, d, b, a, Nq, heads, dh, sums * scale)
+
+
+@triton.jit
+def proposal_attention_bwd_kernel_dkdv(
+    q, k, v, bits, grad_output, lse, delta, dk, dv,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, g_b, g_h, g_n, g_d,
+    heads, Nq, N, words, dh, scale,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, WORDS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(N, 32 * WORDS)
+    head = tl.program_id(0) // blocks
+    b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    start = tl.program_id(0) % blocks * (32 * WORDS)
+    patch = start + tl.arange(0, 32 * WORDS)
+    d = tl.arange(0, BLOCK_D)
+    q += b * q_b + a * q_h
+    grad_output += b * g_b + a * g_h
+    bits += b * Nq * words
+    lse += head.to(tl.int64) * Nq
+    delta += head.to(tl.int64) * Nq
+    right = _load(k + b * k_b + a * k_h, patch, patch < N, d, k_n, k_d, dh)  # [32 * WORDS, BLOCK_D]
+    values = _load(v + b * v_b + a * v_h, patch, patch < N, d, v_n, v_d, dh)
+    sums_k = tl.zeros([32 * WORDS, BLOCK_D], tl.float32)
+    sums_v = tl.zeros([32 * WORDS, BLOCK_D], tl.float32)
+    for first in range(0, Nq, BLOCK_Q):
+        row = first + tl.arange(0, BLOCK_Q)
+        block = _words(bits, row, row < Nq, start, words, WORDS)
+        if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
+            keep = tl.trans(_keep(block, patch, N, BLOCK_Q, WORDS))  # [32 * WORDS, BLOCK_Q]
+            left = _load(q, row, row < Nq, d, q_n, q_d, dh)
+            grad = _load(grad_output, row, row < Nq, d, g_n, g_d, dh)
+            log_sum = tl.load(lse + row, mask=row < Nq, other=0.0) * _LOG2E
+            correction = tl.load(delta + row, mask=row < Nq, other=0.0)
+            # scores as [patch, row]: they are the left operand of both sums, where a transpose would cost registers
+            s = tl.dot(right, tl.trans(left), input_precision=PRECISION) * (scale * _LOG2E)
+            p = tl.where(keep, tl.exp2(s - log_sum[None, :]), 0.0)
+            dp = tl.dot(values, tl.trans(grad), input_precision=PRECISION)
+            sums_v = tl.dot(p.to(grad.dtype), grad, sums_v, input_precision=PRECISION)
+            ds = p * (dp - correction[None, :])
+            sums_k = tl.dot(ds.to(left.dtype), left, sums_k, input_precision=PRECISION)
+    _store(dk, patch, patch < N, d, b, a, N, heads, dh, sums_k * scale)
+    _store(dv, patch, patch < N, d, b, a, N, heads, dh, sums_v)
+
+
+def _blocks(dtype: torch.dtype, dh: int, backward: bool, heads: int = 0, Nq: int = 0) -> dict[str, int]:
+    """Tile sizes and warps that spill nowhere; 32 rows where `heads` (of all images) and Nq make programs enough."""
+    block_d = max(32, next_power_of_2(dh))  # 16 columns take more registers, not fewer
+    small = dtype == torch.float32
+    many = heads * cdiv(Nq, 32) >= _FULL
+    return {
+        "BLOCK_Q": 32 if many and not small else 16,
+        "WORDS": 1 if small or backward or block_d > 64 else 2,
+        "BLOCK_D": block_d,
+        "num_warps": 8 if small and block_d > 64 else 4,
+        "num_stages": 2,
+    }
+
+
+def _empty_heads(x: Tensor) -> Tensor:
+    """[B, heads, tokens, dh] lying in memory as [B, tokens, heads, dh], the layout the kernels write."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _sizes(q: Tensor, k: Tensor, bits: Tensor, scale: float) -> dict:
+    return {
+        "heads": q.shape[1],
+        "Nq": q.shape[2],
+        "N": k.shape[2],
+        "words": bits.shape[2],
+        "dh": q.shape[3],
+        "scale": scale,
+        "PRECISION": dot_precision(q.dtype),
+    }
+
+
+def forward(
+    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, bits: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    B, heads, Nq, dh = q.shape
+    output, lse = _empty_heads(q), q.new_empty(B, heads, Nq, dtype=torch.float32)
+    if B * Nq == 0:
+        return output, lse
+    blocks = _blocks(q.dtype, dh, False, B * heads, Nq)
+    proposal_attention_fwd_kernel[(B * heads * cdiv(Nq, blocks["BLOCK_Q"]),)](
+        q, k_self, v_self, k, v, bits.contiguous(), output, lse,
+        *q.stride(), *k_self.stride(), *v_self.stride(), *k.stride(), *v.stride(),
+        **_sizes(q, k, bits, scale),
+        **blocks,
+    )  # fmt: skip
+    return output, lse
+
+
+def backward(
+    grad_output: Tensor,
+    q: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, heads, Nq, dh = q.shape
+    dq, dk_self, dv_self, dk, dv = map(_empty_heads, (q, k_self, v_self, k, v))
+    bits, lse = bits.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
+    common = _sizes(q, k, bits, scale) | _blocks(q.dtype, dh, True, B * heads, Nq)
+    if B * Nq > 0:
+        proposal_attention_bwd_kernel_dq[(B * heads * cdiv(Nq, common["BLOCK_Q"]),)](
+            q, k_self, v_self, k, v, bits, output, grad_output, lse, delta, dq, dk_self, dv_self,
+            *q.stride(), *k_self.stride(), *v_self.stride(), *k.stride(), *v.stride(),
+            *output.stride(), *grad_output.stride(),
+            **common,
+        )  # fmt: skip
+    if dk.numel() > 0:
+        proposal_attention_bwd_kernel_dkdv[(B * heads * cdiv(k.shape[2], 32 * common["WORDS"]),)](
+            q, k, v, bits, grad_output, lse, delta, dk, dv,
+            *q.stride(), *k.stride(), *v.stride(), *grad_output.stride(),
+            **common,
+        )  # fmt: skip
+    return dq, dk_self, dv_self, dk, dv

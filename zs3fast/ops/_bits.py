@@ -1,0 +1,42 @@
+"""Masks as bits: 32 patches an int32, patch n in bit n % 32 of word n // 32, the bits behind the last patch 0."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def num_words(patches: int) -> int:
+    """int32 words that hold one bit a patch."""
+    return (patches + 31) // 32
+
+
+def pack_bits(masks: Tensor) -> Tensor:
+    """Bool [..., N] -> int32 [..., ceil(N / 32)], little-endian: the inverse of `unpack_bits`."""
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        raise TypeError(f"pack_bits: masks must be a bool tensor, got {getattr(masks, 'dtype', type(masks).__name__)}")
+    if masks.ndim < 1:
+        raise ValueError("pack_bits: masks must be [..., N], got a tensor without dimensions")
+    N = masks.shape[-1]
+    words = num_words(N)
+    bits = F.pad(masks, (0, 32 * words - N)).unflatten(-1, (words, 32)).to(torch.int32)
+    return (bits << torch.arange(32, dtype=torch.int32, device=masks.device)).sum(-1, dtype=torch.int32)
+
+
+def unpack_bits(bits: Tensor, N: int) -> Tensor:
+    """The masks that int32 words hold, as bool.
+
+    Args:
+        bits: [..., ceil(N / 32)] int32, patch n in bit n % 32 of word n // 32, as `masks_to_bits` gives them. Bits
+              behind patch N - 1 are ignored.
+        N:    patches.
+    Returns:
+        [..., N] bool.
+    """
+    if not isinstance(bits, Tensor) or bits.dtype != torch.int32:
+        raise TypeError(f"unpack_bits: bits must be an int32 tensor, got {getattr(bits, 'dtype', type(bits).__name__)}")
+    if bits.ndim < 1 or bits.shape[-1] != num_words(N):
+        raise ValueError(f"unpack_bits: bits must be [..., {num_words(N)}] for N = {N}, got shape {list(bits.shape)}")
+    place = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return (bits.unsqueeze(-1) >> place & 1).flatten(-2)[..., :N].bool()
