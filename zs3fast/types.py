@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +48,83 @@ class SegmentationOutput:
     trusty_logits: Tensor | None = None
     region_tokens: Tensor | None = None
     recovery_losses: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Mask proposals for a batch of images, on the proposer's padded frame (image top left, padding bottom and right).
+
+    mask_logits:    [B, Nq, h4, w4] raw logits at the proposer's own resolution, or None.
+    masks:          [B, Nq, Hp, Wp] soft masks in [0, 1] on the padded frame (0/1 allowed), or None. One of both is set;
+                    `mask_logits` mean sigmoid(their bilinear upsampling to the padded frame).
+    valid:          [B, Nq] bool; padding rows, where images have different counts, are False (and their masks empty).
+    class_scores:   [B, Nq, K + 1] class probabilities after softmax, last column = no object, or None.
+    class_names:    names of those K columns, or None where they are those of the vocabulary in use.
+    quality:        [B, Nq] the proposer's own estimate in [0, 1], or None.
+    padded_size:    (Hp, Wp).
+    image_sizes:    the images' sizes (Hi, Wi) on that frame.  original_sizes: (Ho, Wo) of the pictures.
+    align_corners:  how `mask_logits` reach the padded frame; True for FreeSeg only.
+    """
+
+    mask_logits: Tensor | None
+    masks: Tensor | None
+    valid: Tensor
+    padded_size: tuple[int, int]
+    image_sizes: tuple[tuple[int, int], ...]
+    original_sizes: tuple[tuple[int, int], ...]
+    class_scores: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
+    quality: Tensor | None = None
+    align_corners: bool = False
+
+    def to(self, device: torch.device | str) -> Proposals:
+        """All tensors on a device."""
+        fields = ("mask_logits", "masks", "valid", "class_scores", "quality")
+        moved = {name: None if (t := getattr(self, name)) is None else t.to(device) for name in fields}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class ProposalOutput:
+    """What a model says of proposals on a batch of images.
+
+    mask_logits:         [B, C, h, w] log(O + 1e-6), O = sum over proposals of class weight times mask on the patch
+                         grid; for looking at, labels are made at full size.
+    proposal_embeddings: [B, Nq, D] not normalised.
+    proposal_logits:     [B, Nq, C] 100 * cosine with the text embeddings.
+    proposals:           what was classified.
+    text_embeddings:     [C, D] as they were given.
+    image_embedding:     [B, D] of the pass without masks, not normalised; in training mode only, else None.
+    """
+
+    mask_logits: Tensor
+    proposal_embeddings: Tensor
+    proposal_logits: Tensor
+    proposals: Proposals
+    text_embeddings: Tensor
+    image_embedding: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BoxProposals:
+    """Boxes found in one picture.
+
+    boxes:      [K, 4] float, x0 y0 x1 y1 in pixels of the picture.
+    scores:     [K] in [0, 1].
+    names:      K class words, the detector's own.
+    image_size: (H, W) of the picture.
+    vocabulary: every word the detector knows; None: unknown.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    names: tuple[str, ...]
+    image_size: tuple[int, int]
+    vocabulary: tuple[str, ...] | None = None
+
+    def to(self, device: torch.device | str) -> BoxProposals:
+        """All tensors on a device."""
+        return replace(self, boxes=self.boxes.to(device), scores=self.scores.to(device))
 
 
 torch.export.register_dataclass(ImageFeatures)

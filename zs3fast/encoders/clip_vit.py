@@ -77,7 +77,7 @@ class Mlp(nn.Module):
         hidden = torch.addmm(self.c_fc.bias, x.flatten(0, 1), self.c_fc.weight.t(), beta=a, alpha=a)
         hidden = F.silu(hidden, inplace=True)
         out = torch.addmm(self.c_proj.bias, hidden, self.c_proj.weight.t(), alpha=1 / a)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(x.shape)
 
 
 class Block(nn.Module):
@@ -117,6 +117,8 @@ class ClipViT(nn.Module):
             descendants do: the embedding is used as the token and added again with its position. Plain CLIP: False.
     """
 
+    position_resize = ("bilinear", False)  # mode and align_corners for grids other than the stored one
+
     def __init__(self, config: ClipVisionConfig, image_size: int, *, double_class_embedding: bool = True):
         super().__init__()
         if image_size < config.patch_size or image_size % config.patch_size:
@@ -150,7 +152,7 @@ class ClipViT(nn.Module):
         """Images [B, 3, H, W] -> tokens [B, 1 + N, width] after `ln_pre`, and the grid (h, w)."""
         grid = self.check_images(images)
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, N, width]
-        position = resize_positions(self.positional_embedding, grid)
+        position = resize_positions(self.positional_embedding, grid, *self.position_resize)
         token = self.class_embedding * (2 if self.double_class_embedding else 1) + position[0]
         tokens = torch.cat([token.expand(images.shape[0], 1, -1), patches + position[1:]], dim=1)
         return self.ln_pre(tokens), grid
@@ -164,11 +166,13 @@ class ClipViT(nn.Module):
         return joint / joint.norm(dim=-1, keepdim=True)  # no epsilon, as CLIP
 
 
-def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Position table [1 + g*g, width] -> [1 + h*w, width]: row 0 kept, the rest resized bilinearly."""
+def resize_positions(
+    table: Tensor, grid: tuple[int, int], mode: str = "bilinear", align_corners: bool = False
+) -> Tensor:
+    """Position table [1 + g*g, width] -> [1 + h*w, width]: row 0 kept, the rest resized."""
     side = math.isqrt(table.shape[0] - 1)
     if grid == (side, side):
         return table
     square = table[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)  # [1, width, g, g]
-    resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+    resized = F.interpolate(square, size=grid, mode=mode, align_corners=align_corners)
     return torch.cat([table[:1], resized.squeeze(0).flatten(1).t()])

@@ -1,4 +1,4 @@
-"""What ZegCLIP, TagCLIP and their kin share: from mask logits to scores, labels and losses."""
+"""What the methods share; for ZegCLIP, TagCLIP and CLIP-RC also the way from mask logits to scores and losses."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ logger = logging.getLogger("zs3fast")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SETTINGS = ("inductive", "transductive", "supervised")
 
 
@@ -35,21 +37,17 @@ def _note_loaded_weights(model: nn.Module, _keys: object) -> None:
     model.weights_loaded = True
 
 
-class SegmentationModel(nn.Module):
-    """Base of the one-stage methods: a prompted CLIP encoder, a descriptor and a decoder.
+class ZeroShotModel(nn.Module):
+    """What every method shares: a CLIP image tower as `encoder`, a vocabulary with its seen part, settings, text.
 
     Args:
-        clip: open_clip ViT name or configuration dict.  pretrained: open_clip tag, path or None (random weights).
-        num_prompts: K prompts a layer (published: 10 on VOC, 100 on COCO-Stuff).
-        image_size: side in pixels of the training crop; the position table is stored for it and mask logits are
-            upsampled to it.
+        clip: open_clip name or configuration dict.  pretrained: open_clip tag, path or None (random weights).
+        image_size: side in pixels of the square picture the model works on.
         seen: class indices with labels in training, in dataset indices; None: all of `num_classes`.
         num_classes: size of the training vocabulary; None if unknown.
         class_names: the training vocabulary, kept with the model; lets a Segmenter tell seen names from unseen.
-        seen_offset: subtracted from the scores of seen classes; 0.1 for inductive models, 0 after self-training.
-        loss_weights: weight of every loss term; defaults to the method's VOC inductive recipe.
-        prompt_depth: see `PromptedClipViT`.  quick_gelu: see `vision_config`.
-        double_class_embedding: ZegCLIP's doubled class token (True) or plain CLIP's.
+        seen_offset: subtracted from the scores of seen classes.
+        loss_weights: weight of every loss term, over the method's defaults.
 
     Attributes:
         weights_loaded: False while all weights are the random ones of the constructor.
@@ -57,28 +55,27 @@ class SegmentationModel(nn.Module):
 
     method: ClassVar[str]
     default_loss_weights: ClassVar[dict[str, float]] = {}
-    pixel_mean = IMAGENET_MEAN  # these methods normalise with ImageNet's statistics, not CLIP's
-    pixel_std = IMAGENET_STD
+    pixel_mean = CLIP_MEAN
+    pixel_std = CLIP_STD
     trusty_weighting = "off"
+    templates: ClassVar[str | Sequence[str] | None] = None  # prompts it was trained with; None: by the vocabulary
+    text_token = "projected"  # which token of the text tower: see TextEncoder.encode
+    test_recipe: ClassVar[str] = "windows"  # or "squash", "proposals": see zs3fast.recipes
+    min_score: ClassVar[float | None] = None  # pixels below stay unlabelled, where a Segmenter is not told otherwise
 
     def __init__(
         self,
         *,
-        clip: str | dict[str, Any] = "ViT-B-16",
-        pretrained: str | None = None,
-        num_prompts: int = 10,
-        image_size: int = 512,
+        clip: str | dict[str, Any],
+        pretrained: str | None,
+        image_size: int,
         seen: Sequence[int] | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
-        seen_offset: float = 0.1,
+        seen_offset: float = 0.0,
         loss_weights: dict[str, float] | None = None,
-        prompt_depth: int | None = None,
-        quick_gelu: bool | None = None,
-        double_class_embedding: bool = True,
     ):
         super().__init__()
-        vision = vision_config(clip, pretrained, quick_gelu)
         if num_classes is None and class_names is not None:
             num_classes = len(class_names)
         if class_names is not None and len(class_names) != num_classes:
@@ -94,32 +91,10 @@ class SegmentationModel(nn.Module):
         self.seen = range(num_classes or 0) if seen is None else seen
         self.seen_offset = seen_offset
         self.loss_weights = {**self.default_loss_weights, **(loss_weights or {})}
-        self._architecture = {
-            "clip": clip,
-            "pretrained": pretrained,
-            "num_prompts": num_prompts,
-            "prompt_depth": prompt_depth,
-            "quick_gelu": vision.quick_gelu,
-            "double_class_embedding": double_class_embedding,
-        }
+        self._architecture: dict[str, Any] = {"clip": clip, "pretrained": pretrained}
         self._told_about_other_vocabulary = False
         self.weights_loaded = pretrained is not None
         self.register_load_state_dict_post_hook(_note_loaded_weights)
-        self.encoder = self._make_encoder(
-            vision,
-            image_size,
-            {
-                "num_prompts": num_prompts,
-                "prompt_depth": prompt_depth,
-                "double_class_embedding": double_class_embedding,
-            },
-        )
-        if pretrained is not None:
-            load_clip_weights(self.encoder, clip, pretrained)
-
-    def _make_encoder(self, vision: ClipVisionConfig, image_size: int, options: dict[str, Any]) -> PromptedClipViT:
-        """The image tower; methods with another one override it."""
-        return PromptedClipViT(vision, image_size, **options)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -151,17 +126,17 @@ class SegmentationModel(nn.Module):
         self._seen = indices
 
     @property
-    def patch_size(self) -> int:
-        return self.encoder.config.patch_size
-
-    @property
     def embed_dim(self) -> int:
         """D, the joint width of text and image."""
         return self.encoder.config.embed_dim
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that the published recipe trains, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def check_text(self, text_embeddings: Tensor) -> Tensor:
         """Text embeddings [C, D] in the model's dtype; half-precision rows are promoted, never renormalised."""
-        like = self.encoder.proj
+        like = next(self.encoder.parameters())
         if not isinstance(text_embeddings, Tensor):
             raise TypeError(
                 f"text_embeddings: expected a tensor [C, {self.embed_dim}], got {type(text_embeddings).__name__}"
@@ -176,6 +151,79 @@ class SegmentationModel(nn.Module):
             raise ValueError(f"text_embeddings: on {text_embeddings.device}, but the model is on {like.device}")
         return text_embeddings.to(like.dtype)
 
+    def seen_among(self, classes: int) -> Sequence[int]:
+        """`seen` for a list of `classes` names: empty where that is not the model's own vocabulary."""
+        if self.num_classes is None or classes == self.num_classes:
+            return self.seen
+        if not self._told_about_other_vocabulary and not torch.compiler.is_compiling():
+            self._told_about_other_vocabulary = True
+            logger.info(
+                "%d classes given, the model's vocabulary has %d: no class counts as seen here",
+                classes,
+                self.num_classes,
+            )
+        return ()
+
+
+class SegmentationModel(ZeroShotModel):
+    """Base of the one-stage methods: a prompted CLIP encoder, a descriptor and a decoder.
+
+    Args:
+        clip: open_clip ViT name or configuration dict.
+        num_prompts: K prompts a layer (published: 10 on VOC, 100 on COCO-Stuff).
+        image_size: side in pixels of the training crop; the position table is stored for it and mask logits are
+            upsampled to it.
+        seen_offset: 0.1 for inductive models, 0 after self-training.
+        loss_weights: defaults to the method's VOC inductive recipe.
+        prompt_depth: see `PromptedClipViT`.  quick_gelu: see `vision_config`.
+        double_class_embedding: ZegCLIP's doubled class token (True) or plain CLIP's.
+        options: see `ZeroShotModel`.
+    """
+
+    pixel_mean = IMAGENET_MEAN  # these methods normalise with ImageNet's statistics, not CLIP's
+    pixel_std = IMAGENET_STD
+
+    def __init__(
+        self,
+        *,
+        clip: str | dict[str, Any] = "ViT-B-16",
+        pretrained: str | None = None,
+        num_prompts: int = 10,
+        image_size: int = 512,
+        seen_offset: float = 0.1,
+        prompt_depth: int | None = None,
+        quick_gelu: bool | None = None,
+        double_class_embedding: bool = True,
+        **options: Any,
+    ):
+        vision = vision_config(clip, pretrained, quick_gelu)
+        super().__init__(clip=clip, pretrained=pretrained, image_size=image_size, seen_offset=seen_offset, **options)
+        self._architecture.update(
+            num_prompts=num_prompts,
+            prompt_depth=prompt_depth,
+            quick_gelu=vision.quick_gelu,
+            double_class_embedding=double_class_embedding,
+        )
+        self.encoder = self._make_encoder(
+            vision,
+            image_size,
+            {
+                "num_prompts": num_prompts,
+                "prompt_depth": prompt_depth,
+                "double_class_embedding": double_class_embedding,
+            },
+        )
+        if pretrained is not None:
+            load_clip_weights(self.encoder, clip, pretrained)
+
+    def _make_encoder(self, vision: ClipVisionConfig, image_size: int, options: dict[str, Any]) -> PromptedClipViT:
+        """The image tower; methods with another one override it."""
+        return PromptedClipViT(vision, image_size, **options)
+
+    @property
+    def patch_size(self) -> int:
+        return self.encoder.config.patch_size
+
     def upsample_size(self, out: SegmentationOutput) -> tuple[int, int]:
         """The size mask logits are upsampled to before they become scores.
 
@@ -187,19 +235,9 @@ class SegmentationModel(nn.Module):
 
     def _calibration(self, out: SegmentationOutput, size: tuple[int, int]) -> dict[str, Any]:
         classes = out.mask_logits.shape[1]
-        seen: Sequence[int] = self.seen
-        if self.num_classes is not None and classes != self.num_classes:
-            seen = ()
-            if not self._told_about_other_vocabulary and not torch.compiler.is_compiling():
-                self._told_about_other_vocabulary = True
-                logger.info(
-                    "%d classes given, the model's vocabulary has %d: no class counts as seen here",
-                    classes,
-                    self.num_classes,
-                )
         crop = self.upsample_size(out)
         return {
-            "seen": seen,
+            "seen": self.seen_among(classes),
             "seen_offset": self.seen_offset,
             "trusty_logits": out.trusty_logits,
             "trusty_weighting": self.trusty_weighting,
@@ -222,7 +260,13 @@ class SegmentationModel(nn.Module):
         return ops.masks_to_labels(out.mask_logits, size, dtype=dtype, **self._calibration(out, size))
 
     def loss(
-        self, out: SegmentationOutput, labels: Tensor, setting: str = "inductive", *, ignore_index: int = 255
+        self,
+        out: SegmentationOutput,
+        labels: Tensor,
+        setting: str = "inductive",
+        *,
+        ignore_index: int = 255,
+        num_masks: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """Weighted loss terms; "loss" is their sum.
 
@@ -231,6 +275,8 @@ class SegmentationModel(nn.Module):
             labels: [B, H, W] in dataset indices, `ignore_index` = ignore (such pixels are negatives for every class).
             setting: "inductive": unseen pixels count as ignored; "transductive": they take the model's own best unseen
                 class (self-training); "supervised": labels are used as they are.
+            num_masks: what the mask losses are divided by; None: this batch's own number, see `ops.mask_loss`. Gradient
+                accumulation gives all micro-batches of an iteration the same.
         """
         one_of("setting", setting, SETTINGS)
         channels = out.mask_logits.shape[1]
@@ -245,7 +291,7 @@ class SegmentationModel(nn.Module):
             )
         targets.check_labels(labels, classes, ignore_index)
         mapped = self._training_labels(out, labels, setting, classes, ignore_index)
-        terms = self._loss_terms(out, labels, mapped, classes, ignore_index)
+        terms = self._loss_terms(out, labels, mapped, classes, ignore_index, num_masks)
         weighted = {f"loss_{name}": term * self.loss_weights[name] for name, term in terms.items()}
         return {**weighted, "loss": torch.stack(list(weighted.values())).sum()}
 
@@ -260,8 +306,14 @@ class SegmentationModel(nn.Module):
         return labels.long()
 
     def _loss_terms(
-        self, out: SegmentationOutput, labels: Tensor, mapped: Tensor, classes: int, ignore_index: int
+        self,
+        out: SegmentationOutput,
+        labels: Tensor,
+        mapped: Tensor,
+        classes: int,
+        ignore_index: int,
+        num_masks: Tensor | float | None,
     ) -> dict[str, Tensor]:
         """Unweighted terms by name, from dataset labels and the channel indices `mapped` of the setting."""
-        mask = ops.mask_loss(out.mask_logits, mapped, ignore_index=ignore_index, validate=False)
+        mask = ops.mask_loss(out.mask_logits, mapped, ignore_index=ignore_index, num_masks=num_masks, validate=False)
         return {"mask": mask.focal, "dice": mask.dice}

@@ -141,9 +141,15 @@ class ClipRC(SegmentationModel):
         return region_visuals(features) if self.query_regions else features.global_token.unsqueeze(1)
 
     def _loss_terms(
-        self, out: SegmentationOutput, labels: Tensor, mapped: Tensor, classes: int, ignore_index: int
+        self,
+        out: SegmentationOutput,
+        labels: Tensor,
+        mapped: Tensor,
+        classes: int,
+        ignore_index: int,
+        num_masks: Tensor | float | None,
     ) -> dict[str, Tensor]:
-        terms = super()._loss_terms(out, labels, mapped, classes, ignore_index)
+        terms = super()._loss_terms(out, labels, mapped, classes, ignore_index, num_masks)
         if out.recovery_losses is not None:
             terms["recovery_q"], terms["recovery_k"] = out.recovery_losses.unbind()
         return terms

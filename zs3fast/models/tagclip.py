@@ -147,9 +147,15 @@ class TagCLIP(SegmentationModel):
         return super()._training_labels(out, labels, setting, classes, ignore_index)
 
     def _loss_terms(
-        self, out: SegmentationOutput, labels: Tensor, mapped: Tensor, classes: int, ignore_index: int
+        self,
+        out: SegmentationOutput,
+        labels: Tensor,
+        mapped: Tensor,
+        classes: int,
+        ignore_index: int,
+        num_masks: Tensor | float | None,
     ) -> dict[str, Tensor]:
-        mask = ops.mask_loss(out.mask_logits, mapped, ignore_index=ignore_index, validate=False)
+        mask = ops.mask_loss(out.mask_logits, mapped, ignore_index=ignore_index, num_masks=num_masks, validate=False)
         terms = {"mask": mask.focal, "dice": mask.dice}
         if out.trusty_logits is not None:
             target = targets.unseen_pixels(labels, self.seen, classes, ignore_index)
