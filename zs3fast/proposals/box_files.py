@@ -1,0 +1,140 @@
+"""Ground-truth boxes that lie in JSON files: a simple format of our own, and COCO's."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zs3fast.proposals.boxes import make_boxes
+from zs3fast.proposals.frames import check_picture
+from zs3fast.types import BoxProposals
+
+
+def box_file(
+    path: str | os.PathLike[str], name: str | None = None, image_size: tuple[int, int] | None = None
+) -> BoxProposals:
+    """The boxes of one picture in a JSON file; see `FileBoxProposer` for the formats and for many pictures.
+
+    Args:
+        name: the picture's file name; may be left out where the file is about one picture.
+        image_size: (H, W) of the picture, where the file does not say it; where it does, both must agree.
+    """
+    return FileBoxProposer(path).boxes(name, image_size)
+
+
+class FileBoxProposer:
+    """A proposer that reads boxes from a JSON file, once, and gives each picture its own.
+
+    Either the simple format, boxes x0 y0 x1 y1 in pixels (x1, y1 just past the last pixel), `score` 1 unless given:
+
+        {"vocabulary": ["dog", "cat"],                                                        (optional)
+         "pictures": [{"file_name": "street.jpg", "width": 640, "height": 480,                (sizes optional)
+                       "boxes": [{"box": [12, 30, 200, 310], "name": "dog", "score": 0.9}]}]}
+
+    or COCO's, with `images`, `annotations` (`bbox` = x y width height) and `categories`, crowds included. Boxes without
+    area, which COCO's own files hold, are left out there with a warning; in the simple format they are an error.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"boxes: no file {self.path}")
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:  # bad JSON, or not UTF-8
+            raise ValueError(f"boxes: {self.path} is not JSON ({error})") from None
+        readers: dict[str, Callable[[dict[str, Any]], None]] = {"pictures": self._simple, "annotations": self._coco}
+        key = next((key for key in readers if isinstance(content, dict) and isinstance(content.get(key), list)), None)
+        if key is None:
+            raise ValueError(f"boxes: {self.path} has neither a list `pictures` nor COCO's `annotations`")
+        self._pictures: dict[str, dict[str, Any]] = {}
+        self.vocabulary: tuple[str, ...] = ()
+        try:
+            readers[key](content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"boxes: {self.path} is not in a known format, an entry lacks or misnames {error}; see FileBoxProposer"
+            ) from None
+        self.file_names = tuple(self._pictures)
+
+    def __call__(self, picture: np.ndarray, name: str | None = None) -> BoxProposals:
+        """The boxes of a picture; a size other than the file's is an error."""
+        check_picture(picture)
+        return self.boxes(name, picture.shape[:2])
+
+    def boxes(self, name: str | None = None, image_size: tuple[int, int] | None = None) -> BoxProposals:
+        """The boxes of one picture, by its file name; folders in the names do not matter where the rest is unique."""
+        name = self._find(name)
+        entry = self._pictures[name]
+        size = entry["size"] or image_size
+        if size is None:
+            raise ValueError(f"image_size: {self.path} does not say the size of {name}, expected (H, W)")
+        if image_size is not None and tuple(image_size) != tuple(size):
+            raise ValueError(f"image_size: {self.path} is for {name} of {tuple(size)}, this picture is {image_size}")
+        try:
+            return make_boxes(entry["boxes"], entry["names"], size, scores=entry["scores"], vocabulary=self.vocabulary)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}, {name}: {error}") from None
+
+    def _find(self, name: str | None) -> str:
+        if name is None:
+            if len(self._pictures) == 1:
+                return next(iter(self._pictures))
+            raise ValueError(f"name: {self.path} is about {len(self._pictures)} pictures, expected a file name")
+        if name in self._pictures:
+            return name
+        matches = [key for key in self._pictures if Path(key).name == Path(name).name]
+        if len(matches) != 1:
+            few = ", ".join(list(self._pictures)[:3])
+            raise ValueError(
+                f"name: {self.path} has {len(matches)} pictures named {Path(name).name!r}; it has {few} ..."
+            )
+        return matches[0]
+
+    def _simple(self, content: dict[str, Any]) -> None:
+        for picture in content["pictures"]:
+            boxes = picture["boxes"]
+            sides = (picture.get("height"), picture.get("width"))
+            self._add(
+                picture["file_name"],
+                size=None if None in sides else (int(sides[0]), int(sides[1])),
+                boxes=[box["box"] for box in boxes],
+                names=[str(box["name"]) for box in boxes],
+                scores=[box.get("score", 1.0) for box in boxes],
+            )
+        used = [name for entry in self._pictures.values() for name in entry["names"]]
+        self.vocabulary = tuple(content.get("vocabulary") or dict.fromkeys(used))
+
+    def _coco(self, content: dict[str, Any]) -> None:
+        words = {category["id"]: str(category["name"]) for category in content["categories"]}
+        self.vocabulary = tuple(words.values())
+        names = {}
+        for image in content["images"]:
+            names[image["id"]] = image["file_name"]
+            size = (int(image["height"]), int(image["width"]))
+            self._add(image["file_name"], size=size, boxes=[], names=[], scores=[])
+        flat = 0
+        for annotation in content["annotations"]:
+            entry = self._pictures[names[annotation["image_id"]]]
+            if len(annotation["bbox"]) != 4:
+                raise ValueError(f"boxes: {self.path}: expected bbox x y width height, got {annotation['bbox']}")
+            x, y, width, height = annotation["bbox"]
+            if not (width > 0 and height > 0):
+                flat += 1
+                continue
+            entry["boxes"].append([x, y, x + width, y + height])
+            entry["names"].append(words[annotation["category_id"]])
+            entry["scores"].append(annotation.get("score", 1.0))
+        if flat:
+            warnings.warn(f"boxes: {self.path} has {flat} boxes without area, left out", stacklevel=4)
+
+    def _add(self, name: str, **entry: Any) -> None:
+        if name in self._pictures:
+            raise ValueError(f"boxes: {self.path} has the picture {name!r} twice")
+        self._pictures[name] = entry

@@ -1,0 +1,91 @@
+"""Proposers by name, as the command line takes them: "mask2former:facebook/...", "detr:FOLDER", "files:masks"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zs3fast.proposals import _library
+from zs3fast.proposals.box_files import FileBoxProposer
+from zs3fast.proposals.box_transformers import TransformersBoxProposer
+from zs3fast.proposals.boxes import BoxProposer
+from zs3fast.proposals.mask_files import FileMaskProposer
+from zs3fast.proposals.mask_transformers import TransformersMaskProposer
+from zs3fast.proposals.masks import MaskProposer
+from zs3fast.proposals.sam import SamProposer
+
+# kind: (class of transformers, accepted model types, a checkpoint to name in messages)
+MASK_KINDS = {
+    "mask2former": (
+        "Mask2FormerForUniversalSegmentation",
+        ("mask2former",),
+        "facebook/mask2former-swin-tiny-ade-semantic",
+    ),
+    "maskformer": ("MaskFormerForInstanceSegmentation", ("maskformer",), "facebook/maskformer-swin-base-ade"),
+    "sam": ("SamModel", ("sam",), "facebook/sam-vit-huge"),
+}
+BOX_KINDS = {
+    "detr": ("AutoModelForObjectDetection", ("detr",), "facebook/detr-resnet-50"),
+    "rtdetr": ("AutoModelForObjectDetection", ("rt_detr", "rt_detr_v2"), "PekingU/rtdetr_r50vd"),
+    "yolos": ("AutoModelForObjectDetection", ("yolos",), "hustvl/yolos-tiny"),
+    "detector": ("AutoModelForObjectDetection", None, "any object detector of the transformers library"),
+}
+
+
+def load_mask_proposer(spec: str, device: str = "cpu", **options: Any) -> MaskProposer:
+    """A mask proposer by name.
+
+    Args:
+        spec: "mask2former:NAME", "maskformer:NAME" or "sam:NAME", where NAME is a repository of huggingface.co or a
+            local folder; "freeseg:FILE", the generator inside an official MAFT checkpoint; or "files:PATH", masks on
+            disk (see `FileMaskProposer`).
+        device: where its model runs.
+        options: arguments of TransformersMaskProposer, SamProposer or FileMaskProposer.
+    Raises:
+        ValueError: an unknown kind, or weights that are absent or do not fit; the message says how to get them.
+        ImportError: transformers is not installed.
+    """
+    kind, name = _split(spec, "proposer", MASK_KINDS, ("freeseg:maft.pth", "files:masks.npz"))
+    if kind == "files":
+        return FileMaskProposer(name, **options)
+    if kind == "freeseg":
+        from zs3fast.proposals.freeseg import FreeSegProposer
+
+        return FreeSegProposer.from_official(name, device=device, **options)
+    model_class, model_types, _ = MASK_KINDS[kind]
+    model = _library.load(model_class, name, model_types).to(device)
+    if kind == "sam":
+        return SamProposer(model, **options)
+    return TransformersMaskProposer(model, **{**_library.normalisation(name), **options})
+
+
+def load_box_proposer(spec: str, device: str = "cpu", **options: Any) -> BoxProposer:
+    """A box proposer by name.
+
+    Args:
+        spec: "detr:NAME", "rtdetr:NAME", "yolos:NAME" or, for every other detector of the transformers library,
+            "detector:NAME", where NAME is a repository of huggingface.co or a local folder; or "files:PATH", boxes in a
+            JSON file (see `FileBoxProposer`).
+        device: where its model runs.
+        options: arguments of TransformersBoxProposer.
+    Raises:
+        As `load_mask_proposer`.
+    """
+    kind, name = _split(spec, "boxes", BOX_KINDS, ("files:boxes.json",))
+    if kind == "files":
+        return FileBoxProposer(name, **options)
+    model_class, model_types, _ = BOX_KINDS[kind]
+    model = _library.load(model_class, name, model_types).to(device)
+    return TransformersBoxProposer(model, _library.load_processor(name), **options)
+
+
+def _split(spec: str, argument: str, kinds: dict[str, Any], others: tuple[str, ...]) -> tuple[str, str]:
+    """(kind, name) of a specification; `others` are examples of kinds that are no model of the library."""
+    kind, _, name = spec.partition(":")
+    known = (*kinds, *(other.partition(":")[0] for other in others))
+    if kind not in known or not name:
+        examples = [*(f"{key}:{value[2]}" for key, value in kinds.items() if " " not in value[2]), *others]
+        raise ValueError(
+            f"{argument}: expected KIND:NAME with KIND one of {', '.join(known)}, such as {', '.join(examples)}; "
+            f"got {spec!r}"
+        )
+    return kind, name

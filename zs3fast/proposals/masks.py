@@ -1,0 +1,263 @@
+"""Mask proposals: what a proposer is, and how masks from anywhere become `Proposals`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zs3fast.proposals.components import label_masks
+from zs3fast.proposals.frames import DIVISOR, LONG_SIDE, SHORT_SIDE, frame_size, padded_size
+from zs3fast.types import Proposals
+
+
+@runtime_checkable
+class MaskProposer(Protocol):
+    """Finds regions in pictures.
+
+    pictures: uint8 [H, W, 3] arrays, RGB, of any sizes. names: their file names, of use only to proposers that read
+    masks from files.
+    """
+
+    def __call__(self, pictures: Sequence[np.ndarray], names: Sequence[str] | None = None) -> Proposals: ...
+
+
+def for_classes(proposer: MaskProposer, text_embeddings: Tensor) -> MaskProposer:
+    """The proposer for a class list [C, D]: itself, or what its `for_vocabulary` gives where proposals depend on it."""
+    bind = getattr(proposer, "for_vocabulary", None)
+    return proposer if bind is None else bind(text_embeddings)
+
+
+def from_masks(
+    masks: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray,
+    original_sizes: Sequence[tuple[int, int]] | None = None,
+    *,
+    class_scores: Sequence[Tensor | np.ndarray] | None = None,
+    class_names: Sequence[str] | None = None,
+    quality: Sequence[Tensor | np.ndarray] | None = None,
+    short_side: int = SHORT_SIDE,
+    long_side: int = LONG_SIDE,
+    divisor: int = DIVISOR,
+) -> Proposals:
+    """Any masks of pictures as `Proposals` on MAFT's frame: ground truth, somebody's predictions, drawings.
+
+    Masks are resized with the picture (bilinear, averaging where they shrink) and padded with zeros; where pictures
+    have different counts, empty rows with `valid=False` follow.
+
+    Args:
+        masks: one item a picture, [Nq_i, H_i, W_i] at the picture's own size: bool, integers 0 and 1, or floats in
+            [0, 1]. Nq_i = 0 is fine for some of the pictures.
+        original_sizes: (H, W) of each picture; masks of another size are an error. None: the masks' own.
+        class_scores: one item a picture, [Nq_i, K + 1] probabilities, last column = no object.
+        class_names: the names of the K columns.
+        quality: one item a picture, [Nq_i] in [0, 1].
+    Raises:
+        ValueError: no mask at all, only empty masks, a wrong shape, size, count or range, or a value that is nan.
+    """
+    rows = [_mask_rows(item, f"masks[{index}]") for index, item in enumerate(_pictures_of(masks))]
+    if not any(len(item) for item in rows):
+        raise ValueError("masks: expected at least one proposal, got none")
+    if not any(bool(item.any()) for item in rows):
+        raise ValueError("masks: every mask is empty, expected at least one with a pixel in it")
+    own_sizes = [(int(item.shape[1]), int(item.shape[2])) for item in rows]
+    if original_sizes is not None:
+        _check_sizes(own_sizes, original_sizes)
+    frame = {"short_side": short_side, "long_side": long_side, "divisor": divisor}
+    return _on_frame(rows, class_scores, class_names, quality, **frame)
+
+
+def from_labels(
+    labels: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray,
+    *,
+    ignore_index: int = 255,
+    connected: bool = False,
+    min_area: int = 1,
+    short_side: int = SHORT_SIDE,
+    long_side: int = LONG_SIDE,
+    divisor: int = DIVISOR,
+) -> Proposals:
+    """Ground-truth proposals: one mask a class, or a connected region, of each label map.
+
+    Args:
+        labels: one integer map [H_i, W_i] a picture. A map that is all `ignore_index` gives no proposal, no error.
+        connected, min_area: see `label_masks`.
+    """
+    options = {"ignore_index": ignore_index, "connected": connected, "min_area": min_area}
+    rows = [label_masks(item, **options)[0].float() for item in labels]
+    if not rows:
+        raise ValueError("labels: expected at least one label map, got none")
+    return _on_frame(rows, short_side=short_side, long_side=long_side, divisor=divisor)
+
+
+def soft_masks(proposals: Proposals) -> Tensor:
+    """The masks on the padded frame, [B, Nq, Hp, Wp] in [0, 1]: `masks`, or sigmoid(bilinear(mask_logits))."""
+    if proposals.masks is not None:
+        return proposals.masks
+    return F.interpolate(
+        proposals.mask_logits.float(),
+        size=proposals.padded_size,
+        mode="bilinear",
+        align_corners=proposals.align_corners,
+    ).sigmoid()
+
+
+def check_proposals(proposals: Proposals, original_sizes: Sequence[tuple[int, int]] | None = None) -> None:
+    """Raise a ValueError naming the field that is wrong; Nq = 0 is well-formed.
+
+    Args:
+        original_sizes: (H, W) of the pictures the proposals are to be used with. None: not compared.
+    """
+    given = proposals.mask_logits if proposals.masks is None else proposals.masks
+    if given is None or (proposals.masks is not None and proposals.mask_logits is not None):
+        which = "neither" if given is None else "both"
+        raise ValueError(f"proposals: expected mask_logits or masks, got {which}")
+    name = "mask_logits" if proposals.masks is None else "masks"
+    if given.dim() != 4:
+        raise ValueError(f"proposals: expected {name} [B, Nq, H, W], got {list(given.shape)}")
+    batch, count = given.shape[:2]
+    if proposals.masks is not None and tuple(given.shape[2:]) != tuple(proposals.padded_size):
+        raise ValueError(f"proposals: masks are {list(given.shape[2:])}, padded_size is {list(proposals.padded_size)}")
+    expected = {"valid": (batch, count), "quality": (batch, count)}
+    for field, shape in expected.items():
+        tensor = getattr(proposals, field)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"proposals: expected {field} {list(shape)}, got {list(tensor.shape)}")
+    _check_frames(proposals, batch)
+    if original_sizes is not None:
+        _check_sizes(proposals.original_sizes, original_sizes)
+    _check_scores(proposals, batch, count)
+    _check_values(given, name)
+
+
+def _check_frames(proposals: Proposals, batch: int) -> None:
+    for field in ("image_sizes", "original_sizes"):
+        if len(getattr(proposals, field)) != batch:
+            raise ValueError(f"proposals: {field} are of {len(getattr(proposals, field))} images, masks of {batch}")
+    for size in proposals.image_sizes:
+        if not (0 < size[0] <= proposals.padded_size[0] and 0 < size[1] <= proposals.padded_size[1]):
+            raise ValueError(f"proposals: image size {tuple(size)} is outside padded_size {proposals.padded_size}")
+
+
+def _check_scores(proposals: Proposals, batch: int, count: int) -> None:
+    scores, names = proposals.class_scores, proposals.class_names
+    if scores is None:
+        return
+    if scores.dim() != 3 or tuple(scores.shape[:2]) != (batch, count):
+        raise ValueError(f"proposals: expected class_scores [{batch}, {count}, K + 1], got {list(scores.shape)}")
+    if names is not None and scores.shape[2] != len(names) + 1:
+        raise ValueError(
+            f"proposals: class_scores have {scores.shape[2]} columns, expected {len(names) + 1}: one for each of the "
+            f"{len(names)} class_names and one for no object"
+        )
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("proposals: class_scores hold values that are not finite")
+
+
+def _check_values(given: Tensor, name: str) -> None:
+    if given.numel() == 0 or given.dtype == torch.bool:
+        return
+    if not bool(torch.isfinite(given).all()):
+        raise ValueError(f"{name}: expected finite values, got nan or infinity")
+    if name == "mask_logits":
+        return
+    low, high = (float(value) for value in torch.aminmax(given))
+    if low < 0 or high > 1:
+        raise ValueError(f"{name}: expected values in [0, 1], got {low:g} to {high:g}")
+
+
+def _check_sizes(own: Sequence[tuple[int, int]], expected: Sequence[tuple[int, int]]) -> None:
+    if len(own) != len(expected):
+        raise ValueError(f"masks: of {len(own)} pictures, expected {len(expected)}")
+    for index, (got, want) in enumerate(zip(own, expected)):
+        if tuple(got) != tuple(want):
+            raise ValueError(f"masks[{index}]: made for a picture of {tuple(got)}, this one is {tuple(want)}")
+
+
+def _pictures_of(masks: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray) -> list[Tensor | np.ndarray]:
+    if isinstance(masks, (Tensor, np.ndarray)) and masks.ndim != 4:
+        raise ValueError(f"masks: a batch of equal sizes is [B, Nq, H, W], got {list(masks.shape)}")
+    if len(masks) == 0:
+        raise ValueError("masks: expected the masks of at least one picture, got none")
+    return list(masks)
+
+
+def _mask_rows(item: Tensor | np.ndarray, name: str) -> Tensor:
+    if not isinstance(item, (Tensor, np.ndarray)):
+        raise TypeError(f"{name}: expected a tensor or an array [Nq, H, W], got {type(item).__name__}")
+    tensor = torch.as_tensor(item)
+    if tensor.dim() != 3 or 0 in tensor.shape[1:]:
+        raise ValueError(f"{name}: expected [Nq, H, W] with pixels in it, got {list(tensor.shape)}")
+    _check_values(tensor.float(), name)
+    return tensor.float()
+
+
+def _on_frame(
+    rows: list[Tensor],
+    class_scores: Sequence[Tensor | np.ndarray] | None = None,
+    class_names: Sequence[str] | None = None,
+    quality: Sequence[Tensor | np.ndarray] | None = None,
+    *,
+    short_side: int,
+    long_side: int,
+    divisor: int,
+) -> Proposals:
+    """Masks [Nq_i, H_i, W_i] at their pictures' sizes -> resized, padded and stacked."""
+    originals = [(int(item.shape[1]), int(item.shape[2])) for item in rows]
+    sizes = [frame_size(size, short_side, long_side) for size in originals]
+    resized = [
+        F.interpolate(item[None], size=size, mode="bilinear", antialias=True)[0].clamp_(0, 1)
+        if len(item)  # interpolate takes no empty batch
+        else item.new_zeros(0, *size)
+        for item, size in zip(rows, sizes)
+    ]
+    return stack_masks(resized, originals, padded_size(sizes, divisor), class_scores, class_names, quality)
+
+
+def stack_masks(
+    rows: Sequence[Tensor],
+    original_sizes: Sequence[tuple[int, int]],
+    padded: tuple[int, int],
+    class_scores: Sequence[Tensor | np.ndarray] | None = None,
+    class_names: Sequence[str] | None = None,
+    quality: Sequence[Tensor | np.ndarray] | None = None,
+) -> Proposals:
+    """Masks [Nq_i, Hi, Wi] already at their frames' image sizes -> one batch, padded in space and in count."""
+    count = max(len(item) for item in rows)
+    masks = rows[0].new_zeros(len(rows), count, *padded)
+    valid = torch.zeros(len(rows), count, dtype=torch.bool, device=masks.device)
+    for index, item in enumerate(rows):
+        masks[index, : len(item), : item.shape[1], : item.shape[2]] = item
+        valid[index, : len(item)] = True
+    proposals = Proposals(
+        mask_logits=None,
+        masks=masks,
+        valid=valid,
+        padded_size=padded,
+        image_sizes=tuple((int(item.shape[1]), int(item.shape[2])) for item in rows),
+        original_sizes=tuple((int(size[0]), int(size[1])) for size in original_sizes),
+        class_scores=_pad_rows(class_scores, rows, "class_scores"),
+        class_names=None if class_names is None else tuple(class_names),
+        quality=_pad_rows(quality, rows, "quality"),
+    )
+    check_proposals(proposals)
+    return proposals
+
+
+def _pad_rows(values: Sequence[Tensor | np.ndarray] | None, rows: Sequence[Tensor], name: str) -> Tensor | None:
+    if values is None:
+        return None
+    if len(values) != len(rows):
+        raise ValueError(f"{name}: of {len(values)} pictures, expected {len(rows)}")
+    tensors = [torch.as_tensor(value).to(rows[0]) for value in values]
+    for index, (tensor, item) in enumerate(zip(tensors, rows)):
+        if tensor.dim() != (2 if name == "class_scores" else 1) or len(tensor) != len(item):
+            raise ValueError(f"{name}[{index}]: expected one row for each of {len(item)} masks, got {tensor.shape}")
+        if tensor.shape[1:] != tensors[0].shape[1:]:
+            raise ValueError(
+                f"{name}[{index}]: {tensor.shape[1]} columns, the first picture's have {tensors[0].shape[1]}"
+            )
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
