@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import zs3fast
 from tests.tiny_clip import CONFIG as CLIP
 
+ONE_STAGE = ("clip_rc", "tagclip", "zegclip")  # methods with the common contract (images, text) -> masks
 NUM_CLASSES = 7
 SEEN = [0, 1, 2, 4, 6]
 
@@ -20,7 +21,15 @@ def tiny_model(method: str, **options: Any) -> nn.Module:
     if method == "clip_rc":
         options.setdefault("regions", 4)
     settings = {"clip": CLIP, "num_prompts": 3, "image_size": 64, "num_classes": NUM_CLASSES, "seen": SEEN}
-    return zs3fast.create_model(method, **{**settings, "decoder_heads": 4, **options}).eval()
+    if method in ONE_STAGE:
+        settings.update(decoder_heads=4)
+    else:
+        del settings["num_prompts"]
+    if method == "clsclip":
+        settings.update(nav_layers=(1, 2), text_token="projected", decoder_ffn=64)
+    if method == "maft":
+        settings.update(start_layer=1)
+    return zs3fast.create_model(method, **{**settings, **options}).eval()
 
 
 def tiny_inputs(batch: int = 2, size: tuple[int, int] = (64, 64), classes: int = NUM_CLASSES) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import zs3fast
 from tests.goldens_data import relative
-from tests.tiny import SEEN, tiny_inputs, tiny_labels, tiny_model
+from tests.tiny import ONE_STAGE, SEEN, tiny_inputs, tiny_labels, tiny_model
 
 
 class ImageToLabels(torch.nn.Module):
@@ -21,7 +20,7 @@ class ImageToLabels(torch.nn.Module):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)], ids=["native", "resized"])
-@pytest.mark.parametrize("method", zs3fast.list_models())
+@pytest.mark.parametrize("method", ONE_STAGE)
 def test_compile_fullgraph(method: str, size: tuple[int, int]) -> None:
     torch._dynamo.reset()
     pipeline, inputs = ImageToLabels(tiny_model(method), size), tiny_inputs()
@@ -32,7 +31,7 @@ def test_compile_fullgraph(method: str, size: tuple[int, int]) -> None:
     assert (got_labels == labels).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("method", zs3fast.list_models())
+@pytest.mark.parametrize("method", ONE_STAGE)
 def test_export(method: str) -> None:
     pipeline, inputs = ImageToLabels(tiny_model(method), (64, 64)), tiny_inputs()
     with torch.no_grad():
@@ -42,7 +41,7 @@ def test_export(method: str) -> None:
     assert (got_labels == labels).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("method", zs3fast.list_models())
+@pytest.mark.parametrize("method", ONE_STAGE)
 def test_model_output_can_be_exported(method: str) -> None:
     model, inputs = tiny_model(method), tiny_inputs()
     with torch.no_grad():

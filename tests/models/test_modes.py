@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 
-import zs3fast
 from tests.goldens_data import relative
-from tests.tiny import SEEN, tiny_inputs, tiny_labels, tiny_model
+from tests.tiny import ONE_STAGE, SEEN, tiny_inputs, tiny_labels, tiny_model
 
-pytestmark = pytest.mark.parametrize("method", zs3fast.list_models())
+pytestmark = pytest.mark.parametrize("method", ONE_STAGE)
 
 
 def test_what_inference_mode_cached_serves_no_grad_and_copies(method: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zs3fast._open_clip import create_open_clip
 from zs3fast.encoders.clip_vit import ClipViT, resize_positions
 
 
-def load_clip_weights(encoder: ClipViT, clip: str | dict[str, Any], pretrained: str) -> None:
+def load_clip_weights(encoder: nn.Module, clip: str | dict[str, Any], pretrained: str) -> None:
     """Copy the image tower of open_clip's `clip` with `pretrained` weights (a tag or a file) into `encoder`.
 
     The position table is resized bilinearly to the encoder's own grid, once.
@@ -22,8 +22,14 @@ def load_clip_weights(encoder: ClipViT, clip: str | dict[str, Any], pretrained: 
     load_tower_state(encoder, {name: tensor.detach().float() for name, tensor in tower.state_dict().items()})
 
 
-def load_tower_state(encoder: ClipViT, state: dict[str, Tensor]) -> None:
-    """Load an open_clip / OpenAI image tower state dict; parameters CLIP does not have (prompts) stay as they are."""
+def load_tower_state(encoder: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load an open_clip / OpenAI image tower state dict; parameters CLIP does not have (prompts) stay as they are.
+
+    An encoder that is no ViT holds open_clip's own module as `visual`.
+    """
+    if not isinstance(encoder, ClipViT):
+        encoder.visual.load_state_dict(state)
+        return
     state = dict(state)
     side = round((encoder.positional_embedding.shape[0] - 1) ** 0.5)
     state["positional_embedding"] = resize_positions(state["positional_embedding"], (side, side))

@@ -24,11 +24,29 @@ MULTI = (
     "This is one {} in the scene.",
 )
 
-TEMPLATES = {"single": SINGLE, "multi": MULTI}
+MAFT = (
+    "a photo of a {}.",
+    "This is a photo of a {}",  # four of them lack their full stop, as published
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
+
+TEMPLATES = {"single": SINGLE, "multi": MULTI, "maft": MAFT}
 
 
 def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates by name ("single", the VOC embeddings'; "multi", the 15 of COCO-Stuff and Context) or as given.
+    """Templates by name ("single", the VOC embeddings'; "multi", the 15 of COCO-Stuff and Context;
+    "maft", MAFT's 14) or as given.
 
     Raises:
         ValueError: an unknown name, an empty list, or a template without exactly one {}.

@@ -1,4 +1,4 @@
-"""Official checkpoints of ZegCLIP, TagCLIP and CLIP-RC -> our models, with sizes read off the tensors."""
+"""Official checkpoints -> our models, with sizes read off the tensors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from zs3fast.models.registry import create_model
+from zs3fast.weights import official_maft
 from zs3fast.weights.files import CheckpointError, read_state_dict, report, strict_load, unwrap_state_dict
 
 logger = logging.getLogger("zs3fast")
@@ -55,11 +56,12 @@ def load_official(
 
     Args:
         checkpoint: a torch or safetensors file, or a state dict with official keys.
-        method: "zegclip", "tagclip" or "clip_rc"; None reads it off the keys.
+        method: "zegclip", "tagclip", "clip_rc" or "maft"; None reads it off the keys.
         seen, num_classes: the training vocabulary; they are not in the weights. Self-trained checkpoints want
             `seen_offset=0` as well.
         heads: attention heads of the encoder; None: width / 64.  decoder_heads: of the decoder.
-        image_size: the side masks are upsampled to; None: the one the position table was stored for.
+        image_size: the side masks are upsampled to; None: the one the position table was stored for. MAFT: the side
+            pictures are squashed to; None: 480.
         start_layer: MAFT's first masked layer; the other methods have none.
         options: further settings of the method, such as `seen_offset` or `trusty_weighting`.
     Raises:
@@ -77,17 +79,25 @@ def load_official(
         )
     if method is not None and method != found:
         raise CheckpointError(f"{source}: method {method!r} was asked for, but these are weights of {found!r}")
-    if found not in _DECODER:
-        raise CheckpointError(f"{source}: a checkpoint of {found!r}, which this version does not load yet")
+    vocabulary = {"seen": seen, "num_classes": num_classes, **options}
+    if found == "maft":
+        tower = _tower_sizes(found, state, source, heads, "IPCLIP.")
+        vocabulary.update(start_layer=start_layer, image_size=image_size or 480)
+        model = create_model(found, clip=tower["clip"], quick_gelu=True, **vocabulary)
+        return _load(model, state, source, lambda key: official_maft.is_other_part(key))
     sizes = _sizes(found, state, source, heads)
     if image_size is not None and image_size != sizes["image_size"]:
         logger.info("%s: trained at %d pixels, masks go to %d", source, sizes["image_size"], image_size)
-    settings = {**sizes, "decoder_heads": decoder_heads, "seen": seen, "num_classes": num_classes, **options}
-    model = create_model(found, **settings)
+    model = create_model(found, **{**sizes, "decoder_heads": decoder_heads, **vocabulary})
     model.image_size = image_size or sizes["image_size"]
+    return _load(model, state, source, lambda key: _dead(found, key, sizes))
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], source: str, dead: Callable[[str], bool]) -> nn.Module:
+    """Every weight of the model from its official key; keys that are neither used nor `dead` are an error."""
     names = official_keys(model)
     missing = [official for official in names.values() if official not in state]
-    surplus = [key for key in state if key not in names.values() and not _dead(found, key, sizes)]
+    surplus = [key for key in state if key not in names.values() and not dead(key)]
     if missing or surplus:
         raise CheckpointError(report(source, sorted(missing), sorted(surplus), []))
     strict_load(model, {ours: state[official] for ours, official in names.items()}, source)
@@ -96,7 +106,12 @@ def load_official(
 
 def official_keys(model: nn.Module) -> dict[str, str]:
     """Our parameter names -> the official ones of the same tensors."""
-    rename = {"zegclip": _zegclip_key, "tagclip": _tagclip_key, "clip_rc": _clip_rc_key}[model.method]
+    rename = {
+        "zegclip": _zegclip_key,
+        "tagclip": _tagclip_key,
+        "clip_rc": _clip_rc_key,
+        "maft": official_maft.maft_key,
+    }[model.method]
     return {name: rename(name) for name in model.state_dict()}
 
 
@@ -147,22 +162,32 @@ def _dead(method: str, key: str, sizes: dict[str, Any]) -> bool:
     return last and (part in ("linear1", "linear2", "norm2", "norm3") or rest.startswith(("v.", "proj.")))
 
 
-def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None) -> dict[str, Any]:
-    """Options of `create_model` read off the shapes."""
+def _tower_sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None, prefix: str) -> dict[str, Any]:
+    """open_clip name or configuration and image size of a ViT whose keys start with `prefix`."""
 
     def shape(key: str) -> tuple[int, ...]:
-        if key not in state:
-            raise CheckpointError(f"{source}: {_described(method)} has no {key!r}, which its sizes are read from")
-        return tuple(state[key].shape)
+        return _shape(method, state, source, prefix + key)
 
-    width, _, patch_size, _ = shape("backbone.conv1.weight")
-    layers = _count(state, r"backbone\.transformer\.resblocks\.(\d+)\.")
-    embed_dim = shape("backbone.proj")[1]
-    mlp_width = shape("backbone.transformer.resblocks.0.mlp.c_fc.weight")[0]
-    grid = math.isqrt(shape("backbone.positional_embedding")[0] - 1)
+    width, _, patch_size, _ = shape("conv1.weight")
+    layers = _count(state, re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
+    embed_dim = shape("proj")[1]
+    mlp_width = shape("transformer.resblocks.0.mlp.c_fc.weight")[0]
+    grid = math.isqrt(shape("positional_embedding")[0] - 1)
     heads = heads or max(width // 64, 1)
     if width % heads:
         raise ValueError(f"heads: {heads} does not divide the encoder's width {width}")
+    name = _clip_name(width, layers, heads, patch_size, embed_dim, mlp_width, grid)
+    return {"clip": name, "image_size": grid * patch_size, "embed_dim": embed_dim}
+
+
+def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None) -> dict[str, Any]:
+    """Options of `create_model` read off the shapes."""
+    tower = _tower_sizes(method, state, source, heads, "backbone.")
+    embed_dim = tower.pop("embed_dim")
+
+    def shape(key: str) -> tuple[int, ...]:
+        return _shape(method, state, source, key)
+
     deep = state.get("backbone.deep_prompt_embeddings")
     shallow = state.get("backbone.prompt_embeddings")
     if deep is None and shallow is None:
@@ -171,9 +196,8 @@ def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None
     decoder = re.escape(_DECODER[method])
     decoder_layers = _count(state, decoder + r"layers\.(\d+)\.")
     sizes: dict[str, Any] = {
-        "clip": _clip_name(width, layers, heads, patch_size, embed_dim, mlp_width, grid),
+        **tower,
         "quick_gelu": True,
-        "image_size": grid * patch_size,
         "num_prompts": (shallow if deep is None else deep).shape[1],
         "prompt_depth": depth,
         "decoder_width": shape(_DECODER[method] + "layers.0.linear1.weight")[0],
@@ -203,6 +227,12 @@ def _alignment(shape: tuple[int, ...], dim: int) -> dict[str, str]:
     known = {1: "none", 3: "region_global"}
     parts = shape[1] // dim
     return {"alignment": known[parts]} if parts in known else {}
+
+
+def _shape(method: str, state: dict[str, Tensor], source: str, key: str) -> tuple[int, ...]:
+    if key not in state:
+        raise CheckpointError(f"{source}: {_described(method)} has no {key!r}, which its sizes are read from")
+    return tuple(state[key].shape)
 
 
 def _count(state: dict[str, Tensor], pattern: str) -> int:

@@ -1,0 +1,343 @@
+"""MAFT (NeurIPS 2023): mask proposals classified in one pass of a CLIP that was made aware of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zs3fast import ops
+from zs3fast._open_clip import clip_model_config
+from zs3fast.encoders.config import vision_config
+from zs3fast.encoders.open_clip_weights import load_clip_weights
+from zs3fast.encoders.proposal_clip import ProposalClipResNet, ProposalClipViT
+from zs3fast.labels.ensemble import FORMS, ensemble_class_weights
+from zs3fast.labels.proposal_targets import soft_iou
+from zs3fast.models.base import ZeroShotModel, one_of
+from zs3fast.models.registry import register_model
+from zs3fast.ops.proposals_to_labels import reference_scores
+from zs3fast.proposals.masks import soft_masks
+from zs3fast.types import ProposalOutput, Proposals
+
+TEMPERATURE = 100.0
+
+
+@register_model("maft")
+class MAFT(ZeroShotModel):
+    """Every proposal is a class token of its own that sees the patches under its mask; text tells its class.
+
+    Args:
+        clip: open_clip ViT or ResNet name, or configuration dict ("ViT-B-16", "ViT-L-14", "RN50" are published).
+        pretrained: open_clip tag, path or None.
+        start_layer: L, the first masked layer of a ViT; the official code has 8 for any tower.
+        image_size: side in pixels that pictures are squashed to (published: 480).
+        ensemble: lambda, the share of the proposer's own class scores; published with seen and unseen classes: 0.8 on
+            COCO, 0.7 on VOC, 2/3 on ADE20K; 0 (default): CLIP's opinion alone, the open-vocabulary setting.
+        ensemble_form: "freeseg" (ZSSeg's too) or "zegformer", see `ensemble_class_weights`.
+        seen_offset: taken off the scores of seen classes at the end; ZegFormer: 0.1.
+        quick_gelu: see `vision_config`.
+        options: see `ZeroShotModel`.
+    """
+
+    default_loss_weights = {"ma": 1.0, "dis": 0.1}
+    templates = "maft"
+    test_recipe = "proposals"
+
+    def __init__(
+        self,
+        *,
+        clip: str | dict[str, Any] = "ViT-B-16",
+        pretrained: str | None = None,
+        start_layer: int = 8,
+        image_size: int = 480,
+        ensemble: float = 0.0,
+        ensemble_form: str = "freeseg",
+        quick_gelu: bool | None = None,
+        **options: Any,
+    ):
+        super().__init__(clip=clip, pretrained=pretrained, image_size=image_size, **options)
+        if not 0 <= ensemble <= 1:
+            raise ValueError(f"ensemble: expected a share in 0..1, got {ensemble}")
+        self.ensemble = ensemble
+        self.ensemble_form = one_of("ensemble_form", ensemble_form, FORMS)
+        config = clip_model_config(clip)
+        if isinstance(config["vision_cfg"].get("layers"), int):
+            vision = vision_config(clip, pretrained, quick_gelu)
+            self.encoder = ProposalClipViT(vision, start_layer=start_layer)
+            quick_gelu = vision.quick_gelu
+        else:
+            self.encoder = ProposalClipResNet(config["vision_cfg"], config["embed_dim"])
+        self._architecture.update(start_layer=start_layer, quick_gelu=quick_gelu)
+        if pretrained is not None:
+            load_clip_weights(self.encoder, clip, pretrained)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "ensemble": self.ensemble, "ensemble_form": self.ensemble_form}
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the joint width of text and image."""
+        return self.encoder.embed_dim
+
+    def proposal_embeddings(self, images: Tensor, proposal_masks: Proposals | Tensor) -> Tensor:
+        """Embeddings [B, Nq, D], not normalised, of what lies under soft masks [B, Nq, H, W] in 0..1.
+
+        The masks cover the same frame as the images, at any resolution. A mask that reaches 0.5 on no patch is allowed:
+        its token sees itself alone.
+        """
+        proposals = as_proposals(proposal_masks, len(images))
+        tokens, grid = self.encoder.trunk(images)
+        return self.encoder.proposal_head(tokens, mask_bits(proposals, grid))
+
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """Embedding [B, D], not normalised, of whole images [B, 3, H, W]: CLIP's own."""
+        return self.encoder.image_head(self.encoder.trunk(images)[0])
+
+    def forward(self, images: Tensor, text_embeddings: Tensor, proposals: Proposals | Tensor) -> ProposalOutput:
+        """Classify proposals.
+
+        Args:
+            images: [B, 3, H, W] normalised with CLIP's statistics: the padded frame, squashed to image_size.
+            text_embeddings: [C, D]. One row more than `num_classes`: the last is the "no object" embedding of official
+                checkpoints, which only proposers use.
+            proposals: soft masks on the same padded frame, as `Proposals` or [B, Nq, Hp, Wp] in 0..1.
+        """
+        text = self._class_rows(text_embeddings)
+        proposals = as_proposals(proposals, len(images))
+        tokens, grid = self.encoder.trunk(images)
+        embeddings = self.encoder.proposal_head(tokens, mask_bits(proposals, grid))
+        image_embedding = self.encoder.image_head(tokens) if self.training else None
+        return self._output(embeddings, text, proposals, grid, image_embedding)
+
+    def classify_crops(
+        self, sub_images: Tensor, rows: Tensor, text_embeddings: Tensor, proposals: Proposals, batch_size: int = 32
+    ) -> ProposalOutput:
+        """The baseline that MAFT replaced: plain CLIP on every proposal cut out as a picture of its own.
+
+        Args:
+            sub_images, rows: [P, 3, side, side] and [P, 2], (image, proposal) of each, of
+                `zs3fast.proposals.sub_images`. Proposals without a picture keep a zero embedding: all classes alike.
+        """
+        text = self._class_rows(text_embeddings)
+        embeddings = text.new_zeros(*proposals.valid.shape, self.embed_dim)
+        for pictures, places in zip(sub_images.split(batch_size), rows.split(batch_size)):
+            embeddings[places[:, 0], places[:, 1]] = self.image_embedding(pictures)
+        height, width = (max(side // 16, 1) for side in proposals.padded_size)
+        return self._output(embeddings, text, proposals, (height, width), None)
+
+    def _class_rows(self, text_embeddings: Tensor) -> Tensor:
+        text = self.check_text(text_embeddings)
+        return text[:-1] if self.num_classes is not None and len(text) == self.num_classes + 1 else text
+
+    def _output(
+        self,
+        embeddings: Tensor,
+        text: Tensor,
+        proposals: Proposals,
+        grid: tuple[int, int],
+        image_embedding: Tensor | None,
+    ) -> ProposalOutput:
+        logits = TEMPERATURE * F.normalize(embeddings, dim=-1) @ F.normalize(text, dim=-1).t()
+        masks = proposals.mask_logits.sigmoid() if proposals.masks is None else proposals.masks
+        masks = F.interpolate(masks.float(), grid, mode="bilinear", align_corners=False)
+        weights = self.class_weights(logits, proposals)
+        on_grid = torch.einsum("bqc,bqhw->bchw", weights.float(), masks)
+        return ProposalOutput((on_grid + 1e-6).log(), embeddings, logits, proposals, text, image_embedding)
+
+    def class_weights(self, proposal_logits: Tensor, proposals: Proposals, seen: Sequence[int] | None = None) -> Tensor:
+        """Class weights A [B, Nq, C]: CLIP's softmax, in an ensemble with the proposer's where `ensemble` > 0.
+
+        seen: which classes count as seen; None: the model's, where the list is its own vocabulary.
+        """
+        usable = None
+        if self.ensemble > 0 and proposals.class_scores is not None:
+            usable = usable_proposals(proposals)
+        weights = ensemble_class_weights(
+            proposal_logits.softmax(-1),
+            proposals.class_scores,
+            seen=self.seen_among(proposal_logits.shape[-1]) if seen is None else seen,
+            weight=self.ensemble,
+            usable=usable,
+            form=self.ensemble_form,
+        )
+        return weights * proposals.valid.unsqueeze(-1)
+
+    def class_scores(self, out: ProposalOutput, size: tuple[int, int]) -> Tensor:
+        """Scores [B, C, H, W] = sum over proposals of class weight times mask: exact, differentiable, large.
+
+        Masks are cropped to the image inside the padded frame and resized bilinearly to `size`; values may exceed 1.
+        """
+        return torch.cat([reference_scores(*args, size, **frame) for args, frame in self._fusion(out)])
+
+    def predict_labels(self, out: ProposalOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Labels [B, H, W], always equal to `class_scores(out, size).argmax(1)`, without the scores."""
+        labels = [ops.proposals_to_labels(*args, size, dtype=dtype, **frame) for args, frame in self._fusion(out)]
+        return torch.cat(labels)
+
+    def label_details(
+        self, out: ProposalOutput, size: tuple[int, int], seen: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Labels int32 [B, H, W] and the score [B, H, W] of each pixel's class; `seen` as for `class_weights`."""
+        parts = [
+            ops.proposals_to_labels(*args, size, dtype=torch.int32, return_scores=True, **frame)
+            for args, frame in self._fusion(out, seen)
+        ]
+        return torch.cat([labels for labels, _ in parts]), torch.cat([scores for _, scores in parts])
+
+    def _fusion(
+        self, out: ProposalOutput, seen: Sequence[int] | None = None
+    ) -> list[tuple[tuple[Tensor, Tensor], dict[str, Any]]]:
+        """Arguments of `proposals_to_labels`, image by image, since each has its own frame."""
+        proposals, classes = out.proposals, out.proposal_logits.shape[-1]
+        seen = self.seen_among(classes) if seen is None else seen
+        weights = self.class_weights(out.proposal_logits, proposals, seen)
+        logits = proposals.masks is None
+        masks = proposals.mask_logits if logits else proposals.masks
+        if self.seen_offset and len(seen):
+            # The offset as one more proposal, which covers everything and speaks against the seen classes.
+            against = weights.new_zeros(len(weights), 1, classes)
+            against[..., list(seen)] = -self.seen_offset
+            everywhere = masks.new_full((len(masks), 1, *masks.shape[2:]), 100.0 if logits else 1.0)
+            weights, masks = torch.cat([weights, against], 1), torch.cat([masks, everywhere], 1)
+        frame = {"logits": logits, "padded_size": proposals.padded_size, "align_corners": proposals.align_corners}
+        return [
+            ((weights[i : i + 1], masks[i : i + 1]), {**frame, "image_size": size})
+            for i, size in enumerate(proposals.image_sizes)
+        ]
+
+    def loss(
+        self,
+        out: ProposalOutput,
+        gt_masks: Tensor,
+        gt_labels: Tensor,
+        teacher_embedding: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted loss terms; "loss" is their sum (section 3.3, eq. 6 to 8).
+
+        loss_ma: smooth L1 between every present class's column of the proposals' softmax and their soft IoU with its
+        mask, stretched to 0..1; loss_dis: smooth L1 between the softmax of student and teacher on the whole image.
+
+        Args:
+            out: train-mode output.
+            gt_masks: [B, G, Hp, Wp], one binary mask a class, on the padded frame; ignored pixels are in none.
+            gt_labels: [B, G] class indices; -1: no such mask. Without any mask loss_ma is 0.
+            teacher_embedding: [B, D] of the untouched CLIP for the same images; None leaves loss_dis out.
+        """
+        self._check_targets(out, gt_masks, gt_labels)
+        probabilities = out.proposal_logits.softmax(-1)
+        masks = soft_masks(out.proposals)
+        predicted, wanted = [], []
+        for image in range(len(masks)):
+            rows = gt_labels[image] >= 0
+            iou = soft_iou(masks[image], gt_masks[image, rows])
+            low, high = iou.aminmax(dim=1, keepdim=True)
+            wanted.append((iou - low) / (high - low + 1e-8))
+            predicted.append(probabilities[image, :, gt_labels[image, rows]].t())
+        predicted, wanted = torch.cat(predicted), torch.cat(wanted)
+        terms = {"ma": F.smooth_l1_loss(predicted, wanted) if len(wanted) else predicted.sum()}
+        if teacher_embedding is not None:
+            if out.image_embedding is None:
+                raise ValueError("out: distillation needs a train-mode output, this one was made in eval mode")
+            student, teacher = (
+                self._image_probabilities(part, out.text_embeddings)
+                for part in (out.image_embedding, teacher_embedding)
+            )
+            terms["dis"] = F.smooth_l1_loss(student, teacher.detach())
+        weighted = {f"loss_{name}": term * self.loss_weights[name] for name, term in terms.items()}
+        return {**weighted, "loss": torch.stack(list(weighted.values())).sum()}
+
+    @staticmethod
+    def _image_probabilities(embedding: Tensor, text: Tensor) -> Tensor:
+        return (TEMPERATURE * F.normalize(embedding, dim=-1) @ F.normalize(text, dim=-1).t()).softmax(-1)
+
+    @staticmethod
+    def _check_targets(out: ProposalOutput, gt_masks: Tensor, gt_labels: Tensor) -> None:
+        batch, _, classes = out.proposal_logits.shape
+        frame = out.proposals.padded_size
+        if gt_masks.dim() != 4 or gt_masks.shape[0] != batch or gt_masks.shape[-2:] != frame:
+            raise ValueError(
+                f"gt_masks: expected [B, G, Hp, Wp] with B = {batch} on the proposals' frame {tuple(frame)}, "
+                f"got {list(gt_masks.shape)}"
+            )
+        if gt_labels.shape != gt_masks.shape[:2] or gt_labels.is_floating_point():
+            raise ValueError(
+                f"gt_labels: expected integers [B, G] = {list(gt_masks.shape[:2])}, got {gt_labels.dtype} "
+                f"{list(gt_labels.shape)}"
+            )
+        if gt_labels.numel() and (gt_labels.min() < -1 or gt_labels.max() >= classes):
+            raise ValueError(
+                f"gt_labels: expected classes 0..{classes - 1} or -1 (none), got {gt_labels.min().item()}.."
+                f"{gt_labels.max().item()}"
+            )
+
+
+def mask_bits(proposals: Proposals, grid: tuple[int, int]) -> Tensor:
+    """Which patches each proposal keeps: bits [B, Nq, ceil(N / 32)] of soft mask >= 0.5 on the patch grid."""
+    if proposals.masks is not None:
+        return ops.masks_to_bits(proposals.masks, grid)
+    return ops.masks_to_bits(
+        proposals.mask_logits,
+        grid,
+        logits=True,
+        padded_size=proposals.padded_size,
+        align_corners=proposals.align_corners,
+    )
+
+
+@torch.no_grad()
+def usable_proposals(proposals: Proposals, chunk: int = 8) -> Tensor:
+    """[B, Nq] bool: real proposals whose mask exceeds 0.5 somewhere on the image, padding apart."""
+    batch, count = proposals.valid.shape
+    inside = torch.zeros(batch, 1, *proposals.padded_size, dtype=torch.bool, device=proposals.valid.device)
+    for index, (height, width) in enumerate(proposals.image_sizes):
+        inside[index, :, :height, :width] = True
+    parts = []
+    for start in range(0, count, chunk):  # all masks of a batch at full size would not fit
+        rows = slice(start, start + chunk)
+        given = {name: getattr(proposals, name) for name in ("masks", "mask_logits")}
+        part = replace(proposals, **{name: None if m is None else m[:, rows] for name, m in given.items()})
+        parts.append(((soft_masks(part) > 0.5) & inside).flatten(2).any(-1))
+    return torch.cat(parts, dim=1) & proposals.valid
+
+
+def as_proposals(proposals: Proposals | Tensor, batch: int) -> Proposals:
+    """Proposals from themselves or from soft masks [B, Nq, Hp, Wp] that cover the image; checked.
+
+    Raises:
+        TypeError, ValueError: masks of another batch or rank, none at all, NaN, or values outside 0..1.
+    """
+    if not isinstance(proposals, (Proposals, Tensor)):
+        raise TypeError(f"proposals: expected Proposals or a tensor [B, Nq, H, W], got {type(proposals).__name__}")
+    masks = proposals if isinstance(proposals, Tensor) else proposals.masks
+    logits = None if isinstance(proposals, Tensor) else proposals.mask_logits
+    given = logits if masks is None else masks
+    if given is None:
+        raise ValueError("proposals: expected masks or mask_logits, both are None")
+    if given.dim() != 4 or given.shape[0] != batch:
+        raise ValueError(f"proposals: expected masks [B, Nq, H, W] with B = {batch}, got {list(given.shape)}")
+    if not given.shape[1]:
+        raise ValueError("proposals: expected at least one, got none")
+    if not torch.compiler.is_compiling():
+        low, high = (value.item() for value in given.float().aminmax())
+        if low != low or high != high:
+            raise ValueError("proposals: the masks hold NaN")
+        if masks is not None and (low < 0 or high > 1):
+            raise ValueError(f"proposals: soft masks are in 0..1, got {low:.4g}..{high:.4g}; logits go in mask_logits")
+    if masks is not None and not masks.is_floating_point():
+        masks = masks.float()
+    if isinstance(proposals, Proposals):
+        return replace(proposals, masks=masks)
+    sizes: Sequence[tuple[int, int]] = [tuple(masks.shape[-2:])] * batch
+    return Proposals(
+        mask_logits=None,
+        masks=masks,
+        valid=torch.ones(masks.shape[:2], dtype=torch.bool, device=masks.device),
+        padded_size=tuple(masks.shape[-2:]),
+        image_sizes=tuple(sizes),
+        original_sizes=tuple(sizes),
+    )
