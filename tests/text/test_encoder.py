@@ -62,6 +62,26 @@ def test_synonyms_are_averaged_and_renormalised(clip):
     torch.testing.assert_close(together.norm(dim=1), torch.ones(2))
 
 
+def test_tokens_before_the_projection(clip):
+    """The end token after the last norm: projected and normalised it is CLIP's embedding; on its own it is not unit."""
+    encoder = TextEncoder.from_state_dict(text_state(clip), cache=False)
+    names = ["cat", "potted plant", "wall-concrete"]
+    got = encoder.encode(names, text_token="pre_projection")
+    assert got.shape == (3, 64)
+    torch.testing.assert_close(
+        F.normalize(got @ clip.text_projection, dim=-1), encoder.encode(names), rtol=0, atol=1e-6
+    )
+    assert (got.norm(dim=-1) - 1).abs().min() > 0.1
+    several = encoder.encode([("cat", "potted plant")], ["a {}", "the {}"], text_token="pre_projection")
+    apart = [encoder.encode(names[:2], [t], text_token="pre_projection") for t in ("a {}", "the {}")]
+    torch.testing.assert_close(several[0], torch.cat(apart).mean(0), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="text_token: expected one of projected, pre_projection, got 'raw'"):
+        encoder.encode(names, text_token="raw")
+    other = TextEncoder(torch.nn.Linear(77, 4), encoder.tokenizer, cache=False)
+    with pytest.raises(ValueError, match="text_token: 'pre_projection' needs a CLIP text tower .* got Linear"):
+        other.encode(names, text_token="pre_projection")
+
+
 def test_batches_do_not_matter(clip):
     names = ["thing", "another thing", "one more very odd thing"]
     whole = TextEncoder.from_state_dict(text_state(clip), cache=False).encode(names, "multi")
@@ -139,6 +159,8 @@ def test_cache_is_never_stale(clip, cache):
     agree([("cat", "dog"), "cow"])
     agree(["cat", "dog"], "multi")
     agree(["cat", "dog"], ["the {}"])
+    assert encoder.encode(["cat", "dog"], text_token="pre_projection").shape == (2, 64)  # of the same sentences
+    agree(["cat", "dog"])
     with torch.no_grad():  # weights, even when written in a way torch does not count
         encoder.tower.ln_final.weight.data.mul_(1.5)
         encoder.tower.ln_final.bias.data.add_(0.3)

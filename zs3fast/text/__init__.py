@@ -3,7 +3,6 @@
 from zs3fast.text.cache import cache_dir
 from zs3fast.text.class_lists import class_names, datasets, seen_classes, unseen_classes
 from zs3fast.text.embeddings import load_text_embeddings
-from zs3fast.text.encoder import TextEncoder
 from zs3fast.text.templates import MULTI, SINGLE, TEMPLATES, resolve_templates
 from zs3fast.text.vocabulary import parse_classes, read_class_file
 
@@ -22,3 +21,12 @@ __all__ = [
     "seen_classes",
     "unseen_classes",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The text tower brings open_clip, seconds and some 200 MB; class lists and templates need none of it.
+    if name == "TextEncoder":
+        from zs3fast.text.encoder import TextEncoder
+
+        return TextEncoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ from zs3fast.text.vocabulary import ClassEntry, parse_classes
 logger = logging.getLogger("zs3fast")
 
 Tokenizer = Callable[[list[str]], Tensor]
+TEXT_TOKENS = ("projected", "pre_projection")
 _TEXT_KEYS = ("positional_embedding", "token_embedding.", "text_projection", "ln_final.", "transformer.")
 _OPTIONAL_KEYS = ("attn_mask", "logit_scale", "logit_bias")  # of a whole CLIP state dict: no weights of the text tower
 
@@ -128,23 +129,35 @@ class TextEncoder:
         self.tower.to(device)
         return self
 
-    def encode(self, classes: str | Iterable[str | Sequence[str]], templates: str | Sequence[str] = "single") -> Tensor:
-        """Text embeddings [C, D] of classes, unit rows, float32, on the tower's device.
+    def encode(
+        self,
+        classes: str | Iterable[str | Sequence[str]],
+        templates: str | Sequence[str] = "single",
+        *,
+        text_token: str = "projected",
+    ) -> Tensor:
+        """Text embeddings [C, D] of classes, float32, on the tower's device.
 
-        Each sentence of a name is encoded and normalised, a name is the normalised mean of its sentences, a class the
-        normalised mean of its names (ZegCLIP's recipe; of one sentence and one name: the normalised feature).
+        Projected: unit rows. Each sentence of a name is encoded and normalised, a name is the normalised mean of its
+        sentences, a class the normalised mean of its names (ZegCLIP's recipe; of one sentence and one name: the
+        normalised feature). Before the projection: the same means, and nothing is normalised.
 
         Args:
             classes: as `parse_classes` takes them; order is kept.
             templates: "single", "multi", or sentences with one {} each.
+            text_token: "projected", into the joint space; "pre_projection", the token at the end of the text after the
+                last norm, as wide as the tower (what ClsCLIP reads).
         Raises:
-            ValueError: empty or repeated classes, bad templates, a sentence too long for the tower.
+            ValueError: empty or repeated classes, bad templates, a sentence too long for the tower, a tower that shows
+                no token before its projection.
         """
+        if text_token not in TEXT_TOKENS:
+            raise ValueError(f"text_token: expected one of {', '.join(TEXT_TOKENS)}, got {text_token!r}")
         entries, templates = parse_classes(classes), resolve_templates(templates)
         sentences = [template.replace("{}", name) for entry in entries for name in entry for template in templates]
         tokens = self._tokenize(sentences)
         if not self.cache:
-            return self._encode(tokens, entries, len(templates))
+            return self._encode(tokens, entries, len(templates), text_token)
         key = {
             "model": self.name,
             "weights": tensor_digest(*self.tower.state_dict().values()),
@@ -153,16 +166,19 @@ class TextEncoder:
             "classes": entries,
             "templates": templates,
             "tokens": tensor_digest(tokens),
+            "text_token": text_token,
         }
-        return cached(key, lambda: self._encode(tokens, entries, len(templates))).to(self.device)
+        return cached(key, lambda: self._encode(tokens, entries, len(templates), text_token)).to(self.device)
 
     @torch.no_grad()
-    def _encode(self, tokens: Tensor, entries: list[ClassEntry], templates: int) -> Tensor:
+    def _encode(self, tokens: Tensor, entries: list[ClassEntry], templates: int, text_token: str) -> Tensor:
+        projected = text_token == "projected"
+        read, scaled = (_features, _unit) if projected else (_end_tokens, _as_it_is)
         batches = tokens.to(self.device).split(self.batch_size)
-        features = torch.cat([F.normalize(_features(self.tower, batch).float(), dim=-1) for batch in batches])
-        names = F.normalize(features.unflatten(0, (-1, templates)).mean(1), dim=-1)  # [all names, D]
+        features = torch.cat([scaled(read(self.tower, batch).float()) for batch in batches])
+        names = scaled(features.unflatten(0, (-1, templates)).mean(1))  # [all names, D]
         of_class = names.split([len(entry) for entry in entries])
-        return torch.stack([F.normalize(rows.mean(0), dim=-1) for rows in of_class])
+        return torch.stack([scaled(rows.mean(0)) for rows in of_class])
 
     def _tokenize(self, sentences: list[str]) -> Tensor:
         tokens = self.tokenizer(sentences)
@@ -185,6 +201,30 @@ def _features(tower: nn.Module, tokens: Tensor) -> Tensor:
         return tower(tokens[:, :length])
     finally:
         tower.attn_mask = mask
+
+
+def _end_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
+    """What `_features` projects: the tower's tokens after its last norm, at the end of each text; [n, width]."""
+    if not isinstance(tower, TextTransformer) or tower.cls_emb is not None or tower.pool_type != "argmax":
+        raise ValueError(
+            "text_token: 'pre_projection' needs a CLIP text tower that pools at the end of the text, got "
+            f"{type(tower).__name__}"
+        )
+    seen: list[Tensor] = []
+    hook = tower.ln_final.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        _features(tower, tokens)
+    finally:
+        hook.remove()
+    return seen[0][torch.arange(len(tokens), device=tokens.device), tokens.argmax(1)]
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features, dim=-1)
+
+
+def _as_it_is(features: Tensor) -> Tensor:
+    return features
 
 
 def _tokenizer(clip: str | dict[str, Any], config: dict[str, Any]) -> Tokenizer:
