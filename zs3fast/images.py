@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # What Pillow's decoders let out of files that are cut off or garbled.
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -75,7 +75,7 @@ def _read_file(path: Path) -> np.ndarray:
             f"image: {path} has more than {limit} pixels and may be a decompression bomb; "
             "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from None
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         if str(error).startswith("image: "):
             raise
         reason = str(error) or type(error).__name__

@@ -1,0 +1,492 @@
+"""Every dataset in every layout that is read, on small trees; the real samples where they are."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from tests.data.trees import folders, palette_mask, picture, stripes, voc, write_image, write_list
+from zs3fast.data import list_datasets, open_dataset
+from zs3fast.data.coco import raw_table
+from zs3fast.data.folds import COCO_80_CATEGORIES, COCO_80_NAMES, fold_classes
+from zs3fast.text import class_names
+
+REAL = os.environ.get("ZS3FAST_DATA")
+needs_real = pytest.mark.skipif(not REAL, reason="ZS3FAST_DATA, the folder with real samples, is not set")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZS3FAST_CACHE", str(tmp_path / "cache"))
+
+
+def row(sample) -> list[int]:
+    """The stripes of a mask, one value each; all rows are alike."""
+    assert sample.labels.dtype == np.int32 and (sample.labels == sample.labels[0]).all()
+    values = sample.labels[0]
+    return [int(values[0]), *(int(b) for a, b in zip(values, values[1:]) if a != b)]
+
+
+def test_the_names():
+    assert list_datasets() == [
+        "ade150",
+        "ade847",
+        "coco171",
+        "coco20i",
+        "context59",
+        "context60",
+        "pc459",
+        "voc20",
+        "voc5i",
+    ]
+
+
+# PASCAL VOC ----------------------------------------------------------------------------------------------------------
+
+
+def test_voc20(tmp_path):
+    place = voc(tmp_path)
+    dataset = open_dataset("voc20", place, "train")
+    assert dataset.ids == ["a", "b", "c"] and len(dataset) == 3
+    assert (dataset.name, dataset.split, dataset.num_classes, dataset.ignore_index) == ("voc20", "train", 20, 255)
+    assert dataset.seen == list(range(15)) and dataset.unseen == [15, 16, 17, 18, 19]
+    assert dataset.background is None
+    assert dataset.class_names == class_names("voc20")
+    assert dataset.image_path(2) == place / "JPEGImages/c.jpg"
+    assert dataset.label_path(0) == place / "SegmentationClass/a.png"
+    assert dataset.label_path(2) == place / "SegmentationClassAug/c.png"
+    sample = dataset[1]
+    assert sample.id == "b" and sample.image.shape == (12, 16, 3) and sample.image.dtype == np.uint8
+    assert np.array_equal(sample.image, np.asarray(Image.open(dataset.image_path(1))))
+    assert row(sample) == [255, 1, 19, 255]  # 0, 2, 20, 255 on disk
+    assert open_dataset("voc20", place, "val").ids == ["d", "e"]
+
+
+@pytest.mark.parametrize("above", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_the_root_may_be_above(tmp_path, above):
+    voc(tmp_path)
+    assert len(open_dataset("voc20", str(tmp_path / above), "val")) == 2
+
+
+@pytest.mark.parametrize(
+    "lists", [("train", "aug", "val"), ("train_aug", "val"), ("train", "train_aug", "val"), ("train", "val")]
+)
+def test_training_lists_of_voc_agree(tmp_path, lists):
+    """mmsegmentation's train.txt + aug.txt, DeepLab's train_aug.txt, and no list of the augmented masks at all."""
+    voc(tmp_path, lists=lists)
+    assert open_dataset("voc20", tmp_path, "train").ids == ["a", "b", "c"]
+
+
+def test_deeplab_lists_hold_paths(tmp_path):
+    place = voc(tmp_path, lists=("val",))
+    lines = [f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png" for i in "ac"]
+    write_list(place / "ImageSets/SegmentationAug/train_aug.txt", [*lines, ""])
+    assert open_dataset("voc20", tmp_path, "train").ids == ["a", "c"]
+
+
+def test_masks_beyond_the_lists_are_training_masks_unless_they_are_val(tmp_path):
+    place = voc(tmp_path, lists=("train", "val"))
+    palette_mask(place / "SegmentationClassAug/d.png", stripes((0, 1)))
+    assert open_dataset("voc20", tmp_path, "train").ids == ["a", "b", "c"]
+
+
+def test_voc5i_prefers_the_augmented_masks_and_keeps_background(tmp_path):
+    place = voc(tmp_path)
+    palette_mask(place / "SegmentationClassAug/d.png", stripes((0, 7, 255)))
+    dataset = open_dataset("voc5i", tmp_path, "val", fold=1)
+    assert dataset.label_path(0) == place / "SegmentationClassAug/d.png"
+    assert row(dataset[0]) == [20, 6, 255]
+    assert dataset.label_path(1) == place / "SegmentationClass/e.png"
+    assert dataset.num_classes == 21 and dataset.class_names[20] == "background" and dataset.background == 20
+    assert dataset.class_names[10] == "dining table" and dataset.class_names[19] == "tv monitor"
+    assert dataset.unseen == [5, 6, 7, 8, 9]
+    assert dataset.seen == [0, 1, 2, 3, 4, *range(10, 20)]
+
+
+def test_another_year_is_not_taken_for_voc_2012(tmp_path):
+    place = voc(tmp_path)
+    place.rename(place.parent / "VOC2010")
+    with pytest.raises(ValueError, match="does not hold PASCAL VOC 2012"):
+        open_dataset("voc20", tmp_path, "val")
+    with pytest.raises(ValueError, match="does not hold PASCAL VOC 2012"):
+        open_dataset("voc20", place.parent / "VOC2010", "val")
+
+
+# COCO ----------------------------------------------------------------------------------------------------------------
+
+
+def test_raw_coco_ids_map_to_171_classes():
+    """Spot values from COCO-Stuff's own list: id - 1 on disk, eleven ids unused."""
+    table = raw_table()
+    known = {0: "person", 10: "fire hydrant", 12: "stop sign", 89: "toothbrush", 91: "banner", 181: "wood"}
+    names = class_names("coco171")
+    assert {raw: names[table[raw]] for raw in known} == known
+    assert np.flatnonzero(table == -1).tolist()[:11] == [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
+    assert sorted(table[(table >= 0) & (table < 171)].tolist()) == list(range(171))
+    assert table[255] == 255 and (table[182:255] == -1).all()
+    assert [table[i - 1] for i in COCO_80_CATEGORIES] == list(range(80))
+
+
+def coco_tree(root: Path, split="train", suffix=".png", values=(0, 12, 91, 181, 255)) -> Path:
+    mask = stripes(values)
+    return folders(root, f"images/{split}2017", f"annotations/{split}2017", {"000000000009": mask}, suffix)
+
+
+def test_coco171_raw(tmp_path):
+    coco_tree(tmp_path / "coco_stuff164k")
+    dataset = open_dataset("coco171", tmp_path, "train")
+    assert dataset.ids == ["000000000009"] and row(dataset[0]) == [0, 11, 80, 170, 255]
+    assert len(dataset.seen) == 156
+    assert dataset.unseen == [19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160]
+
+
+def test_coco171_mapped_masks_come_first(tmp_path):
+    """Both forms lie in one folder once mmsegmentation's converter has run."""
+    root = coco_tree(tmp_path, values=(181,))
+    coco_tree(root, suffix="_labelTrainIds.png", values=(3, 170, 255))
+    dataset = open_dataset("coco171", root, "train")
+    assert dataset.ids == ["000000000009"] and row(dataset[0]) == [3, 170, 255]
+
+
+@pytest.mark.parametrize("labels", ["annotations_detectron2", "stuffthingmaps_detectron2", "stuffthingmaps"])
+def test_coco171_other_layouts(tmp_path, labels):
+    values, expected = ((12, 255), [11, 255]) if labels == "stuffthingmaps" else ((12, 170, 255), [12, 170, 255])
+    folders(tmp_path / "coco", "val2017", f"{labels}/val2017", {"7": stripes(values)})
+    assert row(open_dataset("coco171", tmp_path, "val")[0]) == expected
+
+
+def test_coco20i_of_hsnet(tmp_path):
+    masks = {"COCO_val2014_000000000042": stripes((0, 1, 80, 255))}
+    folders(tmp_path / "COCO2014", "val2014", "annotations/val2014", masks)
+    dataset = open_dataset("coco20i", tmp_path, "val", fold=3)
+    assert row(dataset[0]) == [80, 0, 79, 255]
+    assert dataset.num_classes == 81 and dataset.background == 80
+    assert len(dataset.seen) == 60 and len(dataset.unseen) == 20
+
+
+def test_coco20i_out_of_coco_stuff(tmp_path, caplog):
+    coco_tree(tmp_path, "val", values=(12, 91, 89, 255))
+    with caplog.at_level(logging.WARNING, "zs3fast"):
+        dataset = open_dataset("coco20i", tmp_path, "val", fold=0)
+    assert "not that of the published COCO-20i" in caplog.text
+    assert row(dataset[0]) == [11, 80, 79, 255]
+
+
+# Context -------------------------------------------------------------------------------------------------------------
+
+
+def context_tree(root: Path) -> Path:
+    place = folders(root / "VOC2010", "JPEGImages", "SegmentationClassContext", {"x": stripes((0, 1, 59, 255))})
+    folders(place, "JPEGImages", "SegmentationClassContext", {"y": stripes((5, 3))})
+    for split, ids in {"train": ["y"], "val": ["x"]}.items():
+        write_list(place / f"ImageSets/SegmentationContext/{split}.txt", ids)
+    return place
+
+
+def test_context(tmp_path):
+    context_tree(tmp_path)
+    full, things = (open_dataset(name, tmp_path, "val") for name in ("context60", "context59"))
+    assert full.ids == things.ids == ["x"]
+    assert row(full[0]) == [0, 1, 59, 255] and row(things[0]) == [255, 0, 58, 255]
+    assert full.unseen == [1, 7, 8, 15, 20, 25, 32, 34, 49, 55] and len(full.seen) == 50
+    assert things.unseen == [0, 6, 7, 14, 19, 24, 31, 33, 48, 54] and len(things.seen) == 49
+    assert open_dataset("context59", tmp_path / "VOC2010", "train").ids == ["y"]
+
+
+def test_context59_of_detectron2(tmp_path):
+    masks = {"x": stripes((0, 58, 255))}
+    folders(tmp_path / "one/VOC2010", "JPEGImages", "annotations_detectron2/pc59_val", masks)
+    folders(tmp_path / "two/pascal_ctx_d2", "images/validation", "annotations_ctx59/validation", masks)
+    for root in ("one", "two"):
+        assert row(open_dataset("context59", tmp_path / root, "val")[0]) == [0, 58, 255]
+    with pytest.raises(ValueError, match="SegmentationClassContext"):
+        open_dataset("context60", tmp_path / "one", "val")
+
+
+PC459_LINES = [f"{i}: name {i}" for i in range(1, 460)]
+
+
+def pc459_tree(root: Path) -> Path:
+    masks = {"x": stripes((0, 300, 458, 65535), dtype=np.uint16)}
+    place = folders(root / "VOC2010", "JPEGImages", "annotations_detectron2/pc459_val", masks, ".tif")
+    write_list(place / "labels.txt", PC459_LINES)
+    return place
+
+
+def test_pc459(tmp_path):
+    pc459_tree(tmp_path)
+    dataset = open_dataset("pc459", tmp_path, "val")
+    assert row(dataset[0]) == [0, 300, 458, 65535]
+    assert dataset.ignore_index == 65535 and dataset.num_classes == 459
+    assert dataset.class_names[0] == "name 1" and dataset.class_names[458] == "name 459"
+    assert dataset.unseen == [] and dataset.seen == list(range(459))
+
+
+def test_pc459_apart_from_voc(tmp_path):
+    masks = {"x": stripes((7, 65535), dtype=np.uint16)}
+    folders(tmp_path / "pascal_ctx_d2", "images/training", "annotations_ctx459/training", masks, ".tif")
+    (tmp_path / "pc459.json").write_text(json.dumps([f"n{i}" for i in range(459)]))
+    dataset = open_dataset("pc459", tmp_path, "train")
+    assert row(dataset[0]) == [7, 65535] and dataset.class_names[458] == "n458"
+
+
+# Class files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (PC459_LINES[:-1], "number 459 of 1..459 is missing"),
+        ([*PC459_LINES[:-1], "1: again"], "a number is given twice"),
+        ([*PC459_LINES, "460: more"], "number 460 is beyond 459"),
+        ([f"name {i}" for i in range(10)], "holds 10 class names, expected 459"),
+    ],
+)
+def test_bad_class_files(tmp_path, lines, message):
+    place = pc459_tree(tmp_path)
+    write_list(place / "labels.txt", lines)
+    with pytest.raises(ValueError, match=rf"labels.txt .*({message})"):
+        open_dataset("pc459", tmp_path, "val")
+
+
+def test_class_files_with_a_background_and_with_synonyms(tmp_path):
+    place = pc459_tree(tmp_path)
+    write_list(place / "labels.txt", ["0: empty", *PC459_LINES])
+    assert open_dataset("pc459", tmp_path, "val").class_names[0] == "name 1"
+    write_list(place / "labels.txt", [f"name {i}, synonym" for i in range(459)])
+    assert open_dataset("pc459", tmp_path, "val").class_names[3] == "name 3, synonym"
+
+
+def test_no_class_file(tmp_path):
+    (pc459_tree(tmp_path) / "labels.txt").unlink()
+    with pytest.raises(ValueError, match="no class names of pc459; expected 459 .* class_names.txt, .*pc459.json"):
+        open_dataset("pc459", tmp_path, "val")
+
+
+# ADE20K --------------------------------------------------------------------------------------------------------------
+
+
+def test_ade150(tmp_path):
+    place = tmp_path / "ADEChallengeData2016"
+    folders(place, "images/validation", "annotations/validation", {"ADE_val_1": stripes((0, 1, 150))})
+    dataset = open_dataset("ade150", tmp_path, "val")
+    assert row(dataset[0]) == [255, 0, 149]
+    assert dataset.unseen == [] and len(dataset.seen) == 150
+
+
+def ade847_tree(root: Path, training: int = 11) -> Path:
+    """Class 0 in all training images, class 846 in all but one."""
+    place = root / "ADE20K_2021_17_01"
+    for part, count in {"training": training, "validation": 1}.items():
+        masks = {
+            f"{part}_{i}": stripes((0, 65535) if i == 1 else (0, 846, 65535), dtype=np.uint16) for i in range(count)
+        }
+        folders(place, f"images_detectron2/{part}", f"annotations_detectron2/{part}", masks, ".tif")
+    write_list(place / "class_names.txt", [f"name {i}" for i in range(847)])
+    return place
+
+
+def test_ade847_and_its_split_by_training_images(tmp_path):
+    ade847_tree(tmp_path, training=11)
+    for split in ("train", "val"):
+        dataset = open_dataset("ade847", tmp_path, split)
+        assert row(dataset[0]) == [0, 846, 65535] and dataset.ignore_index == 65535
+        assert dataset.seen == [0]  # in 11 images; class 846 is in 10
+        assert dataset.unseen == list(range(1, 847))
+
+
+def test_ade847_without_training_images_has_no_split(tmp_path, caplog):
+    place = ade847_tree(tmp_path, training=1)
+    for folder in ("images_detectron2", "annotations_detectron2"):
+        for file in (place / folder / "training").iterdir():
+            file.unlink()
+    with caplog.at_level(logging.WARNING, "zs3fast"):
+        assert open_dataset("ade847", tmp_path, "val").unseen == []
+    assert "counted on the training images" in caplog.text
+
+
+# Folds ---------------------------------------------------------------------------------------------------------------
+
+PASCAL_FOLDS = [
+    "aeroplane, bicycle, bird, boat, bottle",
+    "bus, car, cat, chair, cow",
+    "dining table, dog, horse, motorbike, person",
+    "potted plant, sheep, sofa, train, tv monitor",
+]
+COCO_FOLDS = [
+    "person, airplane, boat, parking meter, dog, elephant, backpack, suitcase, sports ball, skateboard, wine glass, "
+    "spoon, sandwich, hot dog, chair, dining table, mouse, microwave, refrigerator, scissors",
+    "bicycle, bus, traffic light, bench, horse, bear, umbrella, frisbee, kite, surfboard, cup, bowl, orange, pizza, "
+    "couch, toilet, remote, oven, book, teddy bear",
+    "car, train, fire hydrant, bird, sheep, zebra, handbag, skis, baseball bat, tennis racket, fork, banana, broccoli, "
+    "donut, potted plant, tv, keyboard, toaster, clock, hair drier",
+    "motorcycle, truck, stop sign, cat, cow, giraffe, tie, snowboard, baseball glove, bottle, knife, apple, carrot, "
+    "cake, bed, laptop, cell phone, sink, vase, toothbrush",
+]
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_fold_memberships(tmp_path, fold):
+    voc(tmp_path)
+    names = open_dataset("voc5i", tmp_path, "val", fold=fold).class_names
+    assert ", ".join(names[c] for c in fold_classes("voc5i", fold)) == PASCAL_FOLDS[fold]
+    assert ", ".join(COCO_80_NAMES[c] for c in fold_classes("coco20i", fold)) == COCO_FOLDS[fold]
+
+
+@pytest.mark.parametrize("fold", [None, 4, -1, "0", 1.0, True])
+def test_folds_that_do_not_exist(tmp_path, fold):
+    voc(tmp_path)
+    with pytest.raises(ValueError, match=r"fold: voc5i has folds 0..3, got"):
+        open_dataset("voc5i", tmp_path, "val", fold=fold)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments(tmp_path):
+    voc(tmp_path)
+    with pytest.raises(ValueError, match="name: expected one of ade150, .*, got 'voc21'"):
+        open_dataset("voc21", tmp_path, "val")
+    with pytest.raises(ValueError, match="split: expected train or val, got 'test'"):
+        open_dataset("voc20", tmp_path, "test")
+    with pytest.raises(ValueError, match="fold: only voc5i and coco20i have folds, got 0 for voc20"):
+        open_dataset("voc20", tmp_path, "val", fold=0)
+    with pytest.raises(FileNotFoundError, match="root: no folder .*nowhere"):
+        open_dataset("voc20", tmp_path / "nowhere", "val")
+    for name in list_datasets():
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="root: .*empty .*does not hold"):
+            open_dataset(name, tmp_path / "empty", "val", fold=0 if name in ("voc5i", "coco20i") else None)
+
+
+def test_missing_files_are_named_when_a_dataset_is_opened(tmp_path):
+    place = voc(tmp_path)
+    (place / "JPEGImages/b.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"voc20 train: no file .*JPEGImages/b.jpg$"):
+        open_dataset("voc20", tmp_path, "train")
+    (place / "SegmentationClassAug/c.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b.jpg, and 1 more files"):
+        open_dataset("voc20", tmp_path, "train")
+    dataset = open_dataset("voc20", tmp_path, "train", check_files=False)
+    assert [name for name, _ in dataset.missing()] == ["b", "c"]
+    with pytest.raises(FileNotFoundError, match=r"b.jpg"):
+        dataset[1]
+    with pytest.raises(FileNotFoundError, match=r"labels: no file .*c.png"):
+        dataset[2]
+
+
+def test_lists_that_name_a_pair_twice_or_nothing(tmp_path):
+    place = voc(tmp_path)
+    write_list(place / "ImageSets/Segmentation/val.txt", ["d", "e", "d"])
+    with pytest.raises(ValueError, match="val.txt lists d twice"):
+        open_dataset("voc20", tmp_path, "val")
+    write_list(place / "ImageSets/Segmentation/val.txt", [])
+    with pytest.raises(ValueError, match="val.txt lists nothing"):
+        open_dataset("voc20", tmp_path, "val")
+
+
+@pytest.mark.parametrize("value", [21, 254])
+def test_labels_out_of_range(tmp_path, value):
+    voc(tmp_path, values={"d": (0, 1, value)})
+    with pytest.raises(ValueError, match=rf"labels: .*d.png holds the value {value}, which is no label of voc20"):
+        open_dataset("voc20", tmp_path, "val")[0]
+
+
+def test_sixteen_bit_labels_out_of_range(tmp_path):
+    place = pc459_tree(tmp_path)
+    folder = place / "annotations_detectron2/pc459_val"
+    write_image(folder / "x.tif", stripes((0, 459), dtype=np.uint16))
+    with pytest.raises(ValueError, match="x.tif holds the value 459"):
+        open_dataset("pc459", tmp_path, "val")[0]
+    write_image(folder / "x.tif", stripes((0, 70000), dtype=np.int32))
+    with pytest.raises(ValueError, match="x.tif holds the value 70000"):
+        open_dataset("pc459", tmp_path, "val")[0]
+    context = voc(tmp_path)
+    write_image(context / "SegmentationClass/d.png", stripes((0, 300), dtype=np.uint16))
+    with pytest.raises(ValueError, match="d.png holds the value 300"):
+        open_dataset("voc20", tmp_path, "val")[0]
+
+
+def test_sizes_that_differ(tmp_path):
+    place = voc(tmp_path)
+    write_image(place / "JPEGImages/d.jpg", picture(0, (12, 17)))
+    with pytest.raises(ValueError, match=r"labels: .*d.png is 16 x 12 pixels, its image .*d.jpg 17 x 12"):
+        open_dataset("voc20", tmp_path, "val")[0]
+
+
+def test_masks_that_are_none(tmp_path):
+    place = voc(tmp_path)
+    mask = place / "SegmentationClass/d.png"
+    dataset = open_dataset("voc20", tmp_path, "val")
+    write_image(mask, picture(0))
+    with pytest.raises(ValueError, match="d.png is a picture of mode RGB, expected class indices in one channel"):
+        dataset[0]
+    mask.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="d.png is not a picture"):
+        dataset[0]
+    palette_mask(mask, np.random.default_rng(0).integers(0, 21, (64, 64), np.uint8))
+    mask.write_bytes(mask.read_bytes()[:1500])
+    with pytest.raises(ValueError, match="d.png cannot be read, it may be cut off or damaged"):
+        dataset[0]
+    (place / "JPEGImages/e.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="e.jpg is not a picture"):
+        dataset[1]
+
+
+def test_grey_images_become_rgb(tmp_path):
+    place = voc(tmp_path)
+    write_image(place / "JPEGImages/d.jpg", picture(0)[:, :, 0])
+    assert open_dataset("voc20", tmp_path, "val")[0].image.shape == (12, 16, 3)
+
+
+def test_a_data_loader_reads_it(tmp_path):
+    voc(tmp_path)
+    dataset = open_dataset("voc20", tmp_path, "train")
+    for workers in (0, 1):
+        got = list(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda sample: sample))
+        assert [sample.id for sample in got] == dataset.ids
+        assert all(np.array_equal(sample.labels, dataset[i].labels) for i, sample in enumerate(got))
+
+
+# Real samples --------------------------------------------------------------------------------------------------------
+
+
+@needs_real
+@pytest.mark.parametrize(
+    ("name", "split", "fold", "pairs"),
+    [
+        ("voc20", "train", None, 360),
+        ("voc20", "val", None, 240),
+        ("voc5i", "val", 0, 240),
+        ("coco171", "train", None, 13),
+        ("coco171", "val", None, 8),
+        ("coco20i", "val", 2, 8),
+        ("ade150", "train", None, 6),
+        ("ade150", "val", None, 9),
+    ],
+)
+def test_real_samples(name, split, fold, pairs):
+    dataset = open_dataset(name, REAL, split, fold=fold)
+    assert len(dataset) == pairs
+    for index in range(0, pairs, 1 + pairs // 12):
+        sample = dataset[index]
+        assert sample.labels.shape == sample.image.shape[:2]
+        values = set(np.unique(sample.labels).tolist())
+        assert values <= {*range(dataset.num_classes), 255} and values - {255}
+
+
+@needs_real
+def test_real_coco_labels_mean_what_they_show():
+    """000000000139: a room with chairs, a dining table, a television and people."""
+    dataset = open_dataset("coco171", REAL, "val")
+    present = {
+        dataset.class_names[c] for c in np.unique(dataset.read_labels(dataset.ids.index("000000000139"))) if c < 255
+    }
+    assert {"person", "chair", "dining table", "tv", "vase", "potted plant"} <= present

@@ -1,0 +1,59 @@
+"""Class names that come with a dataset on disk: ADE20K-847 and PASCAL Context 459."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+# In the dataset's folder, the first that is there; {} is the dataset's name.
+CLASS_FILES = ("class_names.txt", "classes.txt", "labels.txt", "{}.txt", "{}.json", "class_names.json")
+_NUMBERED = re.compile(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*$")
+
+
+def read_class_names(dataset: str, place: Path, count: int) -> tuple[str, ...]:
+    """The `count` names of a dataset, from the first of `CLASS_FILES` in its folder or the folder above.
+
+    Text files hold a name a line, or "7: name" with numbers 1..count (0, the background, may be there) or
+    0..count - 1, in any order. Synonyms after commas stay in the name. JSON files hold a list of names.
+    """
+    files = [name.format(dataset) for name in CLASS_FILES]
+    for folder in (place, place.parent):
+        for name in files:
+            if (folder / name).is_file():
+                return _read(folder / name, count)
+    raise ValueError(
+        f"root: {place} holds no class names of {dataset}; expected {count} of them, in dataset order, in one of "
+        f"{', '.join(files)}"
+    )
+
+
+def _read(path: Path, count: int) -> tuple[str, ...]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if path.suffix == ".json" else _lines(path, text, count)
+    except ValueError as error:  # of decoding, of JSON and ours
+        raise ValueError(f"{path} is no list of class names: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"{path} is no list of class names: expected strings")
+    if len(names) != count:
+        raise ValueError(f"{path} holds {len(names)} class names, expected {count}")
+    return tuple(name.strip() for name in names)
+
+
+def _lines(path: Path, text: str, count: int) -> list[str]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    matches = [_NUMBERED.match(line) for line in lines]
+    if not all(matches):
+        return lines
+    numbered = {int(match[1]): match[2] for match in matches}
+    if len(numbered) != len(matches):
+        raise ValueError("a number is given twice")
+    first = 0 if 0 in numbered and count not in numbered else 1
+    missing = [number for number in range(first, first + count) if number not in numbered]
+    if missing:
+        raise ValueError(f"number {missing[0]} of {first}..{first + count - 1} is missing")
+    extra = numbered.keys() - set(range(first + count))
+    if extra:
+        raise ValueError(f"number {min(extra)} is beyond {first + count - 1}")
+    return [numbered[number] for number in range(first, first + count)]

@@ -1,0 +1,111 @@
+"""`zs3fast data check`: walk a dataset's folder, count, and name what is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from zs3fast._console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
+
+if TYPE_CHECKING:
+    from zs3fast.data.check import CheckReport
+    from zs3fast.data.datasets import SegmentationDataset
+
+EPILOG = "**Example**: `zs3fast data check VOCdevkit/VOC2012 --dataset voc20`"
+
+
+def data_check(
+    root: Annotated[
+        Path, typer.Argument(help="The dataset's folder (VOCdevkit/VOC2012, coco_stuff164k, ...) or above.")
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="ade150, ade847, coco171, coco20i, context59, context60, pc459, voc20 or voc5i. Left out: whatever "
+            "is found."
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="train or val. Left out: both.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Read only the first so many pairs of a split.")] = None,
+) -> None:
+    """Read every image and label map of a dataset, count them, and name the broken pairs.
+
+    A pair is broken if a file is missing or damaged, if image and labels differ in size, or if a label is out of
+    range. Exit code 1 if there is one.
+    """
+    with one_line_errors(USAGE_ERROR):
+        found = _open(root, dataset, split)
+        reports = [_walk(opened, limit) for opened in found]
+    stdout.print(_table(reports))
+    for report in reports:
+        _say_broken(report)
+    if any(report.broken for report in reports):
+        raise typer.Exit(RUN_ERROR)
+
+
+def _open(root: Path, name: str | None, split: str | None) -> list[SegmentationDataset]:
+    from zs3fast.data.check import find_datasets
+    from zs3fast.data.datasets import FOLDED, SPLITS, open_dataset
+
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"--split: expected train or val, got {split!r}")
+    if name is None:
+        return find_datasets(root, split)
+    fold = 0 if name in FOLDED else None  # folds share their pairs
+    opened, errors = [], []
+    for part in SPLITS if split is None else [split]:
+        try:
+            opened.append(open_dataset(name, root, part, fold=fold, check_files=False))
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    if not opened:
+        raise errors[0]
+    for error in errors:  # one split is enough to be checked, the other is mentioned
+        stderr.print(f"[yellow]note[/] {escape(first_line(error))}")
+    return opened
+
+
+def _walk(dataset: SegmentationDataset, limit: int | None) -> CheckReport:
+    from zs3fast.data.check import check_dataset
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stdout, transient=True, disable=not stdout.is_terminal) as progress:
+        task = progress.add_task(f"{dataset.name} {dataset.split}", total=None)
+        return check_dataset(dataset, limit, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def _table(reports: list[CheckReport]) -> Table:
+    from zs3fast.data.check import PUBLISHED_PAIRS
+
+    table = Table()
+    for heading in ("dataset", "split", "pairs", "published", "read", "broken", "classes present", "ignored pixels"):
+        table.add_column(heading, justify="left" if heading in ("dataset", "split") else "right")
+    for report in reports:
+        pixels = int(report.pixels.sum()) + report.ignored
+        table.add_row(
+            report.name,
+            report.split,
+            str(report.pairs),
+            str(PUBLISHED_PAIRS.get((report.name, report.split), "-")),
+            str(report.checked),
+            str(len(report.broken)),
+            f"{int((report.images > 0).sum())} of {len(report.class_names)}",
+            f"{100 * report.ignored / pixels:.1f} %" if pixels else "-",
+        )
+    return table
+
+
+def _say_broken(report: CheckReport) -> None:
+    if not report.broken:
+        return
+    name, reason = report.broken[0]
+    more = f" ({len(report.broken)} broken in all)" if len(report.broken) > 1 else ""
+    stdout.print(
+        f"[red]broken[/] {report.name} {report.split}, first pair {escape(name)}: {escape(reason)}{more}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,216 @@
+"""Datasets of images and label maps, opened by name in the layouts people have on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from zs3fast.data import ade, coco, context, voc
+from zs3fast.data.folds import fold_classes
+from zs3fast.data.layouts import INVALID, Source, names_in
+from zs3fast.images import DECODER_ERRORS, read_image
+from zs3fast.text import unseen_classes
+
+logger = logging.getLogger("zs3fast")
+
+SPLITS = ("train", "val")
+FOLDED = ("coco20i", "voc5i")
+_SOURCES: dict[str, Callable[[Path, str], Source]] = {
+    "ade150": ade.ade150,
+    "ade847": ade.ade847,
+    "coco171": coco.coco171,
+    "coco20i": coco.coco20i,
+    "context59": context.context59,
+    "context60": context.context60,
+    "pc459": context.pc459,
+    "voc20": voc.voc20,
+    "voc5i": voc.voc5i,
+}
+_PUBLISHED_SPLITS = ("coco171", "context59", "context60", "voc20")
+_RARE = 10  # ADE20K-847: classes in at most so many training images are unseen
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture and its labels.
+
+    image:  uint8 [H, W, 3] RGB.
+    labels: int32 [H, W], dataset indices 0..C-1 or the dataset's ignore_index.
+    id:     the pair's name, the stem of its files.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    id: str
+
+
+class SegmentationDataset(Dataset[Sample]):
+    """Pairs of an image and a label map; open one with `open_dataset`.
+
+    name, split:  what it was opened as.  fold: of PASCAL-5i and COCO-20i, else None.
+    class_names:  C names; labels are indices into them.
+    ignore_index: the label of pixels that count nowhere: 255, or 65535 where C > 255.
+    ids:          names of the pairs.
+    background:   of PASCAL-5i and COCO-20i the last class, which is a negative for all others; else None.
+    """
+
+    def __init__(self, name: str, split: str, source: Source, root: Path, fold: int | None = None) -> None:
+        self.name = name
+        self.split = split
+        self.fold = fold
+        self.root = root
+        self.class_names = list(source.class_names)
+        self.ignore_index = source.ignore_index
+        self.ids = source.ids
+        self.background = self.num_classes - 1 if name in FOLDED else None
+        self._source = source
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def unseen(self) -> list[int]:
+        """Classes that zero-shot training never sees: of the published split, of the fold, or none.
+
+        ADE20K-847: those in at most 10 training images, counted once and cached (MAFT section 9); none where the
+        training images are not there.
+        """
+        if self.name in FOLDED:
+            return fold_classes(self.name, self.fold)
+        if self.name in _PUBLISHED_SPLITS:
+            return unseen_classes(self.name)
+        return self._rare_classes() if self.name == "ade847" else []
+
+    @cached_property
+    def seen(self) -> list[int]:
+        """All classes but the unseen ones and the background of PASCAL-5i and COCO-20i."""
+        left_out = {*self.unseen, self.background}
+        return [c for c in range(self.num_classes) if c not in left_out]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        """A pair. FileNotFoundError or ValueError, naming the file, where it is missing, unreadable or does not fit."""
+        labels = self.read_labels(index)
+        image, _ = read_image(self.image_path(index))
+        if image.shape[:2] != labels.shape:
+            sizes = [f"{width} x {height}" for height, width in (image.shape[:2], labels.shape)]
+            raise ValueError(
+                f"labels: {self.label_path(index)} is {sizes[1]} pixels, its image {self.image_path(index)} {sizes[0]}"
+            )
+        return Sample(image, labels, self.ids[index])
+
+    def image_path(self, index: int) -> Path:
+        return Path(self._source.image_pattern.format(self.ids[index]))
+
+    def label_path(self, index: int) -> Path:
+        choice = self._source.label_choice
+        pattern = self._source.label_patterns[0 if choice is None else choice[index]]
+        return Path(pattern.format(self.ids[index]))
+
+    def read_labels(self, index: int) -> np.ndarray:
+        """Int32 [H, W] labels of a pair, without its image."""
+        path = self.label_path(index)
+        values = _read_mask(path)
+        table = self._source.table
+        known = values.max(initial=0) < len(table) and values.min(initial=0) >= 0
+        labels = table[values] if known else np.full(values.shape, INVALID, np.int32)
+        if labels.min(initial=0) == INVALID:
+            value = values[_invalid(values, table)][0]
+            raise ValueError(f"labels: {path} holds the value {value}, which is no label of {self.name}")
+        return labels
+
+    def missing(self) -> list[tuple[str, Path]]:
+        """(id, file) of every image or label map that is not there, in dataset order. Folders are listed once each."""
+        folders: dict[Path, set[str]] = {}
+        absent = []
+        for index, name in enumerate(self.ids):
+            for path in (self.image_path(index), self.label_path(index)):
+                if path.parent not in folders:
+                    folders[path.parent] = names_in(path.parent)
+                if path.name not in folders[path.parent]:
+                    absent.append((name, path))
+        return absent
+
+    def _rare_classes(self) -> list[int]:
+        from zs3fast.data.presence import images_per_class
+
+        try:
+            training = self if self.split == "train" else open_dataset(self.name, self.root, "train")
+        except (ValueError, OSError) as error:
+            logger.warning("%s: no seen/unseen split, it is counted on the training images (%s)", self.name, error)
+            return []
+        return [c for c, images in enumerate(images_per_class(training)) if images <= _RARE]
+
+
+def list_datasets() -> list[str]:
+    """Names that `open_dataset` knows."""
+    return list(_SOURCES)
+
+
+def open_dataset(
+    name: str,
+    root: str | os.PathLike[str],
+    split: str,
+    *,
+    fold: int | None = None,
+    check_files: bool = True,
+) -> SegmentationDataset:
+    """The pairs of a dataset under a folder, in any of the layouts it is commonly kept in.
+
+    Args:
+        name: one of `list_datasets()`.
+        root: the dataset's own folder (VOCdevkit/VOC2012, coco_stuff164k, ADEChallengeData2016, ...) or one above.
+        split: "train" or "val". VOC's training set is the augmented one (10,582 images).
+        fold: 0..3 for voc5i and coco20i, and for those only.
+        check_files: whether every image and label map must be there.
+    Raises:
+        ValueError: an unknown name, split or fold; a root that holds no known layout of the dataset.
+        FileNotFoundError: no such root, or (with `check_files`) a missing file, the first one named.
+    """
+    if name not in _SOURCES:
+        raise ValueError(f"name: expected one of {', '.join(_SOURCES)}, got {name!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split: expected train or val, got {split!r}")
+    if fold is not None or name in FOLDED:
+        fold_classes(name, fold)
+    root = Path(root)
+    dataset = SegmentationDataset(name, split, _SOURCES[name](root, split), root, fold)
+    absent = dataset.missing() if check_files else []
+    if absent:
+        more = f", and {len(absent) - 1} more files" if len(absent) > 1 else ""
+        raise FileNotFoundError(f"{name} {split}: no file {absent[0][1]}{more}")
+    return dataset
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    """Values of a mask file as stored, [H, W] of an integer type."""
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            values = np.asarray(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"labels: no file {path}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"labels: {path} is not a picture") from None
+    except DECODER_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"labels: {path} cannot be read, it may be cut off or damaged ({reason})") from None
+    if mode != "P" and mode != "L" and not mode.startswith("I"):
+        raise ValueError(f"labels: {path} is a picture of mode {mode}, expected class indices in one channel")
+    return values
+
+
+def _invalid(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    outside = (values < 0) | (values >= len(table))
+    return outside | (table[np.where(outside, 0, values)] == INVALID)

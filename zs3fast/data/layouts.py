@@ -1,0 +1,122 @@
+"""Finding the pairs of a dataset on disk: which folder a root means, and which of the known layouts it holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+INVALID = -1  # in a table: this value is not a label of the dataset
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the pairs of one split are and what the values of its masks mean.
+
+    ids:            names of the pairs, in dataset order.
+    image_pattern:  path of an image with {} for the id.
+    label_patterns: the same for masks; `label_choice` [n] says which of them an id has (None: the first).
+    class_names:    C names.
+    table:          int32 [256] or [65536]: mask value -> class index, `ignore_index` or -1 for what is no label.
+    ignore_index:   255, or 65535 where C > 255.
+    """
+
+    ids: list[str]
+    image_pattern: str
+    label_patterns: tuple[str, ...]
+    class_names: tuple[str, ...]
+    table: np.ndarray
+    ignore_index: int
+    label_choice: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Folders:
+    """A layout of parallel folders: an image for every mask, named alike.
+
+    images, labels: folders under the root.  label_suffix: of the mask files; what comes before it is the id.
+    table: meaning of the masks' values.  not_suffix: files that end so are no masks of this layout.
+    """
+
+    images: str
+    labels: str
+    table: np.ndarray
+    label_suffix: str = ".png"
+    not_suffix: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.images}/*.jpg with {self.labels}/*{self.label_suffix}"
+
+    def ids(self, root: Path) -> list[str]:
+        """Ids of the masks in the folder, sorted; none where either folder is missing."""
+        if not (root / self.images).is_dir() or not (root / self.labels).is_dir():
+            return []
+        names = (name for name in os.listdir(root / self.labels) if name.endswith(self.label_suffix))
+        skipped = (name for name in names if self.not_suffix is None or not name.endswith(self.not_suffix))
+        return sorted(name[: -len(self.label_suffix)] for name in skipped if not name.startswith("."))
+
+
+def find_root(root: Path, prefixes: Sequence[str], holds: Callable[[Path], bool], expected: str) -> Path:
+    """The first of `root` and its sub-folders `prefixes` that holds the dataset; an error says what was expected."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"root: no folder {root}")
+    for prefix in ("", *prefixes):
+        if holds(root / prefix):
+            return root / prefix
+    looked = ", ".join(["itself", *prefixes])
+    raise ValueError(f"root: {root} ({looked}) does not hold {expected}")
+
+
+def find_folders(root: Path, prefixes: Sequence[str], layouts: Sequence[Folders], what: str) -> tuple[Path, Folders]:
+    """The root and the first layout that has masks there."""
+    found: dict[Path, Folders] = {}
+
+    def holds(place: Path) -> bool:
+        layout = next((layout for layout in layouts if layout.ids(place)), None)
+        if layout is not None:
+            found[place] = layout
+        return layout is not None
+
+    place = find_root(root, prefixes, holds, f"{what}: {'; or '.join(map(str, layouts))}")
+    return place, found[place]
+
+
+def folder_source(place: Path, layout: Folders, class_names: Iterable[str], ignore_index: int) -> Source:
+    """The pairs of a layout of folders."""
+    return Source(
+        layout.ids(place),
+        str(place / layout.images / "{}.jpg"),
+        (str(place / layout.labels / ("{}" + layout.label_suffix)),),
+        tuple(class_names),
+        layout.table,
+        ignore_index,
+    )
+
+
+def read_ids(path: Path) -> list[str]:
+    """Ids of a list file, one a line: "2007_000032", or a path (or an image and a mask path) whose stem is the id."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    ids = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    if not ids:
+        raise ValueError(f"{path} lists nothing")
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        twice = next(i for i in ids if i in seen or seen.add(i))
+        raise ValueError(f"{path} lists {twice} twice")
+    return ids
+
+
+def names_in(folder: Path) -> set[str]:
+    """File names of a folder; none where there is no folder."""
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def value_table(values: dict[int, int], ignored: Iterable[int], ignore_index: int) -> np.ndarray:
+    """Table of mask values: those given, those ignored, all others invalid."""
+    table = np.full(256 if ignore_index == 255 else 65536, INVALID, np.int32)
+    table[list(ignored)] = ignore_index
+    table[list(values)] = list(values.values())
+    return table
