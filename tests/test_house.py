@@ -14,16 +14,27 @@ import zs3fast
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "zs3fast"
-OPS = ("attention_to_mask", "mask_loss", "masks_to_labels", "region_bridge_attention", "relationship_descriptor")
+OPS = (
+    "attention_to_mask",
+    "mask_loss",
+    "masks_to_bits",
+    "masks_to_labels",
+    "proposal_attention",
+    "proposals_to_labels",
+    "region_bridge_attention",
+    "relationship_descriptor",
+)
 
 # A room may import the rooms listed for it (and itself). Left to right is the way data flows.
 FOUNDATION = {"types", "_cache", "_files", "_open_clip", "ops"}
-STAGES = {"text", "encoders", "descriptors", "decoders", "labels"}
+STAGES = {"text", "encoders", "descriptors", "decoders", "labels", "proposals"}
+SEGMENTING = FOUNDATION | STAGES | {"_console"} | {"models", "weights", "recipes", "segmenter", "images", "rendering"}
 ARROWS: dict[str, set[str]] = {
     "types": {"rendering"},  # results draw and save themselves
     "_cache": set(),
     "_files": set(),
     "_open_clip": set(),
+    "_console": set(),
     "kernels": set(),
     "ops": {"types", "kernels"},
     **{stage: FOUNDATION for stage in STAGES},
@@ -31,8 +42,13 @@ ARROWS: dict[str, set[str]] = {
     "weights": FOUNDATION | STAGES | {"models"},
     "images": set(),
     "rendering": {"_files"},
-    "segmenter": FOUNDATION | STAGES | {"models", "weights", "images", "rendering"},
-    "cli": FOUNDATION | STAGES | {"models", "weights", "segmenter", "images", "rendering", "__init__"},
+    "recipes": FOUNDATION | STAGES | {"models"},
+    "segmenter": FOUNDATION | STAGES | {"models", "weights", "images", "rendering", "recipes"},
+    "data": {"types", "_files", "_console", "images", "text"},
+    "evaluation": SEGMENTING | {"data"},
+    "training": SEGMENTING | {"data", "evaluation"},
+    "train": {"training"},
+    "cli": SEGMENTING | {"data", "evaluation", "training", "__init__"},
     "__init__": FOUNDATION | {"models", "weights", "segmenter"},
     "__main__": {"cli"},
 }
@@ -103,7 +119,7 @@ def test_every_op_has_its_five_doors(op: str) -> None:
 
 
 def test_front_door() -> None:
-    assert zs3fast.list_models() == ["clip_rc", "tagclip", "zegclip"]
+    assert zs3fast.list_models() == ["clip_rc", "clsclip", "maft", "tagclip", "zegclip"]
     for name in zs3fast.__all__:
         assert getattr(zs3fast, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'segmentor'"):

@@ -18,7 +18,8 @@ from tests.tiny_clip import CONFIG, text_state, tiny_clip
 from zs3fast import ops, weights
 from zs3fast.images import read_image
 from zs3fast.ops import _extension
-from zs3fast.segmenter import MAX_WINDOWS, Segmenter, prepare
+from zs3fast.recipes import MAX_WINDOWS, prepare
+from zs3fast.segmenter import Segmenter
 from zs3fast.text import MULTI, SINGLE, TextEncoder
 from zs3fast.weights.official import official_keys
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import os
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from zs3fast._console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.segmenter import Segmenter
@@ -33,10 +33,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="CLIP-based zero-shot semantic segmentation: pictures and class names in, label maps out.",
 )
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
-_out = Console(soft_wrap=True, highlight=False)
-
-USAGE_ERROR, RUN_ERROR = 2, 1
 _OUTPUT_SUFFIXES = ("_labels.png", "_overlay.png")  # of our own files, when a folder is read a second time
 
 
@@ -77,6 +73,24 @@ def segment(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("zs3fast_out"),
     min_score: Annotated[float | None, typer.Option(help="Pixels that score lower stay unlabelled.")] = None,
     background: Annotated[str, typer.Option(help="Class names, commas between them, that stay unlabelled.")] = "",
+    proposer: Annotated[
+        str | None,
+        typer.Option(
+            help="What finds mask proposals for maft: mask2former:NAME, maskformer:NAME or sam:NAME (of huggingface.co "
+            "or a folder), freeseg:FILE, or files:PATH with masks of your own."
+        ),
+    ] = None,
+    crops: Annotated[
+        str | None,
+        typer.Option(help="maft: classify proposals by a CLIP pass each, the baseline: mask, crop or mask_crop."),
+    ] = None,
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            help="clsclip: zoom into the boxes of a detector: detr:NAME, rtdetr:NAME, yolos:NAME, detector:NAME, or "
+            "files:PATH.json."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; cuda if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of an untrained model's weights.")] = 0,
 ) -> None:
@@ -85,7 +99,7 @@ def segment(
     For each picture three files are written: NAME_labels.png (class indices; 255 = unlabelled, 65535 for more than 255
     classes), NAME_overlay.png (the picture under its colours, with a legend) and NAME.json (a summary).
     """
-    with _one_line_errors(USAGE_ERROR):
+    with one_line_errors(USAGE_ERROR):
         pictures = _find_pictures(inputs)
         entries = _class_list(classes, classes_file, dataset)
         segmenter = _segmenter(
@@ -97,6 +111,9 @@ def segment(
             method=method,
             clip=clip,
             pretrained=pretrained,
+            proposer=proposer,
+            crops=crops,
+            boxes=boxes,
             device=_device(device),
             seed=seed,
         )
@@ -109,13 +126,13 @@ def segment(
             try:
                 line = _segment_one(segmenter, picture, output / stems[picture], min_score, background)
             except (ValueError, OSError, RuntimeError) as error:  # one bad picture does not end the run
-                failures.append((picture, _first_line(error)))
+                failures.append((picture, first_line(error)))
             else:
                 progress.console.print(line)
     for picture, reason in failures:
-        _err.print(f"[red]failed[/] {escape(str(picture))}: {escape(reason)}")
+        stderr.print(f"[red]failed[/] {escape(str(picture))}: {escape(reason)}")
     done = len(pictures) - len(failures)
-    _out.print(f"{done} of {len(pictures)} pictures segmented, results in {escape(str(output))}")
+    stdout.print(f"{done} of {len(pictures)} pictures segmented, results in {escape(str(output))}")
     if failures:
         raise typer.Exit(RUN_ERROR)
 
@@ -142,20 +159,20 @@ def convert(
     from zs3fast.segmenter import read_official
     from zs3fast.weights import save
 
-    with _one_line_errors(USAGE_ERROR):
+    with one_line_errors(USAGE_ERROR):
         if out.suffix != ".safetensors":
             raise ValueError(f"out: expected a .safetensors file, got {out}")
         options = _training_vocabulary(trained_on)
         if seen_offset is not None:
             options["seen_offset"] = seen_offset
         model, tower = read_official(official, **options)
-    with _one_line_errors(RUN_ERROR):
+    with one_line_errors(RUN_ERROR):
         save(model, out, tower)
     seen = (
         f"{len(model.seen)} of {model.num_classes} classes seen" if trained_on else "training vocabulary not recorded"
     )
     text = "with its text tower" if tower else "without a text tower"
-    _out.print(f"{escape(str(out))}: {model.config['method']}, {model.image_size} pixels, {seen}, {text}")
+    stdout.print(f"{escape(str(out))}: {model.config['method']}, {model.image_size} pixels, {seen}, {text}")
 
 
 @app.command(epilog="**Example**: `zs3fast info`")
@@ -179,9 +196,23 @@ def info() -> None:
     facts.add_row("cache", f"{cache_dir()} (ZS3FAST_CACHE)")
     facts.add_row("  weights", _listing(cache_dir() / "weights"))
     facts.add_row("  text embeddings", _listing(cache_dir() / "text", names=False))
-    _out.print(facts)
+    stdout.print(facts)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        _out.print(_backend_table(device))
+        stdout.print(_backend_table(device))
+
+
+def _mount() -> None:
+    """The commands of the other rooms, whose modules import only what a help text needs."""
+    from zs3fast.data import command as data
+    from zs3fast.evaluation import command as evaluation
+    from zs3fast.training import command as training
+
+    app.command("train", epilog=training.EPILOG)(training.train)
+    app.command("eval", no_args_is_help=True, epilog=evaluation.EPILOG)(evaluation.evaluate)
+    data_app = typer.Typer(no_args_is_help=True, help="Datasets on disk.")
+    data_app.callback()(lambda: None)  # keeps "check" a sub-command
+    data_app.command("check", no_args_is_help=True, epilog=data.EPILOG)(data.data_check)
+    app.add_typer(data_app, name="data")
 
 
 def _segmenter(
@@ -194,16 +225,22 @@ def _segmenter(
     method: str,
     clip: str,
     pretrained: str | None,
+    proposer: str | None,
+    crops: str | None,
+    boxes: str | None,
     device: str,
     seed: int,
 ) -> Segmenter:
     import torch
 
     from zs3fast.models.registry import create_model
+    from zs3fast.proposals import load_box_proposer, load_mask_proposer
     from zs3fast.segmenter import Segmenter, find_weights, is_converted
     from zs3fast.text import TextEncoder, load_text_embeddings
 
-    options = {"class_names": entries, "templates": templates, "device": device}
+    options = {"class_names": entries, "templates": templates, "device": device, "crops": crops}
+    options["proposer"] = None if proposer is None else load_mask_proposer(proposer, device)
+    options["boxes"] = None if boxes is None else load_box_proposer(boxes, device)
     if text_embeddings is not None:
         options["text_embeddings"] = load_text_embeddings(text_embeddings, None if entries is None else len(entries))
     if weights is not None:
@@ -211,7 +248,7 @@ def _segmenter(
         if is_converted(path) and trained_on is not None:
             raise ValueError(f"--trained-on is for official checkpoints, {path} knows its own training vocabulary")
         if not is_converted(path) and trained_on is None:
-            _err.print("[yellow]note[/]: no --trained-on for an official checkpoint, so no class counts as seen")
+            stderr.print("[yellow]note[/]: no --trained-on for an official checkpoint, so no class counts as seen")
         segmenter = Segmenter.from_pretrained(path, **options, official=_training_vocabulary(trained_on))
     else:
         if entries is None:
@@ -223,7 +260,7 @@ def _segmenter(
                 options["text_encoder"] = TextEncoder.from_open_clip(clip, pretrained).to(device)
         segmenter = Segmenter(model, **options)
         what = "the decoder's" if pretrained else "all"
-        _err.print(
+        stderr.print(
             f"[yellow]untrained[/]: no --weights given, so {what} weights are random (seed {seed}) and the labels mean "
             "nothing. This run only shows that the parts work"
         )
@@ -241,7 +278,7 @@ def _segment_one(segmenter: Segmenter, picture: Path, target: Path, min_score: f
         warnings.simplefilter("always", UserWarning)
         result = segmenter(picture, min_score=min_score, background=background)
     for warning in caught:
-        _err.print(f"[yellow]warning[/] {escape(str(picture))}: {escape(str(warning.message))}")
+        stderr.print(f"[yellow]warning[/] {escape(str(picture))}: {escape(str(warning.message))}")
     labels, overlay, summary = (target.parent / f"{target.name}{end}" for end in (*_OUTPUT_SUFFIXES, ".json"))
     result.save(labels)
     save_picture(result.overlay(), overlay)
@@ -323,7 +360,7 @@ def _distinct_stems(pictures: list[Path]) -> dict[Path, str]:
         used.add(stem.casefold())
         stems[picture] = stem
         if number > 1:
-            _err.print(f"[yellow]note[/] {escape(str(picture))}: results are named {escape(stem)}, its own is taken")
+            stderr.print(f"[yellow]note[/] {escape(str(picture))}: results are named {escape(stem)}, its own is taken")
     return stems
 
 
@@ -335,7 +372,7 @@ def _device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {device!r} cannot be used here ({_first_line(error)})") from None
+        raise ValueError(f"--device: {device!r} cannot be used here ({first_line(error)})") from None
     return device
 
 
@@ -381,17 +418,7 @@ def _version(package: str) -> str:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=_out, transient=True, disable=not _out.is_terminal)
-
-
-@contextmanager
-def _one_line_errors(code: int) -> Iterator[None]:
-    """Turn the errors a user can cause into one line and an exit code."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        _err.print(f"[red]error[/] {escape(_first_line(error))}")
-        raise typer.Exit(code) from None
+    return Progress(*columns, console=stdout, transient=True, disable=not stdout.is_terminal)
 
 
 @contextmanager
@@ -405,7 +432,4 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{os.fspath(error.filename)}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+_mount()

@@ -13,33 +13,33 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zs3fast import ops, weights
+from zs3fast import weights
 from zs3fast.images import read_image
-from zs3fast.labels.windows import sliding_windows
+from zs3fast.proposals import BoxProposer, MaskProposer
+from zs3fast.recipes import Question, recipe_for
 from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_templates
 from zs3fast.text.encoder import Tokenizer
 from zs3fast.text.vocabulary import ClassEntry, same_name
-from zs3fast.types import Segmentation, SegmentationOutput
+from zs3fast.types import Segmentation
 from zs3fast.weights.files import METADATA_KEY, TEXT_PREFIX, read_state_dict
+from zs3fast.weights.official_maft import text_tower
 
 logger = logging.getLogger("zs3fast")
 
-# A bound on one picture's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
-MAX_WINDOWS = 1000
 Classes = str | Iterable[str | Sequence[str]]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a call comes to: the names to show, embeddings [C, D] of all that compete, and who of them is what.
+    """What a call comes to: the names to show, names and embeddings [C, D] of all that compete, and who is what.
 
     seen: indices, or None where nothing is known.  rejected: indices of the background.
     """
 
     class_names: tuple[str, ...]
+    competing: tuple[ClassEntry, ...]
     text: Tensor
     seen: list[int] | None
     rejected: list[int]
@@ -48,9 +48,9 @@ class _Plan:
 class Segmenter:
     """Segments pictures of any size into classes given by name.
 
-    The recipe is the published test recipe: the short side is resized to `model.image_size`, windows of that size slide
-    with a stride of 426/512 of it, each window's calibrated scores are averaged, resized to the picture and compared.
-    All of it after the model is one fused op; scores of all classes at picture size are never stored.
+    The recipe is the method's published test recipe, see `zs3fast.recipes`: sliding windows for ZegCLIP, TagCLIP and
+    CLIP-RC, the squashed picture for ClsCLIP, proposals for MAFT. Scores of all classes at picture size are never
+    stored.
 
     Which classes count as seen (and lose `model.seen_offset`, which offsets what training favours):
         - `seen=` of a call, if given;
@@ -73,6 +73,9 @@ class Segmenter:
             vocabulary of 20 (VOC), else "multi".
         device: move the model there.
         window_batch: windows the model sees at once.
+        proposer: what finds mask proposals for MAFT, see `zs3fast.proposals`; it needs one.
+        crops: classify MAFT's proposals by a CLIP pass each instead, see `zs3fast.recipes.Proposing`.
+        boxes: what finds boxes for ClsCLIP to zoom into (ClsCLIP+).
     """
 
     def __init__(
@@ -86,14 +89,17 @@ class Segmenter:
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
         window_batch: int = 8,
+        proposer: MaskProposer | None = None,
+        crops: str | None = None,
+        boxes: BoxProposer | None = None,
     ):
         if window_batch < 1:
             raise ValueError(f"window_batch: expected at least 1, got {window_batch}")
         if text_encoder is not None and text_embeddings is not None:
             raise ValueError("text_embeddings: give these or a text_encoder, not both")
         self.model = (model if device is None else model.to(device)).eval()
-        self.window_batch = window_batch
-        published = "single" if model.config.get("num_classes") == 20 else "multi"
+        self._recipe = recipe_for(model, window_batch, proposer, crops, boxes)
+        published = model.templates or ("single" if model.config.get("num_classes") == 20 else "multi")
         self.templates = resolve_templates(published if templates is None else templates)
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
@@ -116,6 +122,9 @@ class Segmenter:
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
         window_batch: int = 8,
+        proposer: MaskProposer | None = None,
+        crops: str | None = None,
+        boxes: BoxProposer | None = None,
         official: Mapping[str, Any] | None = None,
     ) -> Segmenter:
         """A segmenter from a weight file: one of ours, or an official checkpoint.
@@ -152,6 +161,9 @@ class Segmenter:
             templates=templates,
             device=device,
             window_batch=window_batch,
+            proposer=proposer,
+            crops=crops,
+            boxes=boxes,
         )
 
     @property
@@ -191,14 +203,18 @@ class Segmenter:
             classes: the names that compete, as "cat, grass" or one item a class; an item may hold synonyms,
                 "sofa, couch". None: `class_names` of the constructor.
             seen: which of them count as seen, as names or as indices into `classes`. None: see the class.
-            min_score: pixels whose best score is lower (or not a number) stay unlabelled.
+            min_score: pixels whose best score is lower (or not a number) stay unlabelled. None: the model's own, which
+                is 0.5 for ClsCLIP, whose masks are binary, and none for the others.
             background: names whose pixels stay unlabelled. Those that are not in `classes` compete as well.
         Returns:
             labels and scores at the picture's own size, names in the order given.
         """
         plan = self._plan(classes, seen, min_score, background)
         pixels, source = read_image(image)
-        labels, scores, nan_pixels = self._labels(pixels, plan)
+        answer = self._recipe(Question(pixels, plan.text, plan.competing, plan.seen, source))
+        labels, scores, nan_pixels = answer.labels, answer.scores, answer.nan_pixels
+        if min_score is None:
+            min_score = self.model.min_score
         unlabelled = np.isin(labels, plan.rejected)
         if min_score is not None:
             unlabelled |= ~(scores >= min_score)
@@ -236,6 +252,7 @@ class Segmenter:
         names = {same_name(entry[0]) for entry in rejected}
         return _Plan(
             class_names=tuple(entry[0] for entry in entries),
+            competing=tuple(competing),
             text=self._text_embeddings(tuple(competing)),
             seen=self._seen(entries, competing, seen),
             rejected=[i for i, entry in enumerate(competing) if same_name(entry[0]) in names],
@@ -266,9 +283,12 @@ class Segmenter:
     def _text_embeddings(self, entries: tuple[ClassEntry, ...]) -> Tensor:
         """[C, D] on the model's device; the same tensor as long as the list stays the same."""
         if self._encoded is None or self._encoded[0] != entries or self._encoded[1].device != self.device:
-            rows = self._chosen_rows(entries) if self._rows else self.text_encoder.encode(entries, self.templates)
+            rows = self._chosen_rows(entries) if self._rows else self._encode(entries)
             self._encoded = entries, rows.to(self.device)
         return self._encoded[1]
+
+    def _encode(self, entries: tuple[ClassEntry, ...]) -> Tensor:
+        return self.text_encoder.encode(entries, self.templates, text_token=self.model.text_token)
 
     def _named_rows(self, text_embeddings: Tensor | np.ndarray) -> dict[str, Tensor]:
         rows = torch.as_tensor(text_embeddings).float()
@@ -287,68 +307,6 @@ class Segmenter:
             known = ", ".join(entry[0] for entry in self.classes[:10])
             raise ValueError(f"classes: no text_embeddings for {', '.join(missing)}; there are rows for {known}, ...")
         return torch.stack([self._rows[same_name(entry[0])] for entry in entries])
-
-    def _labels(self, pixels: np.ndarray, plan: _Plan) -> tuple[np.ndarray, np.ndarray, int]:
-        model, crop, size = self.model, (self.model.image_size,) * 2, pixels.shape[:2]
-        canvas = prepare(pixels, model.image_size, model.pixel_mean, model.pixel_std).to(self.device)
-        stride = max(426 * model.image_size // 512, 1)
-        windows = sliding_windows(canvas.shape[-2:], crop, (stride, stride))
-        out = self._run(canvas, windows, plan.text)
-        mixed = plan.seen is not None and 0 < len(plan.seen) < len(plan.text)
-        result = ops.masks_to_labels(
-            out.mask_logits,
-            size,
-            seen=plan.seen or (),
-            seen_offset=model.seen_offset,
-            trusty_logits=out.trusty_logits if mixed else None,
-            trusty_weighting=model.trusty_weighting if mixed else "off",
-            crop_size=crop,
-            canvas_size=tuple(canvas.shape[-2:]),
-            windows=windows,
-            dtype=torch.int32,
-            return_details=True,
-        )
-        return result.labels[0].cpu().numpy(), result.scores[0].float().cpu().numpy(), int(result.nan_count.sum())
-
-    def _run(self, canvas: Tensor, windows: list[tuple[int, int]], text: Tensor) -> SegmentationOutput:
-        """The model's output for all windows, in batches of `window_batch`."""
-        side, like = self.model.image_size, next(self.model.parameters())
-        parts = []
-        for start in range(0, len(windows), self.window_batch):
-            batch = windows[start : start + self.window_batch]
-            crops = torch.stack([canvas[:, y : y + side, x : x + side] for y, x in batch])
-            parts.append(self.model(crops.to(like.dtype), text))
-        trusty = [part.trusty_logits for part in parts]
-        return SegmentationOutput(
-            mask_logits=torch.cat([part.mask_logits for part in parts]),
-            global_token=torch.cat([part.global_token for part in parts]),
-            patch_tokens=torch.cat([part.patch_tokens for part in parts]),
-            trusty_logits=None if trusty[0] is None else torch.cat(trusty),
-        )
-
-
-def prepare(pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The normalised picture [3, H', W'] whose short side is `image_size`.
-
-    Resized as the official code does it with OpenCV: bilinear without antialiasing, on 8 bits, rounded back to them.
-    The long side becomes int(x * image_size / short + 0.5).
-
-    Raises:
-        ValueError: so long a strip that more than `MAX_WINDOWS` windows would be needed.
-    """
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    size = tuple(int(side * image_size / short + 0.5) for side in (height, width))
-    if max(size) > MAX_WINDOWS * 426 * image_size // 512:
-        raise ValueError(
-            f"image: {width} x {height} pixels are too long a strip: resized to a short side of {image_size}, it needs "
-            f"more than {MAX_WINDOWS} windows. Cut it into pieces"
-        )
-    values = torch.from_numpy(pixels).permute(2, 0, 1).float()
-    if size != (height, width):
-        values = F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0].round()
-    mean, std = (torch.tensor(values_).view(3, 1, 1) for values_ in (mean, std))
-    return (values / 255 - mean) / std
 
 
 def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
@@ -373,7 +331,8 @@ def read_official(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Tens
         model = weights.load_official(state, **options)
     except weights.CheckpointError as error:
         raise weights.CheckpointError(f"{path}: {str(error).removeprefix('checkpoint: ')}") from None
-    return model, {key: value for key, value in state.items() if key.startswith(TEXT_PREFIX)}
+    tower = {key: value for key, value in state.items() if key.startswith(TEXT_PREFIX)}
+    return model, tower or text_tower(state, TEXT_PREFIX)
 
 
 def is_converted(path: Path) -> bool:

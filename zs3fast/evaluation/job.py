@@ -1,0 +1,194 @@
+"""From names and paths to an evaluation that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial as bound
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from zs3fast.data import SegmentationDataset, open_dataset, test_pairs
+from zs3fast.evaluation.evaluate import ItemScore, Report, evaluate, evaluate_pairs
+from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
+from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, published_items, resolve_setting
+from zs3fast.evaluation.scores import DENOMINATORS
+from zs3fast.proposals import MaskProposer, load_box_proposer, load_mask_proposer
+from zs3fast.rendering import UNLABELLED
+from zs3fast.segmenter import Segmenter, find_weights, is_converted
+from zs3fast.text import class_names, load_text_embeddings, seen_classes
+
+
+@dataclass(frozen=True)
+class Job:
+    """An evaluation that only has to be run.
+
+    run:      `evaluate` or `evaluate_pairs` with everything bound but how: limit, device, workers, progress, partial.
+    shown:    (image, item) -> label map [H, W] to look at, see `worst_images`.
+    settings: what the counts depend on; JSON-safe.
+    published: how many images (or pairs) the published test set has; None: unknown, or not the one that is scored.
+    """
+
+    dataset: SegmentationDataset
+    run: Callable[..., Report]
+    shown: Callable[[np.ndarray, ItemScore], np.ndarray]
+    settings: dict[str, Any]
+    published: int | None
+
+
+def prepare(
+    weights: str,
+    dataset: str,
+    data: Path,
+    *,
+    split: str = "val",
+    setting: str | None = None,
+    trained_on: str | None = None,
+    text_embeddings: Path | None = None,
+    templates: str | None = None,
+    proposer: str | None = None,
+    boxes: str | None = None,
+    no_box: str = "whole_image",
+    fold: int | None = None,
+    episodes: str = "all",
+    threshold: float = 0.5,
+    denominator: str = "gt_or_pred",
+    device: str = "cpu",
+) -> Job:
+    """Open everything and check that it fits together; see `zs3fast eval --help` for the arguments."""
+    if dataset in PAIR_DATASETS and fold is None:
+        raise ValueError(f"fold: {dataset} is tested fold by fold, expected 0..3")
+    if dataset not in PAIR_DATASETS and fold is not None:
+        raise ValueError(f"fold: {dataset} has no folds, only {' and '.join(PAIR_DATASETS)} have")
+    if denominator not in DENOMINATORS:
+        raise ValueError(f"denominator: expected one of {', '.join(DENOMINATORS)}, got {denominator!r}")
+    if fold is None and boxes is not None:
+        raise ValueError(f"boxes: are for the folds of {' and '.join(PAIR_DATASETS)}, got them for {dataset}")
+    if fold is not None and setting is not None:
+        raise ValueError(f"setting: a fold of {dataset} has one setting of its own, got {setting!r}")
+    path = find_weights(weights)
+    images = open_dataset(dataset, data, split, fold=fold)
+    names = images.class_names if fold is None else images.class_names[: images.background]  # which stands last
+    rows = None if text_embeddings is None else load_text_embeddings(text_embeddings, len(names))
+    masks = None if proposer is None else load_mask_proposer(proposer, device)
+    segmenter = _segmenter(path, names, rows, trained_on, templates, masks, device)
+    settings = {
+        "method": segmenter.model.config["method"],
+        "weights": f"{path.name}, {path.stat().st_size} bytes",
+        "dataset": dataset,
+        "split": split,
+        "items": len(images),
+        "proposer": proposer,
+        "text": " | ".join(segmenter.templates) if rows is None else text_embeddings.name,
+    }
+    if fold is not None:
+        masks = _pair_segmenter(segmenter, images, rows, boxes, no_box, threshold, device)
+        settings |= {"fold": fold, "episodes": episodes, "threshold": threshold}
+        if boxes is not None:
+            settings |= {"method": "clsclip+", "boxes": boxes, "no_box": no_box}
+        return _pair_job(masks, images, fold, episodes, settings)
+    return _label_job(segmenter, images, setting, denominator, settings)
+
+
+def noted(report: Report, published: int | None) -> Report:
+    """The report, with notes on what keeps it from comparing with published rows.
+
+    Args:
+        published: how many images (or pairs) the published test set has; None: unknown.
+    """
+    notes, scored = list(report.notes), sum(item.times for item in report.items)
+    if published not in (None, scored):
+        what = "images" if report.items[0].class_index is None else "pairs"
+        notes.append(f"scored {scored} {what}, the published test set has {published}: not comparable")
+    if "boxes" in report.settings:
+        notes.append("boxes come from a detector: if it was trained on the asked classes, this is not zero-shot")
+    return replace(report, notes=tuple(notes))
+
+
+def _label_job(
+    segmenter: Segmenter,
+    images: SegmentationDataset,
+    name: str | None,
+    denominator: str,
+    settings: dict[str, Any],
+) -> Job:
+    setting = resolve_setting(name, images, segmenter.model.config.get("class_names"))
+    label = labeller(segmenter, images.class_names, setting.calibrated)
+    settings = {**settings, "setting": setting.name, "denominator": denominator}
+    options = {"setting": setting, "denominator": denominator, "pass_paths": True, "settings": settings}
+    return Job(
+        dataset=images,
+        run=bound(evaluate, label, images, **options),
+        shown=lambda image, item: label(image, images.image_path(item.image)),
+        settings=settings,
+        published=published_items(images.name) if images.split == "val" else None,
+    )
+
+
+def _pair_segmenter(
+    segmenter: Segmenter,
+    images: SegmentationDataset,
+    rows: Tensor | None,
+    boxes: str | None,
+    no_box: str,
+    threshold: float,
+    device: str,
+) -> PairSegmenter | ZoomingPairSegmenter:
+    """ClsCLIP, or with boxes ClsCLIP+."""
+    model = segmenter.model
+    if model.config["method"] != "clsclip":
+        raise ValueError(f"weights: {images.name} is for clsclip, these are {model.config['method']}'s")
+    if rows is None:
+        rows = segmenter.text_encoder.encode(segmenter.classes, segmenter.templates, text_token=model.text_token)
+    if boxes is None:
+        return PairSegmenter(model, rows, threshold)
+    names = [entry[0] for entry in segmenter.classes]
+    return ZoomingPairSegmenter(model, rows, names, load_box_proposer(boxes, device), no_box, threshold)
+
+
+def _pair_job(
+    masks: PairSegmenter | ZoomingPairSegmenter,
+    images: SegmentationDataset,
+    fold: int,
+    episodes: str,
+    settings: dict[str, Any],
+) -> Job:
+    if episodes != "all" and not episodes.isdecimal():
+        raise ValueError(f"episodes: expected all or a number, got {episodes!r}")
+    pairs = test_pairs(images, images.unseen, episodes="all" if episodes == "all" else int(episodes))
+
+    def shown(image: np.ndarray, item: ItemScore) -> np.ndarray:
+        mask = masks(image, [item.class_index], images.image_path(item.image))[0].cpu().numpy()
+        return np.where(mask, item.class_index, UNLABELLED)
+
+    return Job(
+        dataset=images,
+        run=bound(evaluate_pairs, masks, images, pairs, pass_paths=True, settings=settings),
+        shown=shown,
+        settings=settings,
+        published=published_items(images.name, fold) if (images.split, episodes) == ("val", "all") else None,
+    )
+
+
+def _segmenter(
+    path: Path,
+    names: Sequence[str],
+    rows: Tensor | None,
+    trained_on: str | None,
+    templates: str | None,
+    proposer: MaskProposer | None,
+    device: str,
+) -> Segmenter:
+    """The segmenter of a weight file, for a dataset's classes."""
+    official = {}
+    if is_converted(path):
+        if trained_on is not None:
+            raise ValueError(f"trained_on: is for official checkpoints, {path} knows its own training vocabulary")
+    elif trained_on is not None:
+        learned = class_names(trained_on)
+        official = {"class_names": learned, "num_classes": len(learned), "seen": seen_classes(trained_on)}
+    options = {"class_names": names, "text_embeddings": rows, "templates": templates, "proposer": proposer}
+    return Segmenter.from_pretrained(path, **options, device=device, official=official)

@@ -1,0 +1,95 @@
+"""Binary masks of the classes asked for: what ClsCLIP's protocols score."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from zs3fast.proposals import BoxProposer
+
+
+class PairSegmenter:
+    """Masks of the classes asked for, by a model with one sigmoid mask a class.
+
+    mask = sigmoid(logits, upsampled to the picture) > threshold; the model sees the picture squashed to its square
+    input.
+
+    Args:
+        model: a ClsCLIP; put in eval mode.
+        text_embeddings: [C, D], a row for each class of the dataset.
+        threshold: between 0 and 1; the protocols keep it at 0.5.
+    """
+
+    def __init__(self, model: nn.Module, text_embeddings: Tensor, threshold: float = 0.5):
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
+        self.model = model.eval()
+        self.like = next(model.parameters())
+        self.text_embeddings = text_embeddings.to(self.like.device)
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
+        """Bool [P, H, W] on the model's device for an image uint8 [H, W, 3] and P class indices; no path is needed."""
+        from zs3fast.recipes import squash  # which brings the proposers
+
+        model, size = self.model, image.shape[:2]
+        pixels = squash(image, model.image_size, model.pixel_mean, model.pixel_std).to(self.like)
+        out = model(pixels[None], self.text_embeddings[list(classes)])
+        return model.class_scores(out, size)[0] > self.threshold
+
+
+class ZoomingPairSegmenter:
+    """Masks of the classes asked for by ClsCLIP+: the OR over the boxes that a detector finds for each class.
+
+    Args:
+        model, text_embeddings, threshold: as for `PairSegmenter`.
+        class_names: a word for each row of `text_embeddings`, to find its boxes by.
+        boxes: finds boxes in a picture.
+        no_box: what a class without boxes gets: "whole_image", plain ClsCLIP; "empty", nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text_embeddings: Tensor,
+        class_names: Sequence[str],
+        boxes: BoxProposer,
+        no_box: str = "whole_image",
+        threshold: float = 0.5,
+    ):
+        from zs3fast.models.clsclip_plus import ClsCLIPPlus
+
+        plain = PairSegmenter(model, text_embeddings, threshold)
+        self.plus = ClsCLIPPlus(plain.model, no_box=no_box)
+        self.text_embeddings, self.threshold = plain.text_embeddings, threshold
+        self.class_names, self.boxes = list(class_names), boxes
+
+    def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
+        """Bool [P, H, W] on the model's device; `path` is the picture's, for boxes that lie in files."""
+        from zs3fast.recipes import normalise
+
+        model, device = self.plus.model, self.text_embeddings.device
+        found = self.boxes(image, None if path is None else os.fspath(path)).to(device)
+        pixels = normalise(image, model.pixel_mean, model.pixel_std).to(device)
+        words = [self.class_names[c] for c in classes]
+        return self.plus.predict_masks(pixels, self.text_embeddings[list(classes)], found, words, self.threshold)
+
+
+def group_by_image(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, dict[int, int]]]:
+    """Pairs (image, class) as (image, {class: how often}), in the order in which images first occur.
+
+    One pass over an image then serves all its classes, and a pair that is drawn twice is segmented once.
+    """
+    groups: dict[int, Counter[int]] = {}
+    for image, class_index in pairs:
+        groups.setdefault(image, Counter())[class_index] += 1
+    return [(image, dict(classes)) for image, classes in groups.items()]

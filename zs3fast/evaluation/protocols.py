@@ -1,0 +1,143 @@
+"""What a setting means at test time: which classes lose the seen offset, and which means are taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from zs3fast.segmenter import Segmenter
+
+# In the order of their chapters; "fold" is the (image, class) pairs of PASCAL-5i and COCO-20i.
+SETTINGS = ("inductive", "transductive", "supervised", "cross-dataset", "background-undifferentiated", "fold")
+PAIR_DATASETS = ("voc5i", "coco20i")
+
+# Images of the published test sets; pairs where a fold of pairs is the set.
+PUBLISHED_ITEMS: dict[str, int | tuple[int, ...]] = {
+    "voc20": 1449,
+    "coco171": 5000,
+    "context59": 5104,
+    "context60": 5104,
+    "pc459": 5104,
+    "ade150": 2000,
+    "ade847": 2000,
+    "voc5i": (346, 451, 725, 346),
+    "coco20i": (35783, 17912, 14563, 14315),
+}
+
+UNDIFFERENTIATED_NOTE = (
+    "background-undifferentiated: the evaluation vocabulary of the published row is not described; here training "
+    "merges unseen classes into the background and evaluation is that of the inductive setting"
+)
+
+
+class LabelledImages(Protocol):
+    """What evaluation needs of a dataset (`zs3fast.data.SegmentationDataset`)."""
+
+    name: str
+    split: str
+    class_names: list[str]
+    num_classes: int
+    seen: list[int]
+    unseen: list[int]
+    ignore_index: int
+    ids: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def image_path(self, index: int) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a test set is segmented and scored.
+
+    name:       one of `SETTINGS`.
+    calibrated: the classes that count as seen for the model, and lose `seen_offset`.
+    seen:       the classes whose mean is mIoU(S), all others are in mIoU(U); None: no split is scored.
+    notes:      what a reader of the numbers should know.
+    """
+
+    name: str
+    calibrated: tuple[int, ...]
+    seen: tuple[int, ...] | None
+    notes: tuple[str, ...] = ()
+
+
+def resolve_setting(name: str | None, dataset: LabelledImages, vocabulary: Sequence[str] | None) -> Setting:
+    """The setting of an evaluation.
+
+    | setting | seen for the model | scored |
+    |---|---|---|
+    | inductive, background-undifferentiated | the dataset's seen classes | seen, unseen |
+    | transductive | none: after self-training nothing is offset and no trusty map weighs | seen, unseen |
+    | supervised | all: an equal offset | the zero-shot split all the same, as the papers do |
+    | cross-dataset | all | all classes |
+
+    Args:
+        name: one of `SETTINGS` but "fold"; None: inductive where the model was trained on this dataset's classes,
+            cross-dataset where not.
+        vocabulary: names of the classes the model was trained on; None: unknown.
+    Raises:
+        ValueError: an unknown name, a split the dataset does not have, or a model trained on other classes.
+    """
+    names = SETTINGS[:-1]
+    if name is not None and name not in names:
+        raise ValueError(f"setting: expected one of {', '.join(names)}, got {name!r}")
+    own = vocabulary is not None and _same_names(vocabulary, dataset.class_names)
+    if name is None:
+        if vocabulary is None:
+            raise ValueError(f"setting: expected one of {', '.join(names)}: the weights do not say what they learned")
+        name = "inductive" if own and dataset.unseen else "cross-dataset"
+    everything = tuple(range(dataset.num_classes))
+    if name == "cross-dataset":
+        note = f"cross-dataset: the weights were trained on the classes of {dataset.name} itself"
+        return Setting(name, everything, None, (note,) if own else ())
+    if not dataset.unseen or not dataset.seen:
+        raise ValueError(f"setting: {dataset.name} has no seen and unseen classes, so {name} cannot be scored on it")
+    if vocabulary is not None and not own:
+        raise ValueError(
+            f"setting: {name} needs weights trained on the classes of {dataset.name}; these were trained on others "
+            "(cross-dataset scores that)"
+        )
+    seen = tuple(dataset.seen)
+    calibrated = {"transductive": (), "supervised": everything}.get(name, seen)
+    return Setting(name, calibrated, seen, (UNDIFFERENTIATED_NOTE,) if name == "background-undifferentiated" else ())
+
+
+def labeller(segmenter: Segmenter, class_names: Sequence[str], calibrated: Sequence[int]) -> Callable[..., np.ndarray]:
+    """`segmenter` as evaluation calls it: image uint8 [H, W, 3] (and its path) -> labels [H, W] among `class_names`.
+
+    Args:
+        calibrated: the classes that count as seen, see `Setting`.
+    """
+    segmenter.check(class_names, seen=calibrated)
+
+    def label(image: np.ndarray, path: Path | None = None) -> np.ndarray:
+        picture: Any = image
+        if path is not None:  # proposers that read their masks from files go by the picture's name
+            picture = Image.fromarray(image)
+            picture.filename = os.fspath(path)
+        return segmenter(picture, class_names, seen=calibrated).labels
+
+    return label
+
+
+def published_items(dataset: str, fold: int | None = None) -> int | None:
+    """How many images (or pairs of a fold) the published test set has; None where it is not known."""
+    known = PUBLISHED_ITEMS.get(dataset)
+    return known[fold] if isinstance(known, tuple) and fold is not None else known if isinstance(known, int) else None
+
+
+def _same_names(first: Sequence[str], second: Sequence[str]) -> bool:
+    from zs3fast.text.vocabulary import same_name  # the text room brings open_clip
+
+    return [same_name(name) for name in first] == [same_name(name) for name in second]
