@@ -1,0 +1,256 @@
+"""Whole runs in one process: what they leave behind, how they go on, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from tests.training import tiny_run
+from zs3fast import weights
+from zs3fast.training import checkpoints, command, setup
+from zs3fast.training.config import from_dict, load_config, save_config
+from zs3fast.training.loop import RunResult, train
+from zs3fast.weights import CheckpointError
+
+METHODS = ("zegclip", "tagclip", "clip_rc")
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    a, b = (safetensors.torch.load_file(path) for path in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Six iterations that nothing interrupted."""
+    return train(tiny_run.config(tmp_path_factory.mktemp("reference")))
+
+
+def test_a_run_leaves_everything_behind(reference: RunResult) -> None:
+    folder = reference.folder
+    assert load_config(folder / "config.yaml").iterations == 6
+    names = [path.name for path in checkpoints.list_checkpoints(folder)]
+    assert names == ["iteration_00000004.safetensors", "iteration_00000006.safetensors"]
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [entry["iteration"] for entry in entries] == list(range(6))
+    assert all(entry["loss"] == pytest.approx(entry["loss_mask"] + entry["loss_dice"]) for entry in entries)
+    assert not list(folder.rglob(".*.safetensors"))
+    tensors, facts = checkpoints.read_checkpoint(checkpoints.list_checkpoints(folder)[-1])
+    assert (facts["iteration"], facts["position"], facts["config"]["seed"]) == (6, 24, 3)
+    stored = {name.removeprefix("weights.") for name in tensors if name.startswith("weights.")}
+    model, _ = weights.load(reference.weights)
+    assert stored == model.trainable().keys()  # nothing of the frozen weights, in weights or optimiser
+    assert not any("resblocks" in name for name in tensors)
+    assert model.class_names[0] == "aeroplane" and model.seen == list(range(15))
+
+
+def test_frozen_weights_stay(reference: RunResult) -> None:
+    config = load_config(reference.folder / "config.yaml")
+    fresh = setup.build_model(config, setup.open_data(config)).state_dict()
+    model, _ = weights.load(reference.weights)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh[name]) == (name not in model.trainable()), name
+
+
+def test_resume_is_bit_exact(reference: RunResult, tmp_path: Path) -> None:
+    """The folder as a kill right after iteration 5 would have left it: checkpoint 4, a log ahead of it, scraps."""
+    folder = tmp_path / "run"
+    shutil.copytree(reference.folder, folder)
+    checkpoints.checkpoint_path(folder, 6).unlink()
+    (folder / "weights.safetensors").unlink()
+    (folder / "checkpoints/.iteration_00000006.abc.safetensors").write_bytes(b"half a file")
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"iteration": 6, "lo')
+    config = replace(load_config(folder / "config.yaml"), output=str(folder))
+    result = train(config, resume=True)
+    assert same_weights(result.weights, reference.weights)
+    assert losses(folder) == losses(reference.folder)
+    assert not list(folder.rglob(".*.safetensors"))
+
+
+def test_killed_at_any_moment_resumes_to_the_same_weights(reference: RunResult, tmp_path: Path) -> None:
+    """kill -9 wherever it hits, a reading worker on, then to the end."""
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    config = load_config(reference.folder / "config.yaml")
+    config = replace(
+        config,
+        output=str(tmp_path / "run"),
+        data=replace(config.data, workers=1),
+        checkpoint=replace(config.checkpoint, every=1),
+        log=replace(config.log, every=1),
+    )
+    save_config(config, tmp_path / "config.yaml")
+    arguments = (str(tmp_path / "config.yaml"), "--resume")
+    log = tmp_path / "run/log.jsonl"
+    kills = 0
+    for wanted in (2,):
+        process = subprocess.Popen(
+            tiny_run.command(1, *arguments),
+            env=tiny_run.environment(),
+            cwd=tiny_run.ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count("\n") >= wanted:
+                time.sleep(rng.uniform(0, 0.05))
+                break
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills, "the run ended before it could be killed"
+    done = tiny_run.run(1, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert same_weights(tmp_path / "run/weights.safetensors", reference.weights)
+    assert losses(tmp_path / "run") == losses(reference.folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_fall(method: str, tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path, method, iterations=40, checkpoint={"every": 40}, optimizer={"lr": 1e-2})
+    train(config)
+    found = losses(config.folder)
+    assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
+
+
+def test_self_training_starts_from_inductive_weights(tmp_path: Path) -> None:
+    """TagCLIP on VOC: the trusty token is dropped, as published."""
+    first = tiny_run.config(tmp_path, "tagclip", iterations=2, checkpoint={"every": 2, "export_at": [1]})
+    train(first)
+    start = first.folder / "weights_00000001.safetensors"
+    values = tiny_run.values(tmp_path, "tagclip", setting="transductive", iterations=2, output=str(tmp_path / "second"))
+    values["model"] |= {"trusty_token": False, "trusty_weighting": "off"}
+    with pytest.raises(ValueError, match="init_from: self-training starts from weights"):
+        train(from_dict(values))
+    result = train(from_dict({**values, "init_from": str(start)}))
+    model, _ = weights.load(result.weights)
+    assert model.seen_offset == 0 and model.trusty_token is None
+    values["model"]["num_prompts"] = 3
+    with pytest.raises(ValueError, match=r"init_from: .*prompt_embeddings \[1, 2, 48\], expected \[1, 3, 48\]"):
+        train(from_dict({**values, "init_from": str(start), "output": str(tmp_path / "third")}))
+
+
+def test_validation_keeps_the_best(tmp_path: Path) -> None:
+    config = tiny_run.config(
+        tmp_path,
+        iterations=4,
+        validation={"every": 2, "metric": "miou", "pictures": 1},
+        log={"every": 2, "tensorboard": True},
+    )
+    result = train(config)
+    entries = [json.loads(line) for line in (config.folder / "validation.jsonl").read_text().splitlines()]
+    assert [entry["iteration"] for entry in entries] == [2, 4]
+    best = max(entries, key=lambda entry: entry["miou"])
+    assert result.best == {"metric": "miou", "value": best["miou"], "iteration": best["iteration"]}
+    assert weights.load(config.folder / "best.safetensors")[0].method == "zegclip"
+    assert len(list((config.folder / "predictions").glob("*_v0.png"))) == 2
+    assert list((config.folder / "tensorboard").glob("events*"))
+    without = replace(config, output=str(tmp_path / "without"), validation=replace(config.validation, every=0))
+    assert same_weights(train(without).weights, result.weights)  # looking at a run does not change it
+
+
+def test_recomputing_and_workers_change_nothing(reference: RunResult, tmp_path: Path) -> None:
+    config = load_config(reference.folder / "config.yaml")
+    config = replace(
+        config, output=str(tmp_path / "run"), checkpoint_activations=True, data=replace(config.data, workers=2)
+    )
+    assert same_weights(train(config).weights, reference.weights)
+
+
+def test_refusals_before_the_first_step(reference: RunResult, tmp_path: Path) -> None:
+    config = load_config(reference.folder / "config.yaml")
+    folder = tmp_path / "run"
+    shutil.copytree(reference.folder, folder)
+    config = replace(config, output=str(folder))
+    newest = checkpoints.checkpoint_path(folder, 6)
+
+    with pytest.raises(ValueError, match=r"output: .* holds a run with checkpoints up to iteration_00000006.*--resume"):
+        train(config)
+    changed = replace(config, optimizer=replace(config.optimizer, lr=1.0), iterations=8)
+    with pytest.raises(ValueError, match=r"another configuration: iterations: 6 -> 8; optimizer.lr: 0.003 -> 1.0"):
+        train(changed, resume=True)
+    other = tiny_run.text_file(tmp_path / "other.npy", width=32)
+    np.save(other, -np.load(other))
+    with pytest.raises(ValueError, match="frozen weights or text embeddings differ"):
+        train(replace(config, text=replace(config.text, embeddings=str(other))), resume=True)
+
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"iteration_00000006.*damaged.*delete it to go on from an earlier one"):
+        train(config, resume=True)
+    newest.write_bytes(whole[:-100] + bytes(byte ^ 1 for byte in whole[-100:]))
+    with pytest.raises(CheckpointError, match="do not match their digest"):
+        train(config, resume=True)
+    shutil.copy(reference.weights, newest)
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
+        train(config, resume=True)
+    newest.unlink()
+    assert same_weights(train(config, resume=True).weights, reference.weights)  # from iteration 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch": 3}, "micro_batch: 3 does not divide the 4 images a process has"),
+        ({"model": {"num_promts": 3}}, "unknown key 'model.num_promts'; did you mean 'model.num_prompts'"),
+        ({"data": {"root": None}}, "data.root: expected the folder of voc20"),
+        ({"text": {"embeddings": None}}, "text.embeddings: expected a .npy file"),
+        ({"validation": {"every": 1, "metric": "hioo"}}, "validation.metric: expected one of hiou"),
+        ({"parallel": "fsdp"}, "parallel: fsdp shards over processes"),
+    ],
+)
+def test_bad_configurations(changes: dict, message: str, tmp_path: Path) -> None:
+    values = tiny_run.values(tmp_path)
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+    with pytest.raises(ValueError, match=message):
+        train(from_dict(values))
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    with checkpoints.run_lock(config.folder), pytest.raises(ValueError, match="another process is training in"):
+        train(config)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path, optimizer={"lr": 1e30}, schedule={"warmup_iterations": 0})
+    with pytest.raises(RuntimeError, match=r"iteration \d: the loss is not finite"):
+        train(config)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command.train)
+    save_config(tiny_run.config(tmp_path, iterations=2), tmp_path / "config.yaml")
+    bad = CliRunner().invoke(app, [str(tmp_path / "config.yaml"), "--set", "optimizer.lrr=1"])
+    assert bad.exit_code == 2 and "did you mean 'optimizer.lr'" in bad.stderr
+    good = CliRunner().invoke(app, [str(tmp_path / "config.yaml"), "-o", str(tmp_path / "there")])
+    assert good.exit_code == 0 and "2 iterations done" in good.stdout, good.output
+    assert weights.load(tmp_path / "there/weights.safetensors")[0].method == "zegclip"
+    assert "clip_rc_voc20_inductive" in CliRunner().invoke(app, []).stdout
+    shown = CliRunner().invoke(app, ["maft_voc20_inductive", "--show", "--data", "it's here"]).stdout
+    assert from_dict(yaml.safe_load(shown)).data.root == "it's here"

@@ -1,0 +1,138 @@
+"""ClsCLIP and MAFT: their steps, and short runs on their own recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import SEEN, tiny_inputs, tiny_labels
+from tests.tiny_clip import CONFIG as CLIP
+from tests.training import tiny_run
+from zs3fast import weights
+from zs3fast.models.registry import create_model
+from zs3fast.training.config import TrainConfig
+from zs3fast.training.loop import train
+from zs3fast.training.proposing import connected_labels
+from zs3fast.training.setup import build_step, open_data
+from zs3fast.training.steps import PairStep, ProposalStep
+
+VOCABULARY = {"clip": CLIP, "num_classes": 7, "seen": SEEN}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def pair_step() -> PairStep:
+    torch.manual_seed(0)
+    model = create_model("clsclip", image_size=64, nav_layers=(1,), decoder_width=16, decoder_ffn=32, **VOCABULARY)
+    text = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
+    return PairStep(model.eval(), text, ignore_index=255)
+
+
+def test_pairs_are_a_mean_over_all_valid_pixels() -> None:
+    step = pair_step()
+    labels = tiny_labels(4)
+    labels[0, 10:] = 255  # few valid pixels
+    batch = {"images": tiny_inputs(4)[0], "labels": labels, "class_index": torch.tensor([0, 1, 4, 6])}
+    whole = step(batch)["loss"]
+    average = step.count(batch) / 2
+    halves = [{name: value[i : i + 2] for name, value in batch.items()} for i in (0, 2)]
+    got = sum(step(half, average)["loss"] for half in halves) / 2
+    assert float(got.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
+    plain = sum(step(half)["loss"] for half in halves) / 2
+    assert float(plain.detach()) != pytest.approx(float(whole.detach()), rel=1e-4)
+
+
+def proposal_step(setting: str = "inductive") -> ProposalStep:
+    torch.manual_seed(0)
+    model = create_model("maft", start_layer=1, image_size=64, **VOCABULARY)
+    text = tiny_inputs()[1]
+    return ProposalStep(
+        model, text, setting=setting, ignore_index=255, propose=connected_labels(255), clip_size=64
+    ).train()
+
+
+def maft_batch() -> dict[str, Tensor]:
+    return {"images": tiny_inputs(2)[0], "labels": tiny_labels(2)}
+
+
+def test_distillation_starts_at_nothing() -> None:
+    """The teacher is the model as it was: no difference at first, one after a step, and it never trains."""
+    step = proposal_step()
+    terms = step(maft_batch())
+    assert float(terms["loss_dis"].detach()) == pytest.approx(0, abs=1e-8)
+    terms["loss"].backward()
+    with torch.no_grad():
+        for parameter in step.model.trainable().values():
+            parameter -= 0.1 * parameter.grad.sign()
+    assert step(maft_batch())["loss_dis"] > 0
+    assert not any("teacher" in name for name, _ in step.named_parameters())
+
+
+def test_inductive_maft_knows_the_seen_classes_alone() -> None:
+    step = proposal_step()
+    assert len(step.text_embeddings) == len(SEEN)
+    batch = maft_batch()
+    hidden = {**batch, "labels": torch.where(torch.isin(batch["labels"], torch.tensor(SEEN)), batch["labels"], 255)}
+    assert torch.equal(step(batch)["loss"], step(hidden)["loss"])  # what is unseen might as well be unlabelled
+    assert len(proposal_step("supervised").text_embeddings) == 7
+
+
+def test_an_unlabelled_batch_trains_nothing_and_breaks_nothing() -> None:
+    step = proposal_step()
+    batch = {**maft_batch(), "labels": torch.full((2, 64, 64), 255)}
+    loss = step(batch)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def run_config(tmp_path: Path, method: str, **changes: object) -> TrainConfig:
+    root = tiny_run.voc_tree(tmp_path / "VOC2012", side=192)  # tests of voc5i leave out small objects
+    name, width, classes = ("voc5i", 64, 21) if method == "clsclip" else ("voc20", 32, 20)
+    text = tiny_run.text_file(tmp_path / "text.npy", classes, width)
+    model = (
+        {"nav_layers": [1], "decoder_width": 16, "decoder_ffn": 32}
+        if method == "clsclip"
+        else {"start_layer": 1, "image_size": 64}
+    )
+    data = {"name": name, "root": str(root), "recipe": method, "crop_size": 64, "workers": 0}
+    data |= {"fold": 3} if method == "clsclip" else {}
+    return tiny_run.config(
+        tmp_path, method, model={"clip": CLIP, **model}, data=data, text={"embeddings": str(text)}, **changes
+    )
+
+
+def test_clsclip_trains_on_pairs(tmp_path: Path) -> None:
+    schedule = {"kind": "cyclic_cosine", "cycles": 2, "min_lr": 1e-5}
+    changes = {"iterations": None, "epochs": 4, "schedule": schedule, "checkpoint": {"every": 50}}
+    config = run_config(tmp_path, "clsclip", **changes, validation={"every": 10, "metric": "miou", "limit": 3})
+    result = train(config)
+    found = losses(result.folder)
+    assert np.mean(found[-5:]) < np.mean(found[:5])
+    assert result.iterations == len(found) > 10 and result.best is not None
+    assert weights.load(result.weights)[0].method == "clsclip"
+
+
+def test_maft_trains_on_proposals(tmp_path: Path) -> None:
+    optimizer = {"lr": 1e-3, "no_decay": "norms", "clip_norm": 0.5}
+    schedule = {"min_lr": 0.0, "warmup_iterations": 0}
+    config = run_config(tmp_path, "maft", iterations=25, optimizer=optimizer, schedule=schedule)
+    result = train(config)
+    found = losses(result.folder)
+    assert np.mean(found[-5:]) < np.mean(found[:5])
+    model, _ = weights.load(result.weights)
+    assert model.method == "maft" and model.class_names[0] == "aeroplane"
+
+
+def test_proposers_are_looked_for_before_training(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "maft", proposals={"proposer": "mask2former:nowhere/at-all"})
+    dataset = open_data(config)
+    model = create_model("maft", clip=CLIP, num_classes=20, start_layer=1)
+    with pytest.raises(ValueError, match="data.crop_size: .* expected 640, got 64"):
+        build_step(config, dataset, model, torch.randn(20, 32), torch.device("cpu"))

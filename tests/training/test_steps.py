@@ -1,0 +1,156 @@
+"""Steps: however the images of an iteration are split, the gradient is that of the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tiny import NUM_CLASSES, SEEN, tiny_inputs, tiny_labels, tiny_model
+from zs3fast.training.setup import checkpoint_blocks
+from zs3fast.training.steps import OneStageStep, Step, class_masks
+
+
+def uneven_batch(count: int = 4) -> dict[str, Tensor]:
+    """Images that differ in how many classes they hold: one has none, one has one."""
+    labels = tiny_labels(count)
+    labels[0] = 255
+    labels[1] = 4
+    return {"images": tiny_inputs(count)[0], "labels": labels}
+
+
+def without_dropout(step: Step) -> Step:
+    """Training losses, the dropouts of evaluation."""
+    step.eval()
+    step.model.training = True
+    return step
+
+
+def gradients(step: Step, batch: dict[str, Tensor], parts: int) -> tuple[float, dict[str, Tensor]]:
+    step.zero_grad(set_to_none=True)
+    average = step.count(batch)
+    average = None if average is None else average / parts
+    total = 0.0
+    for part in zip(*(value.chunk(parts) for value in batch.values())):
+        loss = step(dict(zip(batch, part)), average)["loss"] / parts
+        loss.backward()
+        total += float(loss.detach())
+    return total, {n: p.grad.clone() for n, p in step.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["zegclip", "tagclip", "clip_rc"])
+@pytest.mark.parametrize("setting", ["inductive", "supervised"])
+def test_micro_batches_add_up(method: str, setting: str) -> None:
+    options = {"seen": range(NUM_CLASSES)} if setting == "supervised" else {}
+    model = tiny_model(method, **options)
+    step = without_dropout(OneStageStep(model, tiny_inputs()[1], setting=setting, ignore_index=255))
+    batch = uneven_batch()
+    whole, expected = gradients(step, batch, 1)
+    for parts in (2, 4):
+        loss, got = gradients(step, batch, parts)
+        assert loss == pytest.approx(whole, rel=1e-5)
+        assert got.keys() == expected.keys()
+        largest = float(max(grad.norm() for grad in expected.values()))
+        for name, grad in expected.items():  # biases of keys have no gradient but rounding errors
+            error = float((got[name] - grad).norm() / grad.norm().clamp_min(1e-3 * largest))
+            assert error < 2e-4, f"{name}: {error:.1e}"
+
+
+def test_count_is_that_of_the_loss() -> None:
+    model = tiny_model("zegclip")
+    text = tiny_inputs()[1]
+    step = OneStageStep(model, text, setting="inductive", ignore_index=255)
+    batch = uneven_batch()
+    masks = sum(len(set(labels.unique().tolist()) & set(SEEN)) for labels in batch["labels"])
+    assert float(step.count(batch)) == masks > 1
+    step = without_dropout(step)
+    assert torch.equal(step(batch, step.count(batch))["loss"], step(batch)["loss"])
+
+
+def test_all_ignored_batch() -> None:
+    step = OneStageStep(tiny_model("zegclip"), tiny_inputs()[1], setting="inductive", ignore_index=255)
+    batch = {"images": tiny_inputs(2)[0], "labels": torch.full((2, 64, 64), 255)}
+    terms = step(batch, step.count(batch))
+    assert terms["loss_dice"].item() == 0 and terms["loss"].item() > 0
+
+
+def test_self_training_fills_unseen_pixels() -> None:
+    model = tiny_model("zegclip")
+    step = OneStageStep(model, tiny_inputs()[1], setting="transductive", ignore_index=255)
+    batch = uneven_batch()
+    assert step.count(batch) is None
+    step(batch)["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_bf16_keeps_the_loss_in_float32() -> None:
+    model = tiny_model("tagclip")
+    text = tiny_inputs()[1]
+    batch = uneven_batch()
+    exact = without_dropout(OneStageStep(model, text, setting="inductive", ignore_index=255))(batch)["loss"]
+    half = without_dropout(OneStageStep(model, text, setting="inductive", ignore_index=255, precision="bf16"))
+    loss = half(batch)["loss"]
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.05)
+    assert loss.item() != exact.item()
+
+
+@pytest.mark.parametrize("method", ["zegclip", "clip_rc"])
+def test_recomputed_blocks_give_the_same_gradients_from_less(method: str) -> None:
+    text = tiny_inputs()[1]
+    batch = uneven_batch()
+    results, kept = [], []
+    for recompute in (False, True):
+        model = tiny_model(method)
+        step = without_dropout(OneStageStep(model, text, setting="inductive", ignore_index=255))
+        if recompute:
+            checkpoint_blocks(model)
+        stored: dict[int, int] = {}
+
+        def note(tensor: Tensor, stored: dict[int, int] = stored) -> Tensor:
+            stored[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = step(batch)["loss"]
+        loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        kept.append(sum(stored.values()))
+    assert results[0].keys() == results[1].keys()
+    for name, grad in results[0].items():
+        assert torch.equal(grad, results[1][name]), name
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_a_compiled_step_is_the_step() -> None:
+    text, batch = tiny_inputs()[1], uneven_batch()
+    step = without_dropout(OneStageStep(tiny_model("zegclip"), text, setting="inductive", ignore_index=255))
+    loss, expected = gradients(step, batch, 1)
+    step.compile(backend="aot_eager")
+    compiled_loss, got = gradients(step, batch, 1)
+    assert compiled_loss == pytest.approx(loss, rel=1e-5) and got.keys() == expected.keys()
+
+
+def test_no_graph_before_the_first_trained_parameter() -> None:
+    """Prompts in the last layer only: the layers before it store nothing."""
+    model = tiny_model("zegclip", prompt_depth=-1)
+    seen: list[bool] = []
+    for block in model.encoder.transformer.resblocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    model.train()(*tiny_inputs())
+    assert seen == [False] * (len(seen) - 1) + [True]
+
+
+def test_class_masks() -> None:
+    labels = torch.full((3, 4, 4), 255)
+    labels[0, :2] = 3
+    labels[0, 3] = 1
+    labels[1, 0] = 2
+    masks, classes = class_masks(labels, 255)
+    assert classes.tolist() == [[1, 3], [2, -1], [-1, -1]]
+    assert masks.sum((2, 3)).tolist() == [[4, 8], [4, 0], [0, 0]]
+
+
+def test_steps_are_modules_that_train_the_model() -> None:
+    step = OneStageStep(tiny_model("zegclip"), tiny_inputs()[1], setting="inductive", ignore_index=255)
+    assert isinstance(step, nn.Module) and "text_embeddings" not in step.state_dict()
+    assert step.text_embeddings.shape[0] == len(SEEN)

@@ -1,0 +1,157 @@
+"""Checkpoints of a run: one safetensors file each, written whole or not at all, checked when read.
+
+A file holds the trained weights, AdamW's state, the state of the random generators and, in its header, iteration, data
+position, learning rate, configuration and digests. Frozen weights are not stored: their digest is, and a resumed run
+whose frozen weights or text embeddings differ is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from zs3fast._files import replacing
+from zs3fast.text.cache import tensor_digest
+from zs3fast.training.distributed import assign, whole
+from zs3fast.weights import CheckpointError
+
+METADATA_KEY = "zs3fast_training"
+_NAME = re.compile(r"iteration_(\d{8})\.safetensors")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def checkpoint_path(folder: Path, iteration: int) -> Path:
+    return folder / "checkpoints" / f"iteration_{iteration:08d}.safetensors"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run's folder, oldest first."""
+    found = (folder / "checkpoints").glob("*.safetensors")
+    return sorted(path for path in found if _NAME.fullmatch(path.name))
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder for as long as this process lives (where the system has file locks)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl  # not on every system
+        except ImportError:
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"output: another process is training in {folder}") from None
+        yield
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of writers that were killed."""
+    for path in (*folder.glob(".*.safetensors"), *(folder / "checkpoints").glob(".*.safetensors")):
+        path.unlink()
+
+
+def durable(path: Path) -> None:
+    """Have the file and its folder's entry on the disk before going on: a rename must not outlive its contents."""
+    for place in (path, path.parent):
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that changes in training, by name, on the CPU; every process must call this."""
+    tensors = {}
+    for name, parameter in model.trainable().items():
+        tensors[f"weights.{name}"] = parameter
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}.{name}"] = value
+    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any], keep: int) -> Path:
+    """Write `tensors` and `facts` (with "iteration"), then delete all but the last `keep` checkpoints."""
+    path = checkpoint_path(folder, facts["iteration"])
+    described = {**facts, "digest": _digest(tensors)}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(described)})
+        durable(temporary)
+    durable(path)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a checkpoint.
+
+    Raises:
+        CheckpointError: truncated, damaged, or not a training checkpoint.
+    """
+    remedy = f"delete it to go on from an earlier one, if {path.parent} holds any"
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: the checkpoint is damaged ({error}); {remedy}") from None
+    if facts is None:
+        raise CheckpointError(f"{path}: not a training checkpoint (weights alone start a run through init_from)")
+    if _digest(tensors) != facts.pop("digest", None):
+        raise CheckpointError(f"{path}: the checkpoint is damaged (its contents do not match their digest); {remedy}")
+    return tensors, facts
+
+
+def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, source: Path) -> None:
+    """Put a checkpoint's weights, optimiser state and random state in place."""
+    trained = model.trainable()
+    saved = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
+    wrong = sorted(trained.keys() ^ saved.keys())
+    wrong += sorted(name for name in trained.keys() & saved.keys() if trained[name].shape != saved[name].shape)
+    if wrong:
+        raise CheckpointError(f"{source}: trained weights differ from this model's: {', '.join(wrong[:10])}")
+    for name, parameter in trained.items():
+        assign(parameter, saved[name])
+        if f"step.{name}" not in tensors:
+            continue  # it never had a gradient
+        state = optimizer.state[parameter]
+        for moment in _MOMENTS:
+            value = tensors[f"{moment}.{name}"]
+            if moment == "step":
+                state[moment] = value.clone()
+            else:
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                assign(state[moment], value)
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def frozen_digest(model: nn.Module, text_embeddings: Tensor) -> str:
+    """A digest of what a checkpoint leaves out: the weights that are not trained, and the text embeddings."""
+    trained = model.trainable()
+    frozen = [value for name, value in sorted(model.state_dict().items()) if name not in trained]
+    return tensor_digest(*frozen, text_embeddings)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    names = sorted(tensors)
+    return tensor_digest(torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8), *(tensors[n] for n in names))

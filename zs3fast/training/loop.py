@@ -1,0 +1,216 @@
+"""The training loop: one iteration is micro-batches forward and backward, one step of AdamW.
+
+Everything an iteration draws or reads depends on the configuration and the iteration's number alone: samples and their
+augmentation on their position in the run, dropout on (seed, iteration, micro-batch). So a run that is killed and
+resumed computes what it would have computed, and as long as `micro_batch` stays, so does a run on another number of
+processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zs3fast.training import checkpoints, distributed, setup, validation
+from zs3fast.training.config import TrainConfig, changed_keys, save_config
+from zs3fast.training.distributed import Workers
+from zs3fast.training.export import export_weights
+from zs3fast.training.logs import RunLog
+from zs3fast.training.optimiser import freeze, make_optimizer, set_learning_rate
+from zs3fast.training.schedules import learning_rate
+from zs3fast.training.steps import Batch, Terms
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    folder: the run's folder.  weights: the exported weights, for `zs3fast segment --weights`.
+    iterations: its length.  terms: loss terms of the last iteration that was computed here (empty if none was).
+    best: {"metric", "value", "iteration"} of the best validation, or None.
+    """
+
+    folder: Path
+    weights: Path
+    iterations: int
+    terms: dict[str, float]
+    best: dict[str, Any] | None
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> RunResult:
+    """Train as the configuration says, in this process or with those that torchrun started.
+
+    The run's folder gets config.yaml, log.jsonl, checkpoints/, weights.safetensors and, with validation,
+    best.safetensors, validation.jsonl and predictions/.
+
+    Args:
+        resume: go on from the folder's last checkpoint, or start if it has none. Without it a folder that holds
+            checkpoints is left alone.
+    Raises:
+        ValueError, OSError: a configuration, data, weights or a checkpoint that will not do; before the first step.
+        RuntimeError: a loss that is not finite.
+    """
+    with distributed.workers(config.device) as group:
+        if not group.main:
+            return _train(config, resume, group)
+        with checkpoints.run_lock(config.folder):
+            return _train(config, resume, group)
+
+
+def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
+    split = setup.shares(config, group.world)
+    previous = _previous(config.folder, resume)
+    dataset = setup.open_data(config)
+    if config.validation.every:
+        validation.check(config)
+    model = setup.build_model(config, dataset)
+    text = setup.text_embeddings(config, dataset, model)
+    data = setup.training_set(config, dataset, model)
+    iterations = setup.iterations(config, len(data))
+    config = replace(config, iterations=iterations, epochs=None)
+    freeze(model)
+    frozen = checkpoints.frozen_digest(model, text)
+    tensors, facts = _read(previous, config, frozen) if previous else ({}, {"iteration": 0, "best": None})
+
+    step = setup.build_step(config, dataset, model, text, group.device)
+    if config.checkpoint_activations:
+        setup.checkpoint_blocks(model)
+    if config.compile:
+        step.compile()
+    spread = distributed.spread(step, config.parallel, group)
+    optimizer = make_optimizer(model, config.optimizer)
+    if previous:
+        checkpoints.restore(tensors, model, optimizer, previous)
+        del tensors
+    start, best = facts["iteration"], facts["best"]
+    if group.main:
+        checkpoints.remove_leftovers(config.folder)
+        save_config(config, config.folder / "config.yaml")
+    log = RunLog(config.folder, group, start, iterations, split.total, config.log.tensorboard)
+    if previous:
+        log.note(f"going on from {previous} at iteration {start} of {iterations}")
+    saved = {"config": config.to_dict(), "frozen": frozen, "world": group.world}
+    terms: dict[str, float] = {}
+    try:
+        batches = iter(setup.make_loader(data, config, split, group, start, iterations))
+        for iteration in range(start, iterations):
+            lr = learning_rate(config.schedule, iteration, iterations, config.optimizer.lr)
+            batch = _to_device(next(batches), group.device)
+            losses = gradients(spread, step, batch, split, group, (config.seed, iteration))
+            set_learning_rate(optimizer, lr)
+            if config.optimizer.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.trainable().values(), config.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.add(iteration, lr, losses)
+
+            done = iteration + 1
+            validating = config.validation.every and (done % config.validation.every == 0 or done == iterations)
+            saving = done % config.checkpoint.every == 0 or done == iterations or done in config.checkpoint.export_at
+            if validating or saving or done % config.log.every == 0:
+                terms = log.flush()
+            if validating:
+                best = _validate(config, model, text, group, log, done, best)
+            if done in config.checkpoint.export_at:
+                export_weights(model, config.folder / f"weights_{done:08d}.safetensors", group)
+            if saving:
+                _save(config, model, optimizer, group, {**saved, "iteration": done, "lr": lr, "best": best})
+    finally:
+        log.close()
+    weights = config.folder / "weights.safetensors"
+    export_weights(model, weights, group)
+    group.barrier()
+    return RunResult(config.folder, weights, iterations, terms, best)
+
+
+def gradients(
+    spread: nn.Module,
+    step: nn.Module,
+    batch: Batch,
+    split: setup.Shares,
+    group: Workers,
+    seed: tuple[int, int],
+) -> Terms:
+    """Gradients of one iteration into `.grad`; the mean of its loss terms on this process."""
+    parts = [{name: value[i : i + split.micro_batch] for name, value in batch.items()} for i in _starts(split)]
+    average = step.count(batch)
+    if average is not None:
+        average = group.total(average) / (group.world * split.micro_batches)
+    sums: Terms = {}
+    for index, part in enumerate(parts):
+        torch.manual_seed(_mix(*seed, group.rank * split.micro_batches + index))
+        with distributed.accumulating(spread, more=index + 1 < len(parts)):
+            terms = {name: term / len(parts) for name, term in spread(part, average).items()}
+            terms["loss"].backward()
+        for name, term in terms.items():
+            sums[name] = sums[name] + term.detach() if name in sums else term.detach()
+    return sums
+
+
+def _starts(split: setup.Shares) -> range:
+    return range(0, split.per_process, split.micro_batch)
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers, unlike those of other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _to_device(batch: dict[str, Any], device: torch.device) -> Batch:
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+
+def _previous(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from."""
+    found = checkpoints.list_checkpoints(folder)
+    if found and not resume:
+        raise ValueError(
+            f"output: {folder} holds a run with checkpoints up to {found[-1].name}; --resume goes on with it, "
+            "another --output starts anew"
+        )
+    return found[-1] if found else None
+
+
+def _read(path: Path, config: TrainConfig, frozen: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint of the same run, or an error that names what differs."""
+    tensors, facts = checkpoints.read_checkpoint(path)
+    changed = changed_keys(facts["config"], config.to_dict())
+    if changed:
+        raise ValueError(f"resume: {path} is of a run with another configuration: {'; '.join(changed)}")
+    if facts["frozen"] != frozen:
+        raise ValueError(
+            f"resume: the frozen weights or text embeddings differ from those that {path} was trained with"
+        )
+    return tensors, facts
+
+
+def _save(config: TrainConfig, model: nn.Module, optimizer: Any, group: Workers, facts: dict[str, Any]) -> None:
+    tensors = checkpoints.state_tensors(model, optimizer)
+    if group.main:
+        facts["position"] = facts["iteration"] * config.batch_size
+        checkpoints.write_checkpoint(config.folder, tensors, facts, config.checkpoint.keep)
+
+
+def _validate(
+    config: TrainConfig,
+    model: nn.Module,
+    text: Tensor,
+    group: Workers,
+    log: RunLog,
+    done: int,
+    best: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """Score the model, draw some predictions, keep the weights if they are the best so far."""
+    scores = validation.validate(config, model, text, group, log, done)
+    value = scores.get(config.validation.metric)  # hIoU needs seen and unseen classes among the images
+    log.note(f"validation at {done}: " + "  ".join(f"{name} {score:.2f}" for name, score in scores.items()))
+    if value is None or (best is not None and not value > best["value"]):
+        return best
+    export_weights(model, config.folder / "best.safetensors", group)
+    return {"metric": config.validation.metric, "value": value, "iteration": done}

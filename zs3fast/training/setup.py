@@ -1,0 +1,225 @@
+"""From a configuration to the things a run needs; everything that can be wrong with it is found here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from zs3fast import weights
+from zs3fast.data import open_dataset
+from zs3fast.data.datasets import SegmentationDataset
+from zs3fast.data.sampling import PairSet, PositionSampler, TrainingSet, seed_worker
+from zs3fast.data.transforms import train_transform
+from zs3fast.models.registry import create_model
+from zs3fast.text import TextEncoder, load_text_embeddings
+from zs3fast.training.config import ONE_STAGE, TrainConfig
+from zs3fast.training.distributed import Workers, encoder_blocks
+from zs3fast.training.proposing import build_proposal_step
+from zs3fast.training.steps import OneStageStep, PairStep, Step
+
+logger = logging.getLogger("zs3fast")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the images of an iteration are split: `micro_batches` forward passes a process of `micro_batch` images."""
+
+    total: int
+    per_process: int
+    micro_batch: int
+    micro_batches: int
+
+
+def shares(config: TrainConfig, world: int) -> Shares:
+    """The split of a batch over processes and forward passes, or an error that names what does not divide."""
+    total = config.batch_size
+    if total % world:
+        raise ValueError(f"batch_size: {total} images do not divide among {world} processes")
+    per_process = total // world
+    micro = config.micro_batch or per_process
+    if per_process % micro:
+        raise ValueError(
+            f"micro_batch: {micro} does not divide the {per_process} images a process has (batch_size {total} "
+            f"on {world} processes)"
+        )
+    return Shares(total, per_process, micro, per_process // micro)
+
+
+def open_data(config: TrainConfig, split: str | None = None) -> SegmentationDataset:
+    """The dataset of the configuration, or of another split of it."""
+    data = config.data
+    if data.root is None:
+        raise ValueError(f"data.root: expected the folder of {data.name} (--set data.root=/path/to/it)")
+    return open_dataset(data.name, data.root, split or data.split, fold=data.fold)
+
+
+def training_set(config: TrainConfig, dataset: SegmentationDataset, model: nn.Module) -> TrainingSet:
+    """Augmented samples by position, normalised as the model wants them."""
+    transform = train_transform(
+        config.data.recipe,
+        config.data.crop_size,
+        mean=model.pixel_mean,
+        std=model.pixel_std,
+        ignore_index=dataset.ignore_index,
+    )
+    if config.method == "clsclip":
+        return PairSet(
+            dataset,
+            transform,
+            config.seed,
+            negative_prob=config.data.negative_prob,
+            drop_unseen_images=config.data.drop_unseen_images,
+        )
+    return TrainingSet(dataset, transform, config.seed)
+
+
+def iterations(config: TrainConfig, samples: int) -> int:
+    """Length of the run: as given, or epochs times samples, the last incomplete batch filled up."""
+    if config.iterations is not None:
+        return config.iterations
+    return -(-config.epochs * samples // config.batch_size)
+
+
+def make_loader(
+    data: TrainingSet, config: TrainConfig, split: Shares, group: Workers, start: int, stop: int
+) -> DataLoader:
+    """Batches of this process from iteration `start` to `stop`, in order, read ahead by worker processes."""
+    sampler = PositionSampler(start, split.total, group.rank, group.world, stop)
+    count = config.data.workers
+    return DataLoader(
+        data,
+        batch_sampler=sampler,
+        num_workers=count,
+        pin_memory=group.device.type == "cuda",
+        worker_init_fn=seed_worker,
+    )
+
+
+def build_model(config: TrainConfig, dataset: SegmentationDataset) -> nn.Module:
+    """The model of the method with the dataset's vocabulary, on the CPU, seeded; weights of `init_from` in place."""
+    options = _model_options(config, dataset)
+    torch.manual_seed(config.seed)
+    model = create_model(config.method, **options)
+    if config.init_from is not None:
+        _load_initial(model, Path(config.init_from))
+    elif config.setting == "transductive":
+        raise ValueError(
+            "init_from: self-training starts from weights of the inductive run, "
+            "expected their file (--set init_from=runs/.../weights_00010000.safetensors)"
+        )
+    elif not model.weights_loaded:
+        logger.warning("model.pretrained is not set: the image encoder starts from random weights")
+    return model
+
+
+def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn.Module) -> Tensor:
+    """Embeddings [C, D] of all classes of the dataset: the prepared file, or CLIP's text tower."""
+    if config.text.embeddings is not None:
+        rows = load_text_embeddings(config.text.embeddings, len(dataset.class_names))
+    else:
+        clip = model.config
+        if not isinstance(clip["clip"], str) and clip["pretrained"] is None:
+            raise ValueError("text.embeddings: expected a .npy file, since this model's CLIP has no text tower to load")
+        encoder = TextEncoder.from_open_clip(clip["clip"], clip["pretrained"] or "openai")
+        templates = config.text.templates or model.templates or "multi"
+        options = {"text_token": model.text_token} if config.method == "clsclip" else {}
+        rows = encoder.encode(dataset.class_names, templates, **options)
+    if rows.shape[1] != model.embed_dim:
+        raise ValueError(
+            f"text.embeddings: rows of width {rows.shape[1]}, but the model's joint width is {model.embed_dim}"
+        )
+    return rows.cpu()
+
+
+def build_step(
+    config: TrainConfig, dataset: SegmentationDataset, model: nn.Module, text: Tensor, device: torch.device
+) -> Step:
+    """The training step of the method, on its device."""
+    common = {"ignore_index": dataset.ignore_index, "precision": config.precision}
+    if config.method in ONE_STAGE:
+        step = OneStageStep(model, text, setting=config.setting, **common)
+    elif config.method == "clsclip":
+        step = PairStep(model, text, **common)
+    else:
+        step = build_proposal_step(config, model, text, device, common)
+    return step.to(device).train()
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Have every frozen encoder block recompute its activations in the backward pass.
+
+    Frozen blocks draw no random numbers, so none are kept for the second pass. Without gradients nothing changes.
+    """
+    for block in encoder_blocks(model):
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            continue
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+def _model_options(config: TrainConfig, dataset: SegmentationDataset) -> dict[str, Any]:
+    known = _known_options(config.method)
+    for key in config.model:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean 'model.{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"config: unknown key 'model.{key}'; {hint}")
+    supervised = config.setting == "supervised"
+    options = {
+        "num_classes": len(dataset.class_names),
+        "class_names": list(dataset.class_names),
+        "seen": list(range(len(dataset.class_names))) if supervised else list(dataset.seen),
+    }
+    if config.method != "maft":  # whose pictures are squashed to CLIP's size after they were cropped
+        options["image_size"] = config.data.crop_size
+    if config.setting == "transductive":
+        options["seen_offset"] = 0.0
+    return {**options, **config.model}
+
+
+def _known_options(method: str) -> set[str]:
+    """Keyword arguments of a model and of the bases it hands them on to."""
+    module = importlib.import_module(f"zs3fast.models.{method}")
+    model = next(v for v in vars(module).values() if isinstance(v, type) and vars(v).get("method") == method)
+    names: set[str] = set()
+    for cls in model.__mro__:
+        if "__init__" in cls.__dict__ and cls is not nn.Module and cls is not object:
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            names |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return names
+
+
+def _load_initial(model: nn.Module, path: Path) -> None:
+    """Weights of an earlier run, by name. What this model does not have (TagCLIP's token) is left out, with a note."""
+    source, _ = weights.load(path)
+    state, own = source.state_dict(), model.state_dict()
+    wrong = sorted(own.keys() - state.keys())
+    wrong += [
+        f"{name} {list(state[name].shape)}, expected {list(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if state[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"init_from: {path} does not fit the model; missing or of another shape: {', '.join(wrong)}")
+    spare = sorted(state.keys() - own.keys())
+    if spare:
+        logger.warning("init_from: %s holds weights that this model has no use for: %s", path, ", ".join(spare))
+    model.load_state_dict({name: state[name] for name in own})

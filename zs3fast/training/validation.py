@@ -1,0 +1,88 @@
+"""Scores and pictures during training, by the evaluation room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+from torch import Tensor, nn
+
+from zs3fast.data import test_pairs
+from zs3fast.data.datasets import SegmentationDataset
+from zs3fast.evaluation.evaluate import Report, evaluate, evaluate_pairs
+from zs3fast.evaluation.pairs import PairSegmenter
+from zs3fast.evaluation.pictures import panels
+from zs3fast.evaluation.protocols import labeller, resolve_setting
+from zs3fast.rendering import save_picture
+from zs3fast.segmenter import Segmenter
+from zs3fast.training import setup
+from zs3fast.training.config import ONE_STAGE, TrainConfig
+from zs3fast.training.distributed import Workers
+from zs3fast.training.logs import RunLog
+
+METRICS = ("hiou", "miou", "miou_seen", "miou_unseen", "pacc", "macc")
+PAIR_METRICS = ("miou", "fb_iou")
+
+
+def validate(
+    config: TrainConfig, model: nn.Module, text: Tensor, group: Workers, log: RunLog, done: int
+) -> dict[str, float]:
+    """Score the model on the validation split, each image in one of the processes, and draw its first pictures.
+
+    The model is back in training mode afterwards.
+    """
+    dataset = setup.open_data(config, config.validation.split)
+    limit = config.validation.limit
+    try:
+        if config.method == "clsclip":
+            report = _pairs(model, text, dataset, limit)
+        else:
+            segmenter = Segmenter(model, text_embeddings=text, class_names=dataset.class_names)
+            setting = resolve_setting(config.setting, dataset, dataset.class_names)
+            label = labeller(segmenter, dataset.class_names, setting.calibrated)
+            report = evaluate(label, dataset, setting=setting, limit=limit, device=group.device)
+            if group.main:
+                for index in range(min(config.validation.pictures, len(dataset))):
+                    _draw(config, dataset, index, label, log, done)
+    finally:
+        model.train()
+    values = {name: value for name, value in report.scores.to_dict().items() if value is not None}
+    log.scores(done, values)
+    return values
+
+
+def _pairs(model: nn.Module, text: Tensor, dataset: SegmentationDataset, limit: int | None) -> Report:
+    return evaluate_pairs(PairSegmenter(model, text), dataset, test_pairs(dataset, dataset.unseen), limit=limit)
+
+
+def _draw(
+    config: TrainConfig,
+    dataset: SegmentationDataset,
+    index: int,
+    label: Callable[[np.ndarray], np.ndarray],
+    log: RunLog,
+    done: int,
+) -> None:
+    """Image, truth, prediction and mistakes side by side, as predictions/<iteration>_<image>.png and in TensorBoard."""
+    sample = dataset[index]
+    ignored = sample.labels == dataset.ignore_index
+    truth = np.where(ignored, -1, sample.labels)
+    parts = panels(sample.image, truth, label(sample.image), ignored, dataset.num_classes)
+    pixels = np.concatenate([np.asarray(part) for part in parts], axis=1)
+    save_picture(Image.fromarray(pixels), config.folder / "predictions" / f"{done:08d}_{sample.id}.png")
+    log.picture(done, f"predictions/{sample.id}", pixels)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise now what a validation would: the split is opened, and the method has to be one that can be validated."""
+    if config.method not in (*ONE_STAGE, "clsclip"):
+        raise ValueError(f"validation.every: {config.method} is scored by `zs3fast eval`, expected 0")
+    known = PAIR_METRICS if config.method == "clsclip" else METRICS
+    if config.validation.metric not in known:
+        raise ValueError(f"validation.metric: expected one of {', '.join(known)}, got {config.validation.metric!r}")
+    dataset = setup.open_data(config, config.validation.split)
+    if config.method == "clsclip" and not test_pairs(dataset, dataset.unseen):
+        raise ValueError(
+            f"validation.every: {dataset.name} {dataset.split} holds no pair of fold {dataset.fold} to score"
+        )
