@@ -33,7 +33,7 @@ def test_every_variable_has_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", sorted(set(re.findall(r"zs3fast (segment|info|convert|eval|train|bench|demo)\b", README)))
+    "command", sorted(set(re.findall(r"zs3fast (segment|info|convert|eval|train|data|bench|demo)\b", README)))
 )
 def test_commands_exist(command: str) -> None:
     result = subprocess.run(

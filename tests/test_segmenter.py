@@ -280,7 +280,12 @@ def test_names_are_encoded_once_a_list():
     encoder = TextEncoder.from_state_dict(text_state(tiny_clip()), cache=False)
     lists = []
     encode = encoder.encode
-    encoder.encode = lambda entries, templates: lists.append((entries, templates)) or encode(entries, templates)
+
+    def recording(entries, templates, **options):
+        lists.append((entries, templates))
+        return encode(entries, templates, **options)
+
+    encoder.encode = recording
     seg = Segmenter(make_model(), text_encoder=encoder)
     first = seg(photo(40, 50), ["kitten, cat", "grass"])
     seg(photo(41, 50), "kitten, cat, grass")
