@@ -31,7 +31,7 @@ def plain(monkeypatch):
     monkeypatch.setattr(T, "colour_jitter", lambda image, rng, largest_hue=17: image)
 
 
-@pytest.mark.parametrize("recipe", ["zegclip", "maft", "clsclip"])
+@pytest.mark.parametrize("recipe", ["zegclip", "maft", "clsclip", "flip"])
 def test_contract(recipe):
     transform = train_transform(recipe, 32)
     assert transform.crop_size == 32
@@ -49,7 +49,7 @@ def test_contract(recipe):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["zegclip", "maft", "clsclip"]), st.integers(1, 80), st.integers(1, 80), st.integers(0, 999))
+@given(st.sampled_from(["zegclip", "maft", "clsclip", "flip"]), st.integers(1, 80), st.integers(1, 80), st.integers(0, 999))
 def test_any_size(recipe, height, width, seed):
     images, labels = train_transform(recipe, 24)(sample(height, width, seed), np.random.default_rng(seed))
     assert images.shape == (3, 24, 24) and labels.shape == (24, 24) and torch.isfinite(images).all()
@@ -58,6 +58,7 @@ def test_any_size(recipe, height, width, seed):
 def test_default_sizes_and_statistics():
     levels = {"zegclip": (512, T.IMAGENET_MEAN, T.IMAGENET_STD)}
     levels |= {"maft": (640, T.CLIP_MEAN, T.CLIP_STD), "clsclip": (352, T.CLIP_MEAN, T.CLIP_STD)}
+    levels |= {"flip": (128, T.CLIP_MEAN, T.CLIP_STD)}
     for recipe, (size, mean, std) in levels.items():
         transform = train_transform(recipe)
         assert transform.crop_size == size
@@ -255,10 +256,38 @@ def test_clsclip_keeps_one_pixel_of_the_class(place):
         transform(item, np.random.default_rng(0), class_index=8)
 
 
+def test_flip_keeps_every_pixel():
+    """A picture of the crop's size comes back whole, as it is or mirrored, its colours untouched."""
+    item = sample(32, 32)
+    transform = train_transform("flip", 32, mean=MEAN, std=STD)
+    levels = torch.from_numpy(item.image / 255).permute(2, 0, 1)
+    whole = ((levels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).float()
+    truth = torch.from_numpy(item.labels).long()
+    mirrored = set()
+    for seed in range(8):
+        images, labels = transform(item, np.random.default_rng(seed))
+        flipped = not torch.allclose(images, whole)
+        mirrored.add(flipped)
+        assert torch.allclose(images, whole.flip(-1) if flipped else whole, atol=1e-6)
+        assert torch.equal(labels, truth.flip(-1) if flipped else truth)
+    assert mirrored == {True, False}
+
+
+def test_flip_keeps_the_class():
+    item = sample(64, 64)
+    item.labels[:] = 0
+    item.labels[20:30, 20:30] = 7
+    for seed in range(20):
+        _, labels = train_transform("flip", 40)(item, np.random.default_rng(seed), class_index=7)
+        assert (labels == 7).any()
+    with pytest.raises(ValueError, match="class_index: 9 is not in the picture"):
+        train_transform("flip", 40)(item, np.random.default_rng(0), class_index=9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipe": "tagclip"}, "recipe: expected one of zegclip, maft, clsclip, got 'tagclip'"),
+        ({"recipe": "tagclip"}, "recipe: expected one of zegclip, maft, clsclip, flip, got 'tagclip'"),
         ({"recipe": "maft", "crop_size": 0}, "crop_size: expected at least 1, got 0"),
         ({"recipe": "maft", "mean": (0.5,)}, "mean, std: expected three values"),
         ({"recipe": "maft", "std": (1, 1, 0)}, "mean, std: expected three values each, std above 0"),

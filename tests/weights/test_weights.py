@@ -123,6 +123,15 @@ def test_entries_that_are_no_tensors(tmp_path: Path) -> None:
         zs3fast.load_official(tmp_path / "odd.pth")
 
 
+def test_weights_remember_the_clip_they_grew_from(tmp_path: Path) -> None:
+    """Its text tower goes with them; the tag is not fetched again."""
+    model = tiny_model("zegclip")
+    model.note_origin("laion2b_s34b_b88k")
+    save(model, tmp_path / "m.safetensors")
+    again, _ = load(tmp_path / "m.safetensors")
+    assert again.config["pretrained"] == "laion2b_s34b_b88k" and again.weights_loaded
+
+
 @pytest.mark.parametrize("method", zs3fast.list_models())
 def test_save_and_load_keep_weights_settings_and_companions(tmp_path: Path, method: str) -> None:
     model = tiny_model(method, class_names=list("abcdefg"), seen_offset=0.0)
@@ -130,7 +139,7 @@ def test_save_and_load_keep_weights_settings_and_companions(tmp_path: Path, meth
         model.trusty_weighting = "seen"
     save(model, tmp_path / "m.safetensors", {"text_encoder.ln_final.weight": torch.ones(3)})
     again, extra = load(tmp_path / "m.safetensors")
-    assert again.config == {**model.config, "pretrained": None} and not again.training
+    assert again.config == model.config and not again.training
     assert list(extra) == ["text_encoder.ln_final.weight"]
     inputs = tiny_inputs()
     if method == "maft":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from zs3fast.text import unseen_classes
 logger = logging.getLogger("zs3fast")
 
 SPLITS = ("train", "val")
+PAINTED = "world"  # `zs3fast.data.world`: the one dataset that lies in no folder
 FOLDED = ("coco20i", "voc5i")
 _SOURCES: dict[str, Callable[[Path, str], Source]] = {
     "ade150": ade.ade150,
@@ -142,6 +143,13 @@ class SegmentationDataset(Dataset[Sample]):
                     absent.append((name, path))
         return absent
 
+    def stamps(self) -> Iterator[str]:
+        """What the label maps depend on, for the key of what is cached about them."""
+        for index in range(len(self)):
+            path = self.label_path(index).absolute()
+            status = os.stat(path)
+            yield f"{path} {status.st_size} {status.st_mtime_ns}"
+
     def _rare_classes(self) -> list[int]:
         from zs3fast.data.presence import images_per_class
 
@@ -154,13 +162,13 @@ class SegmentationDataset(Dataset[Sample]):
 
 
 def list_datasets() -> list[str]:
-    """Names that `open_dataset` knows."""
+    """Names of datasets on disk that `open_dataset` knows; it also knows "world", which is on none."""
     return list(_SOURCES)
 
 
 def open_dataset(
     name: str,
-    root: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None,
     split: str,
     *,
     fold: int | None = None,
@@ -169,21 +177,26 @@ def open_dataset(
     """The pairs of a dataset under a folder, in any of the layouts it is commonly kept in.
 
     Args:
-        name: one of `list_datasets()`.
-        root: the dataset's own folder (VOCdevkit/VOC2012, coco_stuff164k, ADEChallengeData2016, ...) or one above.
-        split: "train" or "val". VOC's training set is the augmented one (10,582 images).
+        name: one of `list_datasets()`, or "world" (`zs3fast.data.world`).
+        root: the dataset's own folder (VOCdevkit/VOC2012, coco_stuff164k, ADEChallengeData2016, ...) or one above;
+            None for "world", which is painted when it is read.
+        split: "train" or "val"; of "world" also "test". VOC's training set is the augmented one (10,582 images).
         fold: 0..3 for voc5i and coco20i, and for those only.
         check_files: whether every image and label map must be there.
     Raises:
         ValueError: an unknown name, split or fold; a root that holds no known layout of the dataset.
         FileNotFoundError: no such root, or (with `check_files`) a missing file, the first one named.
     """
+    if name == PAINTED:
+        return _open_world(root, split, fold)
     if name not in _SOURCES:
-        raise ValueError(f"name: expected one of {', '.join(_SOURCES)}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join((*_SOURCES, PAINTED))}, got {name!r}")
     if split not in SPLITS:
         raise ValueError(f"split: expected train or val, got {split!r}")
     if fold is not None or name in FOLDED:
         fold_classes(name, fold)
+    if root is None:
+        raise ValueError(f"root: expected the folder of {name}")
     root = Path(root)
     dataset = SegmentationDataset(name, split, _SOURCES[name](root, split), root, fold)
     absent = dataset.missing() if check_files else []
@@ -191,6 +204,14 @@ def open_dataset(
         more = f", and {len(absent) - 1} more files" if len(absent) > 1 else ""
         raise FileNotFoundError(f"{name} {split}: no file {absent[0][1]}{more}")
     return dataset
+
+
+def _open_world(root: str | os.PathLike[str] | None, split: str, fold: int | None) -> SegmentationDataset:
+    from zs3fast.data.world import WorldDataset  # which is a SegmentationDataset
+
+    if root is not None or fold is not None:
+        raise ValueError(f"root, fold: {PAINTED} has neither, expected None, got {root} and {fold}")
+    return WorldDataset(split)
 
 
 def _read_mask(path: Path) -> np.ndarray:

@@ -57,10 +57,8 @@ def _count(dataset: SegmentationDataset, index: int) -> np.ndarray:
 def _key(dataset: SegmentationDataset) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {dataset.name} {dataset.split}".encode())
     digest.update(dataset._source.table.tobytes())
-    for index in range(len(dataset)):
-        path = dataset.label_path(index).absolute()
-        status = os.stat(path)
-        digest.update(f"\n{path} {status.st_size} {status.st_mtime_ns}".encode())
+    for stamp in dataset.stamps():
+        digest.update(f"\n{stamp}".encode())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from zs3fast.data.presence import class_pixels
-from zs3fast.data.transforms import ClsclipTransform
+from zs3fast.data.transforms import ClsclipTransform, FlipTransform
 
 if TYPE_CHECKING:
     from zs3fast.data.datasets import SegmentationDataset
@@ -68,7 +68,7 @@ class PairSet(TrainingSet):
 
     Args:
         dataset, seed: as for `TrainingSet`.
-        transform: that of recipe "clsclip", whose crops keep some of the class asked for.
+        transform: that of recipe "clsclip" or "flip", whose crops keep some of the class asked for.
         classes: the classes asked for; the dataset's seen classes by default.
         min_pixels: pairs with fewer pixels of the class in the whole picture are left out.
         negative_prob: how often the class asked for is one of `classes` that is not in the picture at all.
@@ -80,7 +80,7 @@ class PairSet(TrainingSet):
     def __init__(
         self,
         dataset: SegmentationDataset,
-        transform: ClsclipTransform,
+        transform: ClsclipTransform | FlipTransform,
         seed: int = 0,
         classes: Sequence[int] | None = None,
         *,
@@ -88,8 +88,10 @@ class PairSet(TrainingSet):
         negative_prob: float = 0.0,
         drop_unseen_images: bool = False,
     ) -> None:
-        if not isinstance(transform, ClsclipTransform):
-            raise ValueError("transform: expected recipe 'clsclip', no other keeps the class asked for in its crops")
+        if not isinstance(transform, (ClsclipTransform, FlipTransform)):
+            raise ValueError(
+                "transform: expected recipe 'clsclip' or 'flip', no other keeps the class asked for in its crops"
+            )
         classes = dataset.seen if classes is None else sorted(set(classes))
         if not classes or not all(0 <= c < dataset.num_classes for c in classes):
             raise ValueError(f"classes: expected some of 0..{dataset.num_classes - 1}, got {list(classes)}")

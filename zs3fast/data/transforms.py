@@ -2,7 +2,8 @@
 
 ZegCLIP, TagCLIP and CLIP-RC share one recipe ("zegclip"), with OpenCV's arithmetic; MAFT ("maft") and ClsCLIP
 ("clsclip") resize with Pillow's antialiased bilinear filter, MAFT as its training library does, ClsCLIP by our choice.
-Pictures are resized only where the crop looks.
+Pictures are resized only where the crop looks. "flip" is for `zs3fast.data.world`, whose scenes are drawn at random and
+whose classes are told apart by colour: it jitters and resizes nothing.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def train_transform(
     """The training augmentation of a recipe.
 
     Args:
-        recipe: "zegclip" (TagCLIP and CLIP-RC too), "maft" or "clsclip".
-        crop_size: S; 512, 640 or 352 by default. The range of sizes a picture is resized to scales with it.
+        recipe: "zegclip" (TagCLIP and CLIP-RC too), "maft", "clsclip" or "flip".
+        crop_size: S; 512, 640, 352 or 128 by default. The range of sizes a picture is resized to scales with it.
         mean, std: normalisation of RGB in 0..1; ImageNet's for "zegclip", CLIP's for the others.
         ignore_index: the dataset's; it is also what padding is labelled.
     """
@@ -180,10 +181,31 @@ class ClsclipTransform(_Recipe):
         return int(left), int(top), int(left + extent[1]), int(top + extent[0])
 
 
+class FlipTransform(_Recipe):
+    """A random crop of S x S at the picture's own scale, and a flip. With `class_index` the crop holds that class."""
+
+    def __call__(
+        self, sample: Sample, rng: np.random.Generator, class_index: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        for _ in range(_TRIES + 1):
+            top, left, height, width = _draw_window(sample.labels.shape, self.crop_size, rng)
+            window = np.s_[top : top + height, left : left + width]
+            labels = sample.labels[window]
+            if class_index is None or (labels == class_index).any():
+                break
+        else:
+            raise ValueError(f"class_index: {class_index} is not in the picture, or in a corner no crop hits")
+        image = sample.image[window]
+        if rng.random() < 0.5:
+            image, labels = image[:, ::-1], labels[:, ::-1]
+        return self._finish(image, labels)
+
+
 _RECIPES = {
     "zegclip": (ZegclipTransform, 512, IMAGENET_MEAN, IMAGENET_STD),
     "maft": (MaftTransform, 640, CLIP_MEAN, CLIP_STD),
     "clsclip": (ClsclipTransform, 352, CLIP_MEAN, CLIP_STD),
+    "flip": (FlipTransform, 128, CLIP_MEAN, CLIP_STD),
 }
 
 

@@ -28,9 +28,13 @@ def evaluate(
         str,
         typer.Option("--weights", "-w", help="Weights: a converted file or its name in the cache, or an official one."),
     ],
-    dataset: Annotated[str, typer.Option(help="voc20, coco171, context59, context60, ade150, voc5i, coco20i, ...")],
-    data: Annotated[Path, typer.Option(help="Root of the dataset: VOCdevkit/VOC2012, coco_stuff164k, ...")],
-    split: Annotated[str, typer.Option(help="val or train.")] = "val",
+    dataset: Annotated[
+        str, typer.Option(help="voc20, coco171, context59, context60, ade150, voc5i, coco20i, ..., or world.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Root of the dataset: VOCdevkit/VOC2012, coco_stuff164k, ...; world has none.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="val or train; of world also test.")] = "val",
     setting: Annotated[
         str | None,
         typer.Option(

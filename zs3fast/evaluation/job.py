@@ -42,7 +42,7 @@ class Job:
 def prepare(
     weights: str,
     dataset: str,
-    data: Path,
+    data: Path | None,
     *,
     split: str = "val",
     setting: str | None = None,

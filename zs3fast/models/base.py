@@ -60,7 +60,7 @@ class ZeroShotModel(nn.Module):
     trusty_weighting = "off"
     templates: ClassVar[str | Sequence[str] | None] = None  # prompts it was trained with; None: by the vocabulary
     text_token = "projected"  # which token of the text tower: see TextEncoder.encode
-    test_recipe: ClassVar[str] = "windows"  # or "squash", "proposals": see zs3fast.recipes
+    test_recipe: ClassVar[str] = "windows"  # or "averaged_windows", "squash", "proposals": see zs3fast.recipes
     min_score: ClassVar[float | None] = None  # pixels below stay unlabelled, where a Segmenter is not told otherwise
 
     def __init__(
@@ -109,6 +109,10 @@ class ZeroShotModel(nn.Module):
             "seen_offset": self.seen_offset,
             "loss_weights": dict(self.loss_weights),
         }
+
+    def note_origin(self, pretrained: str | None) -> None:
+        """Say which CLIP weights the model grew from, whose text tower goes with it."""
+        self._architecture["pretrained"] = pretrained
 
     @property
     def seen(self) -> list[int]:

@@ -39,8 +39,8 @@ FREE = (
 class DataConfig:
     """The training images.
 
-    name, root, split, fold: see `zs3fast.data.open_dataset`.
-    recipe: augmentation, "zegclip", "maft" or "clsclip".  crop_size: side of a training crop in pixels.
+    name, root, split, fold: see `zs3fast.data.open_dataset`; "world" has no root.
+    recipe: augmentation, "zegclip", "maft", "clsclip" or "flip".  crop_size: side of a training crop in pixels.
     workers: processes that read ahead, for each process that trains.
     negative_prob, drop_unseen_images: of ClsCLIP's pairs, see `zs3fast.data.sampling.PairSet`.
     """
@@ -186,7 +186,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, as YAML and JSON hold them."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     @property
     def folder(self) -> Path:
@@ -223,13 +223,13 @@ def load_config(source: str | os.PathLike[str], overrides: typing.Sequence[str] 
             level = level.setdefault(parent, {})
             if not isinstance(level, dict):
                 raise ValueError(f"--set: {parent} in {key!r} holds a value, not further keys")
-        level[last] = _parse_yaml(text, f"--set {key}")
+        level[last] = parse_yaml(text, f"--set {key}")
     return from_dict(values)
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """A configuration from nested dicts; unknown keys and wrong types are errors that name the key."""
-    return _build(TrainConfig, values, "")
+    return build(TrainConfig, values, "")
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
@@ -253,7 +253,7 @@ def _read(source: str | os.PathLike[str], beside: Path | None = None, seen: tupl
     text, where, folder = _find(source, beside)
     if where in seen:
         raise ValueError(f"base: {' -> '.join((*seen, where))} goes round in a circle")
-    values = _parse_yaml(text, where)
+    values = parse_yaml(text, where)
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected keys and values, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -278,7 +278,7 @@ def _find(source: str | os.PathLike[str], beside: Path | None) -> tuple[str, str
     raise FileNotFoundError(f"config: no file and no setting called {name!r}{hint}")
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -298,7 +298,7 @@ def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def build(cls: type, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{path or 'config'}: expected keys and values, got {values!r}")
     hints = typing.get_type_hints(cls)
@@ -312,7 +312,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path)
+        return build(hint, value, path)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -361,7 +361,7 @@ def _check(config: TrainConfig) -> None:
     choice("setting", config.setting, SETTINGS)
     choice("precision", config.precision, ("fp32", "bf16"))
     choice("parallel", config.parallel, ("ddp", "fsdp"))
-    choice("data.recipe", config.data.recipe, ("zegclip", "maft", "clsclip"))
+    choice("data.recipe", config.data.recipe, ("zegclip", "maft", "clsclip", "flip"))
     choice("optimizer.no_decay", config.optimizer.no_decay, ("none", "norms", "norms_and_biases"))
     choice("schedule.kind", config.schedule.kind, ("poly", "cyclic_cosine"))
     if config.setting == "transductive" and config.method not in ONE_STAGE:
@@ -396,10 +396,10 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:

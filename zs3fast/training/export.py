@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from zs3fast import weights
 from zs3fast.models.registry import create_model
+from zs3fast.text import TextEncoder
 from zs3fast.training.checkpoints import durable
 from zs3fast.training.distributed import Workers, whole
+from zs3fast.weights.files import TEXT_PREFIX
 
 
 def export_weights(model: nn.Module, path: Path, group: Workers) -> None:
-    """Write the whole model, frozen weights included; every process must call this."""
-    state = model.state_dict()
+    """Write the whole model, frozen weights included; every process must call this.
+
+    A CLIP that has no name to find its text tower by takes it along.
+    """
+    state, tower = model.state_dict(), _own_tower(model) if group.main else {}
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
         state = {name: whole(tensor).cpu() for name, tensor in state.items()}
         if group.main:
             model = create_model(**{**model.config, "pretrained": None})
             model.load_state_dict(state)
     if group.main:
-        weights.save(model, path)
+        weights.save(model, path, tower)
         durable(path)
+
+
+def _own_tower(model: nn.Module) -> dict[str, Tensor]:
+    clip, pretrained = model.config["clip"], model.config.get("pretrained")
+    if isinstance(clip, str) or pretrained is None:
+        return {}
+    tower = TextEncoder.from_open_clip(clip, pretrained, cache=False).tower
+    return {TEXT_PREFIX + name: tensor for name, tensor in tower.state_dict().items()}

@@ -64,7 +64,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunResult:
 
 def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
     split = setup.shares(config, group.world)
-    previous = _previous(config.folder, resume)
+    previous = previous_checkpoint(config.folder, resume)
     dataset = setup.open_data(config)
     if config.validation.every:
         validation.check(config)
@@ -166,7 +166,7 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> Batch:
     return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
 
 
-def _previous(folder: Path, resume: bool) -> Path | None:
+def previous_checkpoint(folder: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from."""
     found = checkpoints.list_checkpoints(folder)
     if found and not resume:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from zs3fast import weights
 from zs3fast.data import open_dataset
-from zs3fast.data.datasets import SegmentationDataset
+from zs3fast.data.datasets import PAINTED, SegmentationDataset
 from zs3fast.data.sampling import PairSet, PositionSampler, TrainingSet, seed_worker
 from zs3fast.data.transforms import train_transform
 from zs3fast.models.registry import create_model
@@ -58,7 +58,7 @@ def shares(config: TrainConfig, world: int) -> Shares:
 def open_data(config: TrainConfig, split: str | None = None) -> SegmentationDataset:
     """The dataset of the configuration, or of another split of it."""
     data = config.data
-    if data.root is None:
+    if data.root is None and data.name != PAINTED:
         raise ValueError(f"data.root: expected the folder of {data.name} (--set data.root=/path/to/it)")
     return open_dataset(data.name, data.root, split or data.split, fold=data.fold)
 

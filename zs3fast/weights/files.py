@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zs3fast._files import replacing
 from zs3fast.models.registry import create_model
+from zs3fast.weights.packing import BASE_KEY, put_base
 
 METADATA_KEY = "zs3fast"
 TEXT_PREFIX = "text_encoder."
@@ -46,13 +47,16 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra_tensors: dict[str
 def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Tensor]]:
     """Read a file written by `save`: the model in eval mode, and the extra tensors that travelled along.
 
+    A file that builds on a packed CLIP beside it (`packing.save_on_base`) gives the text tower of that CLIP along.
+
     Raises:
         CheckpointError: not such a file, truncated, or with weights that do not fit its own configuration.
     """
     path = Path(path)
     try:
         with safetensors.safe_open(_existing(path), framework="pt") as file:
-            header = (file.metadata() or {}).get(METADATA_KEY)
+            metadata = file.metadata() or {}
+            header = metadata.get(METADATA_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
@@ -62,9 +66,13 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Tensor]]:
             "`zs3fast convert`"
         )
     config = json.loads(header)
-    config["pretrained"] = None  # the weights are here
-    model = create_model(**config)
+    model = create_model(**{**config, "pretrained": None})  # the weights are here
+    model.note_origin(config.get("pretrained"))
     own = {name: tensors.pop(name) for name in list(tensors) if name in model.state_dict()}
+    if BASE_KEY in metadata:
+        tower = put_base(model, _existing(path.with_name(metadata[BASE_KEY])))
+        own = {**model.state_dict(), **own}
+        tensors |= {TEXT_PREFIX + name: tensor for name, tensor in tower.items()}
     strict_load(model, own, str(path))
     return model.eval(), tensors
 

@@ -1,0 +1,66 @@
+"""Small files: a CLIP in half precision without the words it never met, and models as what they add to such a CLIP.
+
+open_clip's tokenizer knows 49,408 tokens, the sentences of the procedural world a hundred. Rows of the others are zero,
+and a file need not hold zeros. A model that was trained on a frozen CLIP holds that CLIP again, and need not either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from zs3fast._files import replacing
+from zs3fast.encoders.open_clip_weights import load_tower_state
+
+BASE_KEY = "zs3fast_base"  # in a header: the name of the packed CLIP beside the file
+TABLE = "token_embedding.weight"
+_ROWS, _TOKENS, _SIZE = "token_embedding.rows", "token_embedding.tokens", "token_embedding.size"
+_VISUAL = "visual."
+_SCALARS = ("logit_scale", "logit_bias")
+
+
+def pack_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a CLIP in half precision, its word table as the rows that are not zero and their tokens."""
+    packed = {name: tensor.half() for name, tensor in state.items() if name != TABLE}
+    table = state[TABLE]
+    tokens = table.abs().amax(1).nonzero()[:, 0]
+    size = torch.tensor(len(table), dtype=torch.int32)
+    return {**packed, _ROWS: table[tokens].half(), _TOKENS: tokens.int(), _SIZE: size}
+
+
+def unpack_clip(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The float32 state dict of open_clip that `pack_clip` was given, rounded to half precision."""
+    state = {name: tensor.float() for name, tensor in packed.items() if name not in (_ROWS, _TOKENS, _SIZE)}
+    rows = packed[_ROWS].float()
+    table = rows.new_zeros(int(packed[_SIZE]), rows.shape[1])
+    table[packed[_TOKENS].long()] = rows
+    return {**state, TABLE: table}
+
+
+def save_on_base(
+    model: nn.Module, path: str | os.PathLike[str], base: str | os.PathLike[str], names: Iterable[str], key: str
+) -> None:
+    """Write the named weights of a model in half precision; the others are those of the packed CLIP beside the file.
+
+    Args:
+        base: the packed CLIP, in the same folder as `path`.
+        names: of `model.state_dict()`.  key: of the configuration in the header.
+    """
+    state = model.state_dict()
+    tensors = {name: state[name].detach().cpu().half().contiguous() for name in names}
+    with replacing(path) as temporary:
+        header = {key: json.dumps({**model.config, "pretrained": None}), BASE_KEY: Path(base).name}
+        safetensors.torch.save_file(tensors, temporary, metadata=header)
+
+
+def put_base(model: nn.Module, base: Path) -> dict[str, Tensor]:
+    """Load the image tower of a packed CLIP into a model's encoder; the weights of its text tower."""
+    clip = unpack_clip(safetensors.torch.load_file(base))
+    load_tower_state(model.encoder, {k.removeprefix(_VISUAL): v for k, v in clip.items() if k.startswith(_VISUAL)})
+    return {name: tensor for name, tensor in clip.items() if not name.startswith(_VISUAL) and name not in _SCALARS}
