@@ -48,7 +48,8 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": SEGMENTING | {"data"},
     "training": SEGMENTING | {"data", "evaluation"},
     "train": {"training"},
-    "cli": SEGMENTING | {"data", "evaluation", "training", "__init__"},
+    "tiny": SEGMENTING | {"data", "evaluation", "training", "__init__"},
+    "cli": SEGMENTING | {"data", "evaluation", "training", "tiny", "__init__"},
     "__init__": FOUNDATION | {"models", "weights", "segmenter"},
     "__main__": {"cli"},
 }
@@ -119,7 +120,7 @@ def test_every_op_has_its_five_doors(op: str) -> None:
 
 
 def test_front_door() -> None:
-    assert zs3fast.list_models() == ["clip_rc", "clsclip", "maft", "tagclip", "zegclip"]
+    assert zs3fast.list_models() == ["clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip"]
     for name in zs3fast.__all__:
         assert getattr(zs3fast, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'segmentor'"):

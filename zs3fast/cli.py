@@ -33,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="CLIP-based zero-shot semantic segmentation: pictures and class names in, label maps out.",
 )
+_TRAINING_FREE = "maskclip"
+_EVERYDAY = "context59"  # what a method without a training vocabulary looks for, unless told
 _OUTPUT_SUFFIXES = ("_labels.png", "_overlay.png")  # of our own files, when a folder is read a second time
 
 
@@ -64,11 +66,17 @@ def segment(
         str | None, typer.Option(help="Prompt templates: single, multi, or a sentence with {} in it.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Method of an untrained model, where no --weights are given.")
+        str,
+        typer.Option(
+            help="Method of an untrained model, where no --weights are given; maskclip needs --pretrained alone."
+        ),
     ] = "zegclip",
     clip: Annotated[str, typer.Option(help="open_clip name of an untrained model's CLIP.")] = "ViT-B-16",
     pretrained: Annotated[
-        str | None, typer.Option(help="open_clip tag or file with CLIP weights for an untrained model.")
+        str | None, typer.Option(help="open_clip tag or file with CLIP weights for an untrained model, such as openai.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="maskclip: value (a patch sees itself) or self-self (and what is like it).")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("zs3fast_out"),
     min_score: Annotated[float | None, typer.Option(help="Pixels that score lower stay unlabelled.")] = None,
@@ -102,6 +110,9 @@ def segment(
     with one_line_errors(USAGE_ERROR):
         pictures = _find_pictures(inputs)
         entries = _class_list(classes, classes_file, dataset)
+        if entries is None and weights is None and text_embeddings is None and method == _TRAINING_FREE:
+            entries = _class_list(None, None, _EVERYDAY)
+            stderr.print(f"[yellow]note[/]: no class list given, so the {len(entries)} names of {_EVERYDAY} compete")
         segmenter = _segmenter(
             entries,
             weights=weights,
@@ -111,6 +122,7 @@ def segment(
             method=method,
             clip=clip,
             pretrained=pretrained,
+            attention=attention,
             proposer=proposer,
             crops=crops,
             boxes=boxes,
@@ -205,8 +217,10 @@ def _mount() -> None:
     """The commands of the other rooms, whose modules import only what a help text needs."""
     from zs3fast.data import command as data
     from zs3fast.evaluation import command as evaluation
+    from zs3fast.tiny import demo
     from zs3fast.training import command as training
 
+    app.command("demo", epilog=demo.EPILOG)(demo.demo)
     app.command("train", epilog=training.EPILOG)(training.train)
     app.command("eval", no_args_is_help=True, epilog=evaluation.EPILOG)(evaluation.evaluate)
     data_app = typer.Typer(no_args_is_help=True, help="Datasets on disk.")
@@ -225,6 +239,7 @@ def _segmenter(
     method: str,
     clip: str,
     pretrained: str | None,
+    attention: str | None,
     proposer: str | None,
     crops: str | None,
     boxes: str | None,
@@ -243,6 +258,8 @@ def _segmenter(
     options["boxes"] = None if boxes is None else load_box_proposer(boxes, device)
     if text_embeddings is not None:
         options["text_embeddings"] = load_text_embeddings(text_embeddings, None if entries is None else len(entries))
+    if attention is not None and (weights is not None or method != _TRAINING_FREE):
+        raise ValueError(f"--attention is for --method {_TRAINING_FREE} without --weights, got {attention!r}")
     if weights is not None:
         path = find_weights(weights)
         if is_converted(path) and trained_on is not None:
@@ -254,16 +271,18 @@ def _segmenter(
         if entries is None:
             raise ValueError("expected class names: give --classes, --classes-file or --dataset")
         torch.manual_seed(seed)
-        model = create_model(method, clip=clip, pretrained=pretrained, seen=[], num_classes=len(entries))
+        special = {} if attention is None else {"attention": attention}
+        model = create_model(method, clip=clip, pretrained=pretrained, seen=[], num_classes=len(entries), **special)
         if text_embeddings is None:
             with _quiet("zs3fast"):  # the note below says it for image and text at once
                 options["text_encoder"] = TextEncoder.from_open_clip(clip, pretrained).to(device)
         segmenter = Segmenter(model, **options)
-        what = "the decoder's" if pretrained else "all"
-        stderr.print(
-            f"[yellow]untrained[/]: no --weights given, so {what} weights are random (seed {seed}) and the labels mean "
-            "nothing. This run only shows that the parts work"
-        )
+        if pretrained is None or model.trainable():
+            what = "the decoder's" if pretrained else "all"
+            stderr.print(
+                f"[yellow]untrained[/]: no --weights given, so {what} weights are random (seed {seed}) and the labels "
+                "mean nothing. This run only shows that the parts work"
+            )
     if entries is None and segmenter.classes is None:
         raise ValueError("expected class names: these weights carry none, give --classes, --classes-file or --dataset")
     return segmenter

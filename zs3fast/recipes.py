@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs3fast import ops
+from zs3fast.labels.softmax import softmax_labels
 from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.models.clsclip_plus import squash as squash_images
@@ -67,16 +68,25 @@ class Windows:
         batch: windows the model sees at once.
     """
 
+    stride = (426, 512)  # of `image_size`, as a fraction
+    antialias = False
+
     def __init__(self, model: nn.Module, batch: int):
         self.model, self.batch = model, batch
 
     def __call__(self, question: Question) -> Answer:
-        model, seen = self.model, question.seen
+        model, (part, whole) = self.model, self.stride
         crop = (model.image_size,) * 2
-        canvas = prepare(question.pixels, model.image_size, model.pixel_mean, model.pixel_std).to(question.text.device)
-        stride = max(426 * model.image_size // 512, 1)
+        canvas = prepare(question.pixels, model.image_size, model.pixel_mean, model.pixel_std, self.antialias)
+        canvas = canvas.to(question.text.device)
+        stride = max(part * model.image_size // whole, 1)
         windows = sliding_windows(canvas.shape[-2:], crop, (stride, stride))
         out = self._run(canvas, windows, question.text)
+        return self._compare(out, question, crop_size=crop, canvas_size=tuple(canvas.shape[-2:]), windows=windows)
+
+    def _compare(self, out: SegmentationOutput, question: Question, **frame: Any) -> Answer:
+        """Labels and scores of the picture from the output for all windows, which lie in `frame`."""
+        model, seen = self.model, question.seen
         mixed = seen is not None and 0 < len(seen) < len(question.text)
         result = ops.masks_to_labels(
             out.mask_logits,
@@ -85,11 +95,9 @@ class Windows:
             seen_offset=model.seen_offset,
             trusty_logits=out.trusty_logits if mixed else None,
             trusty_weighting=model.trusty_weighting if mixed else "off",
-            crop_size=crop,
-            canvas_size=tuple(canvas.shape[-2:]),
-            windows=windows,
             dtype=torch.int32,
             return_details=True,
+            **frame,
         )
         return _answer(result.labels[0], result.scores[0])
 
@@ -107,6 +115,20 @@ class Windows:
             patch_tokens=torch.cat([part.patch_tokens for part in parts]),
             trusty_logits=None if trusty[0] is None else torch.cat(trusty),
         )
+
+
+class AveragedWindows(Windows):
+    """MaskCLIP's: short side to `image_size`, antialiased as CLIP was trained, windows with a stride of half of it.
+
+    The windows' logits are averaged and resized to the picture, where the classes compete by a softmax, as is usual for
+    methods without training.
+    """
+
+    stride = (1, 2)
+    antialias = True
+
+    def _compare(self, out: SegmentationOutput, question: Question, **frame: Any) -> Answer:
+        return _answer(*softmax_labels(out.mask_logits, question.pixels.shape[:2], **frame))
 
 
 class Squash:
@@ -200,7 +222,8 @@ def recipe_for(
         return Proposing(model, proposer, crops)
     if model.test_recipe == "squash":
         return Squash(model) if boxes is None else Zooming(model, boxes)
-    return Windows(model, window_batch)
+    windows = AveragedWindows if model.test_recipe == "averaged_windows" else Windows
+    return windows(model, window_batch)
 
 
 def _answer(labels: Tensor, scores: Tensor) -> Answer:
@@ -208,11 +231,16 @@ def _answer(labels: Tensor, scores: Tensor) -> Answer:
     return Answer(labels.cpu().numpy(), scores, int(np.isnan(scores).sum()))
 
 
-def prepare(pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def prepare(
+    pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float], antialias: bool = False
+) -> Tensor:
     """The normalised picture [3, H', W'] whose short side is `image_size`.
 
     Resized as the official code does it with OpenCV: bilinear without antialiasing, on 8 bits, rounded back to them.
     The long side becomes int(x * image_size / short + 0.5).
+
+    Args:
+        antialias: average what lies between the samples of a picture made smaller, as CLIP's own preprocessing does.
 
     Raises:
         ValueError: so long a strip that more than `MAX_WINDOWS` windows would be needed.
@@ -227,7 +255,8 @@ def prepare(pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Seq
         )
     values = torch.from_numpy(pixels).permute(2, 0, 1).float()
     if size != (height, width):
-        values = F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0].round()
+        values = F.interpolate(values[None], size, mode="bilinear", align_corners=False, antialias=antialias)
+        values = values[0].round()
     return _normalise(values, mean, std)
 
 

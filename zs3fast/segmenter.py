@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from zs3fast import weights
 from zs3fast.images import read_image
+from zs3fast.models.registry import list_models
 from zs3fast.proposals import BoxProposer, MaskProposer
 from zs3fast.recipes import Question, recipe_for
 from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_templates
@@ -27,6 +29,8 @@ from zs3fast.weights.files import METADATA_KEY, TEXT_PREFIX, read_state_dict
 from zs3fast.weights.official_maft import text_tower
 
 logger = logging.getLogger("zs3fast")
+
+TINY, TINY_DEFAULT = "zs3fast-tiny", "tagclip"
 
 Classes = str | Iterable[str | Sequence[str]]
 
@@ -48,9 +52,9 @@ class _Plan:
 class Segmenter:
     """Segments pictures of any size into classes given by name.
 
-    The recipe is the method's published test recipe, see `zs3fast.recipes`: sliding windows for ZegCLIP, TagCLIP and
-    CLIP-RC, the squashed picture for ClsCLIP, proposals for MAFT. Scores of all classes at picture size are never
-    stored.
+    The recipe is the method's published test recipe, see `zs3fast.recipes`: sliding windows for ZegCLIP, TagCLIP,
+    CLIP-RC and MaskCLIP, the squashed picture for ClsCLIP, proposals for MAFT. Scores of all classes at picture size
+    are never stored.
 
     Which classes count as seen (and lose `model.seen_offset`, which offsets what training favours):
         - `seen=` of a call, if given;
@@ -70,7 +74,7 @@ class Segmenter:
             from these by name.
         class_names: the rows' names, and the classes of a call that gives none. None: the model's training vocabulary.
         templates: "single", "multi" or sentences with one {}. None: what was published for training: "single" for a
-            vocabulary of 20 (VOC), else "multi".
+            vocabulary of 20 (VOC), else "multi"; "multi" for MaskCLIP, which has no training.
         device: move the model there.
         window_batch: windows the model sees at once.
         proposer: what finds mask proposals for MAFT, see `zs3fast.proposals`; it needs one.
@@ -133,7 +137,8 @@ class Segmenter:
 
         Args:
             name_or_path: a file; or the name of one in the cache, `weights/<name>.safetensors` under
-                `zs3fast.text.cache_dir()`.
+                `zs3fast.text.cache_dir()`; or one of the small models in the package, "zs3fast-tiny" (the best of
+                them) or "zs3fast-tiny-METHOD", see `zs3fast.data.world` for what they know.
             official: for official checkpoints, options of `load_official`: seen, num_classes, class_names, ...
         Raises:
             FileNotFoundError: neither a file nor a name in the cache.  ValueError: a file that is no such thing.
@@ -310,18 +315,29 @@ class Segmenter:
 
 
 def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
-    """The weight file of a path, or of a name in the cache folder."""
+    """The weight file of a path, of a name in the cache folder, or of a name in the package."""
     path, kept = Path(name_or_path), cache_dir() / "weights"
     if path.is_file():
         return path
     named = kept / f"{os.fspath(name_or_path)}.safetensors"
     if named.is_file():
         return named
+    own = {f"{TINY}-{method}": file for method, file in bundled_weights().items()}
+    chosen = f"{TINY}-{TINY_DEFAULT}" if os.fspath(name_or_path) == TINY else os.fspath(name_or_path)
+    if chosen in own:
+        return own[chosen]
     names = ", ".join(sorted(file.stem for file in kept.glob("*.safetensors"))) or "none"
     raise FileNotFoundError(
-        f"name_or_path: no file {path}, and no such name among the weights in {kept} ({names}). "
-        "`zs3fast convert` writes such files from official checkpoints"
+        f"name_or_path: no file {path}, no such name among the weights in {kept} ({names}), nor in the package "
+        f"({', '.join([TINY, *own])}). `zs3fast convert` writes such files from official checkpoints"
     )
+
+
+def bundled_weights() -> dict[str, Path]:
+    """The small trained models in the package: method -> weight file."""
+    folder = Path(str(resources.files("zs3fast.weights") / "bundled"))
+    found = {method: folder / f"{TINY}-{method}.safetensors" for method in list_models()}
+    return {method: path for method, path in found.items() if path.is_file()}
 
 
 def read_official(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-_METHOD_FILES = ("clip_rc", "clsclip", "maft", "tagclip", "zegclip")
+_METHOD_FILES = ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")
 _models: dict[str, type[nn.Module]] = {}
 
 

@@ -1,0 +1,212 @@
+"""Zero-shot scores in the procedural world: methods, ablations, settings, baselines, several seeds each.
+
+    python bench/world.py                                    # three seeds of everything into bench/results/world.json
+    python bench/world.py zegclip tagclip --seeds 0          # some variants, one seed
+    python bench/world.py --readme README.md                 # write the table from the results file, measure nothing
+
+All share one CLIP (seed 0); a seed is that of the segmentation training: its weights, its order of scenes. Scores are
+of 500 test scenes no training has seen, on the zero-shot split, whatever a variant was trained on. What is in the
+results file is not measured again, and runs that are there are not trained again. All of it takes hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+
+from bench import harness  # noqa: E402
+from zs3fast._files import replacing  # noqa: E402
+from zs3fast.data.world import CLASS_NAMES, VERSION, WorldDataset  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results" / "world.json"
+BLOCK = re.compile(r"(<!-- world -->\n).*?(<!-- /world -->)", re.DOTALL)
+SCORES = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
+SCENES = 500
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    method: of the setting METHOD_world; None: no training at all.  overrides: KEY=VALUE lines over it.
+    setting: how it is trained and calibrated.  start: the variant whose weights self-training starts from.
+    """
+
+    method: str | None
+    about: str
+    overrides: tuple[str, ...] = ()
+    setting: str = "inductive"
+    start: str | None = None
+
+
+VARIANTS = {
+    "clip": Variant(None, "the CLIP alone: patches scored by text (maskclip)"),
+    "closed-set": Variant("zegclip", "ZegCLIP's network on class vectors without meaning", ("text.embeddings=CODES",)),
+    "zegclip": Variant("zegclip", "ZegCLIP"),
+    "tagclip": Variant("tagclip", "TagCLIP"),
+    "tagclip-no-trusty": Variant(
+        "tagclip", "TagCLIP without its trusty map", ("model.trusty_token=false", "model.trusty_weighting='off'")
+    ),
+    "clip_rc-m1": Variant("clip_rc", "CLIP-RC, M = 1", ("model.regions=1",)),
+    "clip_rc-m4": Variant("clip_rc", "CLIP-RC, M = 4", ("model.regions=4",)),
+    "clip_rc": Variant("clip_rc", "CLIP-RC, M = 16"),
+    "clip_rc-m64": Variant("clip_rc", "CLIP-RC, M = 64", ("model.regions=64",)),
+    "clip_rc-no-recovery": Variant("clip_rc", "CLIP-RC without recovery loss", ("model.recovery_layers=null",)),
+    "clip_rc-no-bridge": Variant(
+        "clip_rc",
+        "CLIP-RC without region bridge (one query a class, plain patches)",
+        ("model.query_regions=false", "model.alignment=none"),
+    ),
+    "clsclip": Variant("clsclip", "ClsCLIP, the best of 64 masks a pixel"),
+    "maft": Variant("maft", "MAFT, on the true regions: an upper bound"),
+    "zegclip-transductive": Variant(
+        "zegclip", "ZegCLIP, transductive", ("setting=transductive",), "transductive", "zegclip"
+    ),
+    "tagclip-transductive": Variant(
+        "tagclip",
+        "TagCLIP, transductive",
+        ("setting=transductive", "model.trusty_token=false", "model.trusty_weighting='off'"),
+        "transductive",
+        "tagclip",
+    ),
+    "zegclip-supervised": Variant("zegclip", "ZegCLIP, all 64 classes labelled", ("setting=supervised",), "supervised"),
+}
+
+
+def run(name: str, seed: int, runs: Path, iterations: int | None) -> dict[str, Any]:
+    """Train (if need be) and score one variant with one seed."""
+    from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
+
+    variant, start = VARIANTS[name], time.perf_counter()
+    scenes = WorldDataset("test", length=SCENES)
+    if variant.method is None:
+        segmenter = clip_alone(runs, scenes)
+    else:
+        segmenter = world_segmenter(trained(name, seed, runs, iterations), scenes)
+        if name == "closed-set":
+            segmenter = type(segmenter)(
+                segmenter.model, text_embeddings=np.load(class_codes(runs)), class_names=scenes.class_names
+            )
+    seconds = time.perf_counter() - start
+    report = score(world_labeller(segmenter, scenes, variant.setting), scenes)
+    values = {key: round(value, 3) for key, value in report.scores.headline().items() if key in SCORES}
+    return {"variant": name, "seed": seed, **values, "train_s": round(seconds, 1), "score_s": round(report.seconds, 1)}
+
+
+def trained(name: str, seed: int, runs: Path, iterations: int | None) -> Path:
+    """The weight file of a variant's run."""
+    from zs3fast.tiny.build import trained_clip, trained_model
+
+    variant = VARIANTS[name]
+    clip = trained_clip(runs)
+    lines = [f"seed={seed}", f"name={name}", *variant.overrides]
+    lines = [line.replace("CODES", f"'{class_codes(runs)}'") for line in lines]
+    if iterations is not None:
+        lines.append(f"iterations={iterations}")
+    if variant.start is not None:
+        lines.append(f"init_from='{trained(variant.start, seed, runs, iterations)}'")
+    return trained_model(variant.method, runs, clip, name=f"world/{name}-{seed}", overrides=tuple(lines))
+
+
+def clip_alone(runs: Path, scenes: WorldDataset) -> Any:
+    """MaskCLIP on the world's CLIP."""
+    import zs3fast
+    from zs3fast.text import TextEncoder
+    from zs3fast.tiny.build import MASKCLIP, trained_clip
+    from zs3fast.training.contrastive import load_contrastive_config
+
+    clip, weights = load_contrastive_config().clip, str(trained_clip(runs))
+    model = zs3fast.create_model("maskclip", clip=clip, **{**MASKCLIP, "pretrained": weights})
+    encoder = TextEncoder.from_open_clip(clip, weights, cache=False)
+    return zs3fast.Segmenter(model, text_encoder=encoder, class_names=scenes.class_names, templates="multi")
+
+
+def class_codes(runs: Path) -> Path:
+    """Orthogonal unit vectors, a row a class: they tell classes apart and say nothing of them."""
+    path = runs / "world" / "codes.npy"
+    if not path.is_file():
+        codes = np.linalg.qr(np.random.default_rng(0).standard_normal((128, len(CLASS_NAMES))))[0].T
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, codes.astype(np.float32))
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean and, for several seeds, the standard deviation."""
+    lines = ["| trained | " + " | ".join(SCORES) + " | seeds |", "| --- |" + " ---: |" * (len(SCORES) + 1)]
+    for name, variant in VARIANTS.items():
+        own = [row for row in rows if row["variant"] == name]
+        if own:
+            cells = [spread([row[key] for row in own]) for key in SCORES]
+            lines.append(f"| {variant.about} | " + " | ".join(cells) + f" | {len(own)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the sample's standard deviation where there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results so far; of an earlier world, none."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    return content if content.get("world") == VERSION else {"world": VERSION, "scenes": SCENES, "rows": []}
+
+
+def fill(markdown: str, results: Path = RESULTS) -> str:
+    """The text with its table rendered anew."""
+    return BLOCK.sub(lambda match: match[1] + table(read(results)["rows"]) + match[2], markdown)
+
+
+def main(argv: list[str] | None = None) -> int:
+    summary, _, examples = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"{', '.join(VARIANTS)} (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--iterations", type=int, default=None, help="of every training (each setting's own)")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="the results file")
+    parser.add_argument("--readme", type=Path, default=None, help="write the table into this file and stop")
+    args = parser.parse_args(argv)
+    if args.readme is not None:
+        text = fill(args.readme.read_text(), args.json)
+        with replacing(args.readme) as temporary:
+            temporary.write_text(text)
+        return 0
+    unknown = sorted(set(args.variants) - set(VARIANTS))
+    if unknown:
+        parser.error(f"unknown variants: {', '.join(unknown)}")
+    for seed in args.seeds:
+        for name in args.variants or VARIANTS:
+            results = read(args.json)
+            if any((row["variant"], row["seed"]) == (name, seed) for row in results["rows"]):
+                continue
+            if VARIANTS[name].method is None and seed != args.seeds[0]:
+                continue  # nothing is trained, nothing differs
+            row = run(name, seed, args.runs, args.iterations)
+            print(json.dumps(row), flush=True)
+            results = read(args.json)
+            results["rows"].append({**row, "commit": harness.commit()})
+            with replacing(args.json) as temporary:
+                temporary.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

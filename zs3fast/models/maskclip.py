@@ -1,0 +1,116 @@
+"""MaskCLIP (ECCV 2022): CLIP as it is, patches compared with text; nothing is trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zs3fast import ops
+from zs3fast.encoders.config import vision_config
+from zs3fast.encoders.dense_clip import DenseClipViT
+from zs3fast.encoders.open_clip_weights import load_clip_weights
+from zs3fast.models.base import ZeroShotModel
+from zs3fast.models.registry import register_model
+from zs3fast.types import SegmentationOutput
+
+
+@register_model("maskclip")
+class MaskCLIP(ZeroShotModel):
+    """Every patch takes the class whose text is most like it.
+
+        mask_logits[c] = logit_scale * cos(patch, text[c]),   scores = softmax over classes of upsample(mask_logits)
+
+    All weights are CLIP's own, so the method works as soon as `pretrained` names some. Classes compete: everything in
+    the picture needs a name on the list, if only one that a Segmenter takes as `background`.
+
+    Args:
+        clip: open_clip ViT name or configuration dict.  pretrained: open_clip tag, path or None (random weights).
+        image_size: side in pixels of a window; None: twice the size CLIP was trained at (448 for most).
+        attention: "value" or "self-self", see `DenseClipViT`.  residual: see there.
+        logit_scale: of the softmax over classes; CLIP's is 100.
+        quick_gelu: see `vision_config`.
+        options: see `ZeroShotModel`; no class is seen in training, so `seen` is empty by default, and there is no
+            calibration: `seen_offset` must be 0.
+    """
+
+    templates = "multi"
+    test_recipe = "averaged_windows"
+
+    def __init__(
+        self,
+        *,
+        clip: str | dict[str, Any] = "ViT-B-16",
+        pretrained: str | None = None,
+        image_size: int | None = None,
+        attention: str = "value",
+        residual: bool = False,
+        logit_scale: float = 100.0,
+        quick_gelu: bool | None = None,
+        **options: Any,
+    ):
+        if options.get("seen_offset"):
+            raise ValueError(f"seen_offset: MaskCLIP has no calibration, expected 0, got {options['seen_offset']}")
+        if not 0 < logit_scale < math.inf:
+            raise ValueError(f"logit_scale: expected a positive number, got {logit_scale}")
+        vision = vision_config(clip, pretrained, quick_gelu)
+        if image_size is None:
+            image_size = 2 * vision.grid * vision.patch_size
+        if image_size < vision.patch_size or image_size % vision.patch_size:
+            raise ValueError(f"image_size: expected a multiple of the patch size {vision.patch_size}, got {image_size}")
+        if options.get("seen") is None:
+            options["seen"] = ()
+        super().__init__(clip=clip, pretrained=pretrained, image_size=image_size, **options)
+        self.logit_scale = float(logit_scale)
+        self.encoder = DenseClipViT(vision, attention=attention, residual=residual)
+        self._architecture.update(attention=attention, residual=residual, quick_gelu=vision.quick_gelu)
+        if pretrained is not None:
+            load_clip_weights(self.encoder, clip, pretrained)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "logit_scale": self.logit_scale}
+
+    def forward(self, images: Tensor, text_embeddings: Tensor) -> SegmentationOutput:
+        """Compare every patch with every class.
+
+        Args:
+            images: [B, 3, H, W], normalised with CLIP's statistics; H and W are multiples of the patch size.
+            text_embeddings: [C, D].
+        Returns:
+            mask_logits [B, C, h, w], before the softmax over classes, float32 at least; `global_token` [B, D] is CLIP's
+            embedding of the image.
+        """
+        text = self.check_text(text_embeddings)
+        features = self.encoder(images)
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round logits to steps of 1/8
+            patches, text = _widened(features.patch_tokens), F.normalize(_widened(text), dim=-1)
+            masks = self.logit_scale * (text @ patches.transpose(1, 2)).unflatten(-1, features.grid_size)
+        return SegmentationOutput(masks, features.global_token, features.patch_tokens)
+
+    def class_scores(self, out: SegmentationOutput, size: tuple[int, int]) -> Tensor:
+        """Probabilities [B, C, H, W]: softmax over classes of the logits, upsampled bilinearly to `size` = (H, W)."""
+        return F.interpolate(out.mask_logits, size=size, mode="bilinear", align_corners=False).softmax(1)
+
+    def predict_labels(
+        self, out: SegmentationOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64
+    ) -> Tensor:
+        """Labels [B, H, W], always equal to `class_scores(out, size).argmax(1)`, without the scores."""
+        # The op compares sigmoids, and those of logits like CLIP's all round to 1. A shift of each patch and a scale
+        # change no argmax. These leave a pixel's best in -75..0, where sigmoids keep apart what logits do: the best
+        # class of its nearest patch, which weighs 1/4 at least, is 0 there and -100 or more at the other patches.
+        below = (out.mask_logits - out.mask_logits.amax(1, keepdim=True)) * (50 / self.logit_scale)
+        return ops.masks_to_labels(below, size, dtype=dtype)
+
+    def loss(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises: nothing in this method is trained."""
+        raise TypeError(
+            "loss: MaskCLIP has nothing to train, its weights are all CLIP's own; the other methods learn from masks"
+        )
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
