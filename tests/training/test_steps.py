@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import NUM_CLASSES, SEEN, tiny_inputs, tiny_labels, tiny_model
-from zs3fast.training.setup import checkpoint_blocks
-from zs3fast.training.steps import OneStageStep, Step, class_masks
+from zs3fast.training import loop
+from zs3fast.training.distributed import Workers
+from zs3fast.training.proposing import connected_labels
+from zs3fast.training.setup import Shares, checkpoint_blocks
+from zs3fast.training.steps import OneStageStep, PairStep, ProposalStep, Step, class_masks
 
 
 def uneven_batch(count: int = 4) -> dict[str, Tensor]:
@@ -27,24 +30,28 @@ def without_dropout(step: Step) -> Step:
 
 
 def gradients(step: Step, batch: dict[str, Tensor], parts: int) -> tuple[float, dict[str, Tensor]]:
+    """Those of the training loop, in so many micro-batches."""
     step.zero_grad(set_to_none=True)
-    average = step.count(batch)
-    average = None if average is None else average / parts
-    total = 0.0
-    for part in zip(*(value.chunk(parts) for value in batch.values())):
-        loss = step(dict(zip(batch, part)), average)["loss"] / parts
-        loss.backward()
-        total += float(loss.detach())
-    return total, {n: p.grad.clone() for n, p in step.named_parameters() if p.grad is not None}
+    images = len(batch["images"])
+    split = Shares(images, images, images // parts, parts)
+    terms = loop.gradients(step, step, batch, split, Workers(0, 1, torch.device("cpu")), (0, 0))
+    return float(terms["loss"]), {n: p.grad.clone() for n, p in step.named_parameters() if p.grad is not None}
+
+
+def sparse_batch(masks: int) -> dict[str, Tensor]:
+    """Four images that hold so many masks, 0 or 1, together."""
+    labels = torch.full((4, 64, 64), 255)
+    labels[2, :30] = SEEN[1] if masks else 255
+    return {"images": tiny_inputs(4)[0], "labels": labels}
 
 
 @pytest.mark.parametrize("method", ["zegclip", "tagclip", "clip_rc"])
 @pytest.mark.parametrize("setting", ["inductive", "supervised"])
-def test_micro_batches_add_up(method: str, setting: str) -> None:
+@pytest.mark.parametrize("batch", [uneven_batch(), sparse_batch(1), sparse_batch(0)], ids=["uneven", "one", "none"])
+def test_micro_batches_add_up(method: str, setting: str, batch: dict[str, Tensor]) -> None:
     options = {"seen": range(NUM_CLASSES)} if setting == "supervised" else {}
     model = tiny_model(method, **options)
     step = without_dropout(OneStageStep(model, tiny_inputs()[1], setting=setting, ignore_index=255))
-    batch = uneven_batch()
     whole, expected = gradients(step, batch, 1)
     for parts in (2, 4):
         loss, got = gradients(step, batch, parts)
@@ -70,7 +77,7 @@ def test_count_is_that_of_the_loss() -> None:
 def test_all_ignored_batch() -> None:
     step = OneStageStep(tiny_model("zegclip"), tiny_inputs()[1], setting="inductive", ignore_index=255)
     batch = {"images": tiny_inputs(2)[0], "labels": torch.full((2, 64, 64), 255)}
-    terms = step(batch, step.count(batch))
+    terms = step(batch, step.count(batch).clamp_min(1))
     assert terms["loss_dice"].item() == 0 and terms["loss"].item() > 0
 
 
@@ -83,15 +90,30 @@ def test_self_training_fills_unseen_pixels() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_bf16_keeps_the_loss_in_float32() -> None:
-    model = tiny_model("tagclip")
-    text = tiny_inputs()[1]
-    batch = uneven_batch()
-    exact = without_dropout(OneStageStep(model, text, setting="inductive", ignore_index=255))(batch)["loss"]
-    half = without_dropout(OneStageStep(model, text, setting="inductive", ignore_index=255, precision="bf16"))
+def any_step(method: str, precision: str) -> Step:
+    """The step of a method, as the published recipes build it."""
+    model, text = tiny_model(method), tiny_inputs()[1]
+    options = {"ignore_index": 255, "precision": precision}
+    if method == "clsclip":
+        return PairStep(model, text, **options)
+    if method == "maft":
+        return ProposalStep(
+            model, text, setting="inductive", propose=connected_labels(255), clip_size=64, distillation=True, **options
+        )
+    return OneStageStep(model, text, setting="inductive", **options)
+
+
+@pytest.mark.parametrize("method", ["zegclip", "tagclip", "clip_rc", "clsclip", "maft"])
+def test_bf16_keeps_the_loss_in_float32(method: str) -> None:
+    batch = {**uneven_batch(), "class_index": torch.tensor([0, 4, 1, 2])}
+    exact = without_dropout(any_step(method, "fp32"))(batch)["loss"]
+    half = without_dropout(any_step(method, "bf16"))
     loss = half(batch)["loss"]
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.05)
     assert loss.item() != exact.item()
+    loss.backward()
+    gradients = [p.grad for p in half.model.trainable().values() if p.grad is not None]
+    assert gradients and all(grad.isfinite().all() for grad in gradients)
 
 
 @pytest.mark.parametrize("method", ["zegclip", "clip_rc"])

@@ -229,7 +229,7 @@ class MAFT(ZeroShotModel):
             teacher_embedding: [B, D] of the untouched CLIP for the same images; None leaves loss_dis out.
         """
         self._check_targets(out, gt_masks, gt_labels)
-        probabilities = out.proposal_logits.softmax(-1)
+        probabilities = _wide(out.proposal_logits).softmax(-1)
         masks = soft_masks(out.proposals)
         predicted, wanted = [], []
         for image in range(len(masks)):
@@ -253,7 +253,8 @@ class MAFT(ZeroShotModel):
 
     @staticmethod
     def _image_probabilities(embedding: Tensor, text: Tensor) -> Tensor:
-        return (TEMPERATURE * F.normalize(embedding, dim=-1) @ F.normalize(text, dim=-1).t()).softmax(-1)
+        image, text = F.normalize(_wide(embedding), dim=-1), F.normalize(_wide(text), dim=-1)
+        return (TEMPERATURE * image @ text.t()).softmax(-1)
 
     @staticmethod
     def _check_targets(out: ProposalOutput, gt_masks: Tensor, gt_labels: Tensor) -> None:
@@ -274,6 +275,11 @@ class MAFT(ZeroShotModel):
                 f"gt_labels: expected classes 0..{classes - 1} or -1 (none), got {gt_labels.min().item()}.."
                 f"{gt_labels.max().item()}"
             )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: losses of half-precision outputs."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def mask_bits(proposals: Proposals, grid: tuple[int, int]) -> Tensor:
