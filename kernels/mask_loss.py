@@ -21,7 +21,6 @@ Ladder: this is the first version, checked in the interpreter and compiled ahead
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -240,31 +239,26 @@ def _launch(
     left = mask_logits.new_empty(4, B, tiles, C, dtype=torch.float32)
     if B == 0:
         return left
-    with _device_of(mask_logits):
-        kernel[(tiles, triton.cdiv(C, plan.block_c), B)](
-            mask_logits,
-            labels,
-            *grads,
-            left,
-            C,
-            h,
-            w,
-            labels.shape[1],
-            labels.shape[2],
-            plan.tiles_y,
-            plan.tiles_x,
-            *mask_logits.stride(),
-            *labels.stride(),
-            alpha,
-            gamma,
-            BLOCK_C=plan.block_c,
-            BLOCK_Y=plan.block_y,
-            BLOCK_X=plan.block_x,
-            GAMMA_IS_2=gamma == 2,
-            num_warps=4,
-        )
+    kernel[(tiles, triton.cdiv(C, plan.block_c), B)](
+        mask_logits,
+        labels,
+        *grads,
+        left,
+        C,
+        h,
+        w,
+        labels.shape[1],
+        labels.shape[2],
+        plan.tiles_y,
+        plan.tiles_x,
+        *mask_logits.stride(),
+        *labels.stride(),
+        alpha,
+        gamma,
+        BLOCK_C=plan.block_c,
+        BLOCK_Y=plan.block_y,
+        BLOCK_X=plan.block_x,
+        GAMMA_IS_2=gamma == 2,
+        num_warps=4,
+    )
     return left
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

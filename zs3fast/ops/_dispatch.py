@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,14 @@ def call(op: str, *args: Any) -> Any:
     if (op, backend) not in _logged:
         _logged.add((op, backend))
         logger.info("%s runs on the %s backend", op, backend)
-    return _implementations[op][backend].run(*args)
+    with _device_of(args):
+        return _implementations[op][backend].run(*args)
+
+
+def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[object]:
+    """The GPU of the tensors made current: kernels start on the current one."""
+    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    return torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext()
 
 
 def _first_willing(op: str, args: tuple[Any, ...]) -> str:
