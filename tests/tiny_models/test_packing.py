@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,23 +11,9 @@ import torch
 from zs3fast import Segmenter, weights
 from zs3fast.data.world import CLASS_NAMES, WorldDataset
 from zs3fast.text import TextEncoder
-from zs3fast.tiny.build import BASE, pack_base, pack_model, trained_model
+from zs3fast.tiny.build import pack_base, pack_model, trained_model
+from zs3fast.tiny.scoring import BASE
 from zs3fast.training.contrastive import load_contrastive_config
-from zs3fast.training.contrastive.run import build_clip, export_clip
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package's CLIP with random weights, as its training exports it."""
-    config = replace(load_contrastive_config(), output=str(tmp_path_factory.mktemp("clip")))
-    return export_clip(build_clip(config)[0], config)
-
-
-@pytest.fixture(scope="module")
-def run(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two iterations of TagCLIP on it."""
-    short = ("iterations=2", "batch_size=2", "data.workers=0", "device=cpu", "schedule.warmup_iterations=1")
-    return trained_model("tagclip", tmp_path_factory.mktemp("runs"), clip, overrides=short)
 
 
 def test_a_run_takes_its_text_tower_along(clip: Path, run: Path) -> None:

@@ -1,6 +1,6 @@
-"""`python -m zs3fast.tiny.build`: everything that comes with the package, from nothing.
+"""`python -m zs3fast.tiny.build`: small trained models of every method, from nothing.
 
-    python -m zs3fast.tiny.build                 # trains into runs/, packs into the package
+    python -m zs3fast.tiny.build                 # trains into runs/, packs into runs/tiny
     python -m zs3fast.tiny.build --methods tagclip --output packed/
 
 The CLIP of the procedural world, then every method on it, each as its setting `METHOD_world` says. What has been
@@ -9,7 +9,6 @@ trained stays trained, and a run that was killed goes on.
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +20,7 @@ from rich.markup import escape
 from zs3fast import create_model, weights
 from zs3fast._console import USAGE_ERROR, one_line_errors, stdout
 from zs3fast._files import replacing
+from zs3fast.tiny.scoring import BASE, packed_path
 from zs3fast.training.config import load_config
 from zs3fast.training.contrastive import load_contrastive_config, train_clip
 from zs3fast.training.loop import train
@@ -28,7 +28,6 @@ from zs3fast.weights.files import METADATA_KEY
 from zs3fast.weights.packing import pack_clip, put_base, save_on_base
 
 METHODS = ("zegclip", "tagclip", "clip_rc", "clsclip", "maft")
-BASE = "zs3fast-tiny-clip.safetensors"
 MASKCLIP = {"pretrained": None, "image_size": 128}  # nothing to train: the CLIP as it is
 
 
@@ -37,8 +36,8 @@ def build(
     methods: Annotated[list[str] | None, typer.Option(help="Only these; the CLIP is always there.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the packed weights.")] = None,
 ) -> None:
-    """Train the CLIP of the procedural world and the methods on it, and pack the weights."""
-    folder = Path(str(resources.files("zs3fast.weights") / "bundled")) if output is None else output
+    """Train the CLIP of the procedural world and the methods on it, and pack the weights for `zs3fast demo`."""
+    folder = runs / "tiny" if output is None else output
     with one_line_errors(USAGE_ERROR):
         unknown = sorted(set(methods or ()) - set(METHODS))
         if unknown:
@@ -46,12 +45,12 @@ def build(
         clip = trained_clip(runs)
         folder.mkdir(parents=True, exist_ok=True)
         pack_base(clip, folder / BASE)
+        plain = create_model("maskclip", clip=load_contrastive_config().clip, **MASKCLIP)
+        save_on_base(plain, packed_path(folder, "maskclip"), folder / BASE, (), METADATA_KEY)
         for method in methods or METHODS:
-            path = folder / f"zs3fast-tiny-{method}.safetensors"
+            path = packed_path(folder, method)
             pack_model(trained_model(method, runs, clip), path, folder / BASE)
             stdout.print(f"{escape(str(path))}: {path.stat().st_size / 2**20:.1f} MiB")
-        plain = create_model("maskclip", clip=load_contrastive_config().clip, **MASKCLIP)
-        save_on_base(plain, folder / "zs3fast-tiny-maskclip.safetensors", folder / BASE, (), METADATA_KEY)
 
 
 def trained_clip(runs: Path) -> Path:

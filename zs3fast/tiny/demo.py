@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zs3fast.evaluation.evaluate import Report
     from zs3fast.tiny.scoring import Label
 
-EPILOG = "**Example**: `zs3fast demo -o out`"
+EPILOG = "**Example**: `python -m zs3fast.tiny.build`, which trains the models, then `zs3fast demo -o out`"
 COLUMNS = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
 
 
@@ -31,19 +31,22 @@ class Entry:
 
 
 def demo(
+    models: Annotated[Path, typer.Option(help="Folder of the models that `zs3fast.tiny.build` packed.")] = Path(
+        "runs/tiny"
+    ),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture.")] = Path("zs3fast_demo"),
     scenes: Annotated[int, typer.Option(help="Scenes to score on, of 1,000 that no model has seen.")] = 60,
 ) -> None:
     """Segment scenes of the procedural world with every method, print scores, draw a picture.
 
-    The models come with the package. A quarter of the classes is unseen: training had no labels of them.
+    `python -m zs3fast.tiny.build` trains the models. A quarter of the classes is unseen: they had no labels of them.
     """
     start = time.perf_counter()
     with one_line_errors(USAGE_ERROR):
         if not 1 <= scenes <= 1000:
             raise ValueError(f"--scenes: expected 1..1000, got {scenes}")
         output.mkdir(parents=True, exist_ok=True)
-        entries = _entries(scenes)
+        entries = _entries(models, scenes)
     table = Table(title=f"{scenes} scenes, 48 seen and 16 unseen classes, percent")
     table.add_column("method")
     for column in COLUMNS:
@@ -57,15 +60,17 @@ def demo(
     stdout.print(f"picture in {escape(str(path))}, {time.perf_counter() - start:.0f} s in all")
 
 
-def _entries(scenes: int) -> list[Entry]:
+def _entries(models: Path, scenes: int) -> list[Entry]:
     from zs3fast.data.world import WorldDataset
-    from zs3fast.segmenter import bundled_weights
-    from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
+    from zs3fast.tiny.scoring import packed_models, score, world_labeller, world_segmenter
 
+    found = packed_models(models)
+    if not found:
+        raise FileNotFoundError(f"--models: {models} holds no packed models; `python -m zs3fast.tiny.build` makes them")
     dataset = WorldDataset("test", length=scenes)
     entries = []
     with stderr.status("Segmenting") as status:
-        for method, path in bundled_weights().items():
+        for method, path in found.items():
             status.update(f"Segmenting with {method}")
             label = world_labeller(world_segmenter(path, dataset), dataset)
             name = f"{method} (true regions)" if method == "maft" else method
