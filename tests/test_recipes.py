@@ -85,6 +85,28 @@ def test_maft_takes_the_proposer_s_own_classes_by_name() -> None:
     np.testing.assert_allclose(result.scores[32, 4], weights.max().item(), rtol=1e-4)
 
 
+def test_maft_answers_for_every_name_of_a_list() -> None:
+    """Also for a list of one name more than it was trained on, whose last is no "no object"."""
+    text, picture = text_rows(6), photo(64, 64)
+    model = tiny_model("maft", num_classes=5, class_names=NAMES, seen=[0, 1])
+    seg = Segmenter(model, text_embeddings=text, class_names=[*NAMES, "wood"], proposer=Regions())
+    with torch.no_grad():
+        out = model(clip_input(resize_for_proposer(picture), 64), text, Regions()([picture]), non_object=False)
+    best = out.proposal_logits[0, 0].argsort(descending=True)
+    order = [[*NAMES, "wood"][i] for i in best if i != best[0]] + [[*NAMES, "wood"][best[0]]]  # the best one last
+    result = seg(picture, order)
+    assert result.labels[32, 4] == 5
+
+
+def test_an_offset_of_all_classes_leaves_nothing_unlabelled() -> None:
+    text, picture = text_rows(5), photo(64, 64)
+    plain = segmenter("maft", text, proposer=Regions())(picture, seen=NAMES)
+    shifted = segmenter("maft", text, proposer=Regions())
+    shifted.model.seen_offset = 0.9
+    result = shifted(picture, seen=NAMES)
+    assert np.array_equal(result.labels, plain.labels) and (result.labels >= 0).mean() > 0.5
+
+
 def test_the_crop_baseline_is_a_clip_pass_a_proposal() -> None:
     text, picture = text_rows(5), photo(70, 100)
     result = segmenter("maft", text, proposer=Regions(), crops="mask_crop")(picture)

@@ -194,13 +194,18 @@ class Proposing:
                 f"proposer: its masks lie on a frame of {proposals.padded_size}, the picture's is {frame.padded_size}"
             )
         if self.crops is None:
-            out = model(clip_input(frame, model.image_size).to(like), question.text, proposals)
+            out = model(clip_input(frame, model.image_size).to(like), question.text, proposals, non_object=False)
         else:
             pictures = sub_images(frame, proposals, self.crops, self.crop_form)
-            out = model.classify_crops(pictures.images.to(like), pictures.rows, question.text, proposals)
-        labels, scores = model.label_details(out, question.pixels.shape[:2], seen=question.seen or ())
+            out = model.classify_crops(
+                pictures.images.to(like), pictures.rows, question.text, proposals, non_object=False
+            )
+        seen = question.seen or ()
+        labels, scores = model.label_details(out, question.pixels.shape[:2], seen=seen)
         answer = _answer(labels[0], scores[0])
-        answer.labels[answer.scores <= 0] = -1  # no proposal covers these pixels
+        # Pixels that no proposal covers, where all seen classes score -seen_offset and all others 0.
+        nothing = 1e-6 - model.seen_offset if model.seen_offset and len(seen) == len(question.text) else 0.0
+        answer.labels[answer.scores <= nothing] = -1
         return answer
 
 

@@ -201,7 +201,7 @@ def test_ensemble_uses_the_proposer_s_scores_and_the_usable_masks() -> None:
     is_seen = torch.tensor([c in model.seen for c in range(7)])
     share = torch.where(is_seen, 0.8, 0.2)
     torch.testing.assert_close(got, own[..., :-1] ** share * clip ** (1 - share))
-    with pytest.raises(ValueError, match=r"class_scores: expected \[B, Nq, C \+ 1\] = \[2, 6, 8\]"):
+    with pytest.raises(ValueError, match="proposals: class_scores have 5 columns, expected 8"):
         model(pictures(), text(), dataclasses.replace(proposals, class_scores=own[..., :5]))
 
 
@@ -304,3 +304,45 @@ def test_binary_masks_count_as_soft_ones() -> None:
         assert torch.equal(model.proposal_embeddings(pictures(), binary), soft)
         given = dataclasses.replace(as_proposals(binary.float(), 2), masks=binary)
         assert torch.equal(model(pictures(), text(), given).proposal_embeddings, soft)
+
+
+def test_a_list_of_one_class_more_is_a_list() -> None:
+    """Only the direct call takes the row behind the vocabulary for "no object", as official checkpoints have it."""
+    model, masks = tiny(), masks_of(2, 6)
+    with torch.no_grad():
+        assert model(pictures(), text(8), masks).proposal_logits.shape[-1] == 7
+        asked = model(pictures(), text(8), masks, non_object=False)
+        assert asked.proposal_logits.shape[-1] == 8
+        fewer = model(pictures(), text(8), masks, non_object=True)
+    torch.testing.assert_close(fewer.proposal_logits, asked.proposal_logits[..., :7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_sizes": ((96, 96),)}, "proposals: image_sizes are of 1 images, masks of 2"),
+        ({"image_sizes": ((96, 96),) * 3}, "proposals: image_sizes are of 3 images, masks of 2"),
+        ({"valid": torch.ones(2, 3, dtype=torch.bool)}, r"proposals: expected valid \[2, 6\], got \[2, 3\]"),
+        ({"padded_size": (64, 64)}, r"proposals: masks are \[96, 96\], padded_size is \[64, 64\]"),
+        ({"mask_logits": torch.zeros(2, 6, 24, 24)}, "proposals: expected mask_logits or masks, got both"),
+        ({"class_scores": torch.full((2, 6, 5), 0.2)}, "proposals: class_scores have 5 columns, expected 8"),
+    ],
+)
+def test_proposals_that_do_not_fit_together(changes: dict[str, object], message: str) -> None:
+    given = dataclasses.replace(as_proposals(masks_of(2, 6), 2), **changes)
+    with pytest.raises(ValueError, match=message):
+        tiny()(pictures(), text(), given)
+
+
+def test_logits_are_exact_in_half_precision() -> None:
+    """100 * cosine is rounded nowhere but in the embeddings; a zero embedding is no NaN."""
+    model = tiny().half()
+    proposals = as_proposals(masks_of(1, 3).half(), 1)
+    rows = torch.tensor([[0, 1]])
+    with torch.no_grad():
+        out = model.classify_crops(pictures(1, (64, 64)).half(), rows, text().half(), proposals)
+    exact = torch.nn.functional.normalize(out.proposal_embeddings[0, 1].float(), dim=-1)
+    exact = 100 * exact @ torch.nn.functional.normalize(text().half().float(), dim=-1).t()
+    assert out.proposal_logits.dtype == torch.float32 and out.proposal_logits.isfinite().all()
+    assert (out.proposal_logits[0, 1] - exact).abs().max() < 1e-3
+    assert (out.proposal_logits[0, 0] == 0).all(), "all classes alike"

@@ -220,3 +220,11 @@ def test_files_of_other_pictures(tmp_path):
         proposer(np.zeros((60, 80, 3), np.uint8), "road.jpg")
     with pytest.raises(FileNotFoundError, match="boxes: no file"):
         box_file(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("boxes", ["abc", [["a", 1, 2, 3]], [[None, 1, 2, 3]]])
+def test_boxes_that_are_no_numbers(boxes):
+    with pytest.raises(ValueError, match=r"boxes: expected numbers \[K, 4\], x0 y0 x1 y1, got"):
+        make_boxes(boxes, ["cat"], SIZE)
+    with pytest.raises(ValueError, match=r"scores: expected numbers \[K\], got \['high'\]"):
+        make_boxes([[1, 2, 3, 4]], ["cat"], SIZE, scores=["high"])

@@ -166,3 +166,18 @@ def test_config_is_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config)[:-20])
     with pytest.raises(ValueError, match="does not hold readable weights"):
         load_mask_proposer(f"sam:{tmp_path}")
+
+
+def test_short_names_of_box_proposers(tmp_path, monkeypatch):
+    """A detector's kind alone stands for a usual one, and a .json file needs no kind."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="facebook/detr-resnet-50.* could not be fetched"):
+        load_box_proposer("detr")
+    path = tmp_path / "gt.json"
+    path.write_text('{"pictures": [{"file_name": "a.jpg", "boxes": [{"box": [1, 2, 9, 8], "name": "cat"}]}]}')
+    assert load_box_proposer(str(path)).__class__ is load_box_proposer(f"files:{path}").__class__
+    with pytest.raises(ValueError, match="boxes: expected KIND:NAME"):
+        load_box_proposer("detector")

@@ -20,7 +20,7 @@ from zs3fast.labels.proposal_targets import soft_iou
 from zs3fast.models.base import ZeroShotModel, one_of
 from zs3fast.models.registry import register_model
 from zs3fast.ops.proposals_to_labels import reference_scores
-from zs3fast.proposals.masks import soft_masks
+from zs3fast.proposals.masks import check_proposals, soft_masks
 from zs3fast.types import ProposalOutput, Proposals
 
 TEMPERATURE = 100.0
@@ -98,16 +98,24 @@ class MAFT(ZeroShotModel):
         """Embedding [B, D], not normalised, of whole images [B, 3, H, W]: CLIP's own."""
         return self.encoder.image_head(self.encoder.trunk(images)[0])
 
-    def forward(self, images: Tensor, text_embeddings: Tensor, proposals: Proposals | Tensor) -> ProposalOutput:
+    def forward(
+        self,
+        images: Tensor,
+        text_embeddings: Tensor,
+        proposals: Proposals | Tensor,
+        *,
+        non_object: bool | None = None,
+    ) -> ProposalOutput:
         """Classify proposals.
 
         Args:
             images: [B, 3, H, W] normalised with CLIP's statistics: the padded frame, squashed to image_size.
-            text_embeddings: [C, D]. One row more than `num_classes`: the last is the "no object" embedding of official
-                checkpoints, which only proposers use.
+            text_embeddings: [C, D].
             proposals: soft masks on the same padded frame, as `Proposals` or [B, Nq, Hp, Wp] in 0..1.
+            non_object: whether the last row is the "no object" embedding of official checkpoints, which only proposers
+                use and which is left out here. None: it is where there is one row more than `num_classes`.
         """
-        text = self._class_rows(text_embeddings)
+        text = self._class_rows(text_embeddings, non_object)
         proposals = as_proposals(proposals, len(images))
         tokens, grid = self.encoder.trunk(images)
         embeddings = self.encoder.proposal_head(tokens, mask_bits(proposals, grid))
@@ -115,24 +123,34 @@ class MAFT(ZeroShotModel):
         return self._output(embeddings, text, proposals, grid, image_embedding)
 
     def classify_crops(
-        self, sub_images: Tensor, rows: Tensor, text_embeddings: Tensor, proposals: Proposals, batch_size: int = 32
+        self,
+        sub_images: Tensor,
+        rows: Tensor,
+        text_embeddings: Tensor,
+        proposals: Proposals,
+        batch_size: int = 32,
+        *,
+        non_object: bool | None = None,
     ) -> ProposalOutput:
         """The baseline that MAFT replaced: plain CLIP on every proposal cut out as a picture of its own.
 
         Args:
             sub_images, rows: [P, 3, side, side] and [P, 2], (image, proposal) of each, of
                 `zs3fast.proposals.sub_images`. Proposals without a picture keep a zero embedding: all classes alike.
+            non_object: as for `forward`.
         """
-        text = self._class_rows(text_embeddings)
+        text = self._class_rows(text_embeddings, non_object)
         embeddings = text.new_zeros(*proposals.valid.shape, self.embed_dim)
         for pictures, places in zip(sub_images.split(batch_size), rows.split(batch_size)):
             embeddings[places[:, 0], places[:, 1]] = self.image_embedding(pictures)
         height, width = (max(side // 16, 1) for side in proposals.padded_size)
         return self._output(embeddings, text, proposals, (height, width), None)
 
-    def _class_rows(self, text_embeddings: Tensor) -> Tensor:
+    def _class_rows(self, text_embeddings: Tensor, non_object: bool | None) -> Tensor:
         text = self.check_text(text_embeddings)
-        return text[:-1] if self.num_classes is not None and len(text) == self.num_classes + 1 else text
+        if non_object is None:
+            non_object = self.num_classes is not None and len(text) == self.num_classes + 1
+        return text[:-1] if non_object else text
 
     def _output(
         self,
@@ -142,7 +160,7 @@ class MAFT(ZeroShotModel):
         grid: tuple[int, int],
         image_embedding: Tensor | None,
     ) -> ProposalOutput:
-        logits = TEMPERATURE * F.normalize(embeddings, dim=-1) @ F.normalize(text, dim=-1).t()
+        logits = _similarity(embeddings, text)
         masks = proposals.mask_logits.sigmoid() if proposals.masks is None else proposals.masks
         masks = F.interpolate(masks.float(), grid, mode="bilinear", align_corners=False)
         weights = self.class_weights(logits, proposals)
@@ -154,6 +172,7 @@ class MAFT(ZeroShotModel):
 
         seen: which classes count as seen; None: the model's, where the list is its own vocabulary.
         """
+        self._check_columns(proposals, proposal_logits.shape[-1])
         usable = None
         if self.ensemble > 0 and proposals.class_scores is not None:
             usable = usable_proposals(proposals)
@@ -244,17 +263,20 @@ class MAFT(ZeroShotModel):
             if out.image_embedding is None:
                 raise ValueError("out: distillation needs a train-mode output, this one was made in eval mode")
             student, teacher = (
-                self._image_probabilities(part, out.text_embeddings)
-                for part in (out.image_embedding, teacher_embedding)
+                _similarity(part, out.text_embeddings).softmax(-1) for part in (out.image_embedding, teacher_embedding)
             )
             terms["dis"] = F.smooth_l1_loss(student, teacher.detach())
         weighted = {f"loss_{name}": term * self.loss_weights[name] for name, term in terms.items()}
         return {**weighted, "loss": torch.stack(list(weighted.values())).sum()}
 
     @staticmethod
-    def _image_probabilities(embedding: Tensor, text: Tensor) -> Tensor:
-        image, text = F.normalize(_wide(embedding), dim=-1), F.normalize(_wide(text), dim=-1)
-        return (TEMPERATURE * image @ text.t()).softmax(-1)
+    def _check_columns(proposals: Proposals, classes: int) -> None:
+        scores = proposals.class_scores
+        if scores is not None and proposals.class_names is None and scores.shape[-1] != classes + 1:
+            raise ValueError(
+                f"proposals: class_scores have {scores.shape[-1]} columns, expected {classes + 1}: one for each of the "
+                f"{classes} classes asked for and one for no object"
+            )
 
     @staticmethod
     def _check_targets(out: ProposalOutput, gt_masks: Tensor, gt_labels: Tensor) -> None:
@@ -278,8 +300,13 @@ class MAFT(ZeroShotModel):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: losses of half-precision outputs."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _similarity(embeddings: Tensor, text: Tensor) -> Tensor:
+    """100 * cosine [..., C] of embeddings [..., D] and text [C, D], in float32 at least: half types would round it."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return TEMPERATURE * F.normalize(_wide(embeddings), dim=-1) @ F.normalize(_wide(text), dim=-1).t()
 
 
 def mask_bits(proposals: Proposals, grid: tuple[int, int]) -> Tensor:
@@ -337,6 +364,8 @@ def as_proposals(proposals: Proposals | Tensor, batch: int) -> Proposals:
     if masks is not None and not masks.is_floating_point():
         masks = masks.float()
     if isinstance(proposals, Proposals):
+        if not torch.compiler.is_compiling():
+            check_proposals(proposals)
         return replace(proposals, masks=masks)
     sizes: Sequence[tuple[int, int]] = [tuple(masks.shape[-2:])] * batch
     return Proposals(

@@ -53,13 +53,13 @@ def make_boxes(
     height, width = image_size
     if height < 1 or width < 1:
         raise ValueError(f"image_size: expected a height and a width of at least 1, got {(height, width)}")
-    table = torch.as_tensor(boxes, dtype=torch.float32)
+    table = _numbers(boxes, "boxes", "[K, 4], x0 y0 x1 y1")
     table = table.reshape(0, 4) if table.numel() == 0 else table
     if table.dim() != 2 or table.shape[1] != 4:
         raise ValueError(f"boxes: expected [K, 4], x0 y0 x1 y1, got {list(table.shape)}")
     if len(names) != len(table):
         raise ValueError(f"names: expected {len(table)}, one a box, got {len(names)}")
-    confidence = torch.ones(len(table)) if scores is None else torch.as_tensor(scores, dtype=torch.float32)
+    confidence = torch.ones(len(table)) if scores is None else _numbers(scores, "scores", "[K]")
     if confidence.shape != table.shape[:1] or not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise ValueError(f"scores: expected {len(table)} values in [0, 1], got {confidence.tolist()}")
     for index, box in enumerate(table.tolist()):
@@ -74,6 +74,14 @@ def make_boxes(
         image_size=(int(height), int(width)),
         vocabulary=None if vocabulary is None else tuple(vocabulary),
     )
+
+
+def _numbers(values: object, name: str, shape: str) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        given = repr(values)
+        raise ValueError(f"{name}: expected numbers {shape}, got {given[:80]}{'...' * (len(given) > 80)}") from None
 
 
 def _problem(box: Sequence[float], height: int, width: int, slack: float) -> str:

@@ -63,13 +63,17 @@ def load_box_proposer(spec: str, device: str = "cpu", **options: Any) -> BoxProp
 
     Args:
         spec: "detr:NAME", "rtdetr:NAME", "yolos:NAME" or, for every other detector of the transformers library,
-            "detector:NAME", where NAME is a repository of huggingface.co or a local folder; or "files:PATH", boxes in a
-            JSON file (see `FileBoxProposer`).
+            "detector:NAME", where NAME is a repository of huggingface.co or a local folder; "detr", "rtdetr" or "yolos"
+            alone stand for a usual one; or "files:PATH" or PATH.json, boxes in a JSON file (see `FileBoxProposer`).
         device: where its model runs.
         options: arguments of TransformersBoxProposer.
     Raises:
         As `load_mask_proposer`.
     """
+    if spec in BOX_KINDS and " " not in BOX_KINDS[spec][2]:
+        spec = f"{spec}:{BOX_KINDS[spec][2]}"
+    elif spec.endswith(".json") and not spec.startswith("files:"):
+        spec = f"files:{spec}"
     kind, name = _split(spec, "boxes", BOX_KINDS, ("files:boxes.json",))
     if kind == "files":
         return FileBoxProposer(name, **options)

@@ -153,7 +153,9 @@ def _check_scores(proposals: Proposals, batch: int, count: int) -> None:
             f"proposals: class_scores have {scores.shape[2]} columns, expected {len(names) + 1}: one for each of the "
             f"{len(names)} class_names and one for no object"
         )
-    if not bool(torch.isfinite(scores).all()):
+    unknown = scores.isnan().flatten(0, 1)  # a column of NaN is a class that the proposer does not know
+    partly = unknown.any(0) & ~unknown.all(0)
+    if bool(scores.isinf().any() | partly.any() | unknown[:, -1].any()):
         raise ValueError("proposals: class_scores hold values that are not finite")
 
 
