@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 
 from zs3fast import weights
 from zs3fast.images import read_image
-from zs3fast.models.registry import list_models
 from zs3fast.proposals import BoxProposer, MaskProposer
 from zs3fast.recipes import Question, recipe_for
-from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_templates
+from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_templates, whole_names
 from zs3fast.text.encoder import Tokenizer
 from zs3fast.text.vocabulary import ClassEntry, same_name
 from zs3fast.types import Segmentation
@@ -29,8 +27,6 @@ from zs3fast.weights.files import METADATA_KEY, TEXT_PREFIX, read_state_dict
 from zs3fast.weights.official_maft import text_tower
 
 logger = logging.getLogger("zs3fast")
-
-TINY, TINY_DEFAULT = "zs3fast-tiny", "tagclip"
 
 Classes = str | Iterable[str | Sequence[str]]
 
@@ -109,7 +105,8 @@ class Segmenter:
         self._text_encoder = text_encoder
         if text_encoder is not None and tokenizer is not None:
             text_encoder.tokenizer = tokenizer
-        names = model.config.get("class_names") if class_names is None else class_names
+        vocabulary = model.config.get("class_names")
+        names = whole_names(vocabulary) if class_names is None and vocabulary is not None else class_names
         self.classes = None if names is None else parse_classes(names, "class_names")
         self._rows = None if text_embeddings is None else self._named_rows(text_embeddings)
         self._encoded: tuple[tuple[ClassEntry, ...], Tensor] | None = None
@@ -137,8 +134,7 @@ class Segmenter:
 
         Args:
             name_or_path: a file; or the name of one in the cache, `weights/<name>.safetensors` under
-                `zs3fast.text.cache_dir()`; or one of the small models in the package, "zs3fast-tiny" (the best of
-                them) or "zs3fast-tiny-METHOD", see `zs3fast.data.world` for what they know.
+                `zs3fast.text.cache_dir()`.
             official: for official checkpoints, options of `load_official`: seen, num_classes, class_names, ...
         Raises:
             FileNotFoundError: neither a file nor a name in the cache.  ValueError: a file that is no such thing.
@@ -315,29 +311,18 @@ class Segmenter:
 
 
 def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
-    """The weight file of a path, of a name in the cache folder, or of a name in the package."""
+    """The weight file of a path, or of a name in the cache folder."""
     path, kept = Path(name_or_path), cache_dir() / "weights"
     if path.is_file():
         return path
     named = kept / f"{os.fspath(name_or_path)}.safetensors"
     if named.is_file():
         return named
-    own = {f"{TINY}-{method}": file for method, file in bundled_weights().items()}
-    chosen = f"{TINY}-{TINY_DEFAULT}" if os.fspath(name_or_path) == TINY else os.fspath(name_or_path)
-    if chosen in own:
-        return own[chosen]
     names = ", ".join(sorted(file.stem for file in kept.glob("*.safetensors"))) or "none"
     raise FileNotFoundError(
-        f"name_or_path: no file {path}, no such name among the weights in {kept} ({names}), nor in the package "
-        f"({', '.join([TINY, *own])}). `zs3fast convert` writes such files from official checkpoints"
+        f"name_or_path: no file {path}, and no such name among the weights in {kept} ({names}). "
+        "`zs3fast convert` writes such files from official checkpoints"
     )
-
-
-def bundled_weights() -> dict[str, Path]:
-    """The small trained models in the package: method -> weight file."""
-    folder = Path(str(resources.files("zs3fast.weights") / "bundled"))
-    found = {method: folder / f"{TINY}-{method}.safetensors" for method in list_models()}
-    return {method: path for method, path in found.items() if path.is_file()}
 
 
 def read_official(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -82,6 +82,19 @@ def test_one_split_is_enough(tmp_path):
     assert "coco20i │ val │ 1" in run(tmp_path, "--dataset", "coco20i", "--split", "val")
 
 
+def test_images_without_a_mask_are_mentioned(tmp_path):
+    place = folders(tmp_path, "images/val2017", "annotations/val2017", {"7": stripes((12, 255))})
+    write_image(place / "images/val2017/8.jpg", picture(1))
+    for name in ("coco171", "coco20i"):
+        output = run(tmp_path, "--dataset", name, "--split", "val")
+        assert f"note {name} val: 1 image has no label map, first " in output and "val2017/8.jpg" in output
+    write_image(place / "images/val2017/9.jpg", picture(1))
+    assert "val: 2 images have no label map" in run(tmp_path, "--dataset", "coco171", "--split", "val")
+    shared = folders(tmp_path / "VOC2010", "JPEGImages", "annotations_detectron2/pc59_val", {"x": stripes((0, 58))})
+    write_image(shared / "JPEGImages/of_another_split.jpg", picture(2))
+    assert "no label map" not in run(shared, "--dataset", "context59", "--split", "val")
+
+
 def test_what_a_folder_holds(tmp_path):
     folders(tmp_path / "one", "images/val2017", "annotations/val2017", {"7": stripes((12, 255))})
     folders(tmp_path / "two/COCO2014", "train2014", "annotations/train2014", {"8": stripes((0, 80))})

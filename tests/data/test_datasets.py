@@ -119,6 +119,13 @@ def test_another_year_is_not_taken_for_voc_2012(tmp_path):
         open_dataset("voc20", place.parent / "VOC2010", "val")
 
 
+@pytest.mark.parametrize("name", ["VOC2012b", "VOC2012_aug", "VOC20"])
+def test_a_folder_may_be_called_like_a_year(tmp_path, name):
+    place = voc(tmp_path)
+    place = place.rename(place.parent / name)
+    assert len(open_dataset("voc20", place, "val")) == 2
+
+
 # COCO ----------------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +209,10 @@ def test_context(tmp_path):
 
 def test_context59_of_detectron2(tmp_path):
     masks = {"x": stripes((0, 58, 255))}
+    context_tree(tmp_path / "both")  # mmsegmentation's layout but for the list, and detectron2's
+    folders(tmp_path / "both/VOC2010", "JPEGImages", "annotations_detectron2/pc59_val", masks)
+    (tmp_path / "both/VOC2010/ImageSets/SegmentationContext/val.txt").unlink()
+    assert row(open_dataset("context59", tmp_path / "both", "val")[0]) == [0, 58, 255]
     folders(tmp_path / "one/VOC2010", "JPEGImages", "annotations_detectron2/pc59_val", masks)
     folders(tmp_path / "two/pascal_ctx_d2", "images/validation", "annotations_ctx59/validation", masks)
     for root in ("one", "two"):
@@ -275,9 +286,9 @@ def test_no_class_file(tmp_path):
 
 def test_ade150(tmp_path):
     place = tmp_path / "ADEChallengeData2016"
-    folders(place, "images/validation", "annotations/validation", {"ADE_val_1": stripes((0, 1, 150))})
+    folders(place, "images/validation", "annotations/validation", {"ADE_val_1": stripes((0, 1, 150, 255))})
     dataset = open_dataset("ade150", tmp_path, "val")
-    assert row(dataset[0]) == [255, 0, 149]
+    assert row(dataset[0]) == [255, 0, 149, 255]
     assert dataset.unseen == [] and len(dataset.seen) == 150
 
 

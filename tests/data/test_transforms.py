@@ -49,7 +49,9 @@ def test_contract(recipe):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["zegclip", "maft", "clsclip", "flip"]), st.integers(1, 80), st.integers(1, 80), st.integers(0, 999))
+@given(
+    st.sampled_from(["zegclip", "maft", "clsclip", "flip"]), st.integers(1, 80), st.integers(1, 80), st.integers(0, 999)
+)
 def test_any_size(recipe, height, width, seed):
     images, labels = train_transform(recipe, 24)(sample(height, width, seed), np.random.default_rng(seed))
     assert images.shape == (3, 24, 24) and labels.shape == (24, 24) and torch.isfinite(images).all()

@@ -14,6 +14,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from tests.data.trees import folders
 from tests.evaluation.toy import brute_force_table, voc_tree
 from tests.tiny import tiny_model
 from tests.tiny_clip import text_state, tiny_clip
@@ -103,6 +104,57 @@ def test_settings_limit_split_and_denominator(tree):
     assert any("trained on the classes of voc20 itself" in note for note in crossed["notes"])
 
 
+def test_the_setting_is_that_of_the_weights(tree):
+    names = {"class_names": VOC, "num_classes": 20}
+    weights.save(tiny_model("zegclip", **names, seen=range(20)), "supervised.safetensors")
+    weights.save(
+        tiny_model("zegclip", **names, seen=seen_classes("voc20"), seen_offset=0.0), "transductive.safetensors"
+    )
+    for name in ("supervised", "transductive"):
+        run(*common(weights=f"{name}.safetensors", limit=1, worst=0))
+        assert report()["setting"] == name and len(report()["notes"]) == 1
+    output = run(*common(weights="supervised.safetensors", limit=1, worst=0, setting="inductive"))
+    assert report()["setting"] == "inductive" and "inductive was asked for, but the weights look supervised" in output
+
+
+def test_tagclip_crosses_over_without_its_token(tree):
+    """The published configurations leave token and weighting out."""
+    run(*common(setting="cross-dataset"))
+    assert "cross-dataset: the trusty token is left out, as published" in report()["notes"]
+    model, _ = weights.load("tiny.safetensors")
+    tables = {}
+    for token in (True, False):
+        if not token:
+            model.trusty_token, model.trusty_weighting = None, "off"
+        segmenter = Segmenter(model, text_embeddings=np.load("rows.npy"), class_names=VOC)
+        data = open_dataset("voc20", tree, "val")
+        pairs = [(segmenter(data[i].image, VOC, seen=range(20)).labels, data[i].labels) for i in range(len(data))]
+        tables[token] = brute_force_table(pairs, 20)
+    counts = np.load("zs3fast_eval/counts.npy")
+    assert np.array_equal(counts, tables[False]) and not np.array_equal(counts, tables[True])
+
+
+def test_names_of_a_dataset_are_whole_lines(place):
+    """ADE20K-847 has classes that share their first name."""
+    lines = [f"thing {c}, object {c}" for c in range(847)]
+    lines[3:5] = "screen, silver screen", "screen, crt screen"
+    folders(
+        place / "ADE20K_2021_17_01", "images/validation", "annotations_detectron2/validation",
+        {"a": np.full((40, 48), 4, np.uint16)}, ".tif",
+    )  # fmt: skip
+    Path("ADE20K_2021_17_01/class_names.txt").write_text("\n".join(lines))
+    model = tiny_model("zegclip", class_names=lines, num_classes=847, seen=range(5))
+    weights.save(model, "named.safetensors", text_state(tiny_clip(), "text_encoder."))
+    run(
+        *common(weights="named.safetensors", dataset="ade847", **{"text-embeddings": None}),
+        "--setting",
+        "cross-dataset",
+    )
+    assert len(report()["classes"]) >= 1 and report()["images"] == 1
+    segmenter = Segmenter.from_pretrained("named.safetensors")
+    assert segmenter.classes[3:5] == [(lines[3],), (lines[4],)]
+
+
 def test_official_weights_need_to_be_told_their_vocabulary(tree):
     from zs3fast.weights.official import official_keys
 
@@ -159,6 +211,20 @@ def test_an_interrupted_evaluation_goes_on(tree, monkeypatch):
     assert run(*common(output="out"), code=1) == "error the disk is gone"
     assert [path.name for path in Path("out/partial").iterdir()] == ["part-0-0.npz"]
     assert "was made with limit = None, this is 2" in run(*common(output="out", limit=2), "--resume", code=1)
+    mine, rows, listing = Path("tiny.safetensors"), Path("rows.npy"), Path("VOC2012/ImageSets/Segmentation/val.txt")
+    model, _ = weights.load(mine)
+    for path, change in (  # of the same name and size
+        (mine, lambda: weights.save(model, mine)),
+        (rows, lambda: np.save(rows, -np.load(rows))),
+        (listing, lambda: listing.write_text("\n".join(reversed(listing.read_text().split())) + "\n")),
+    ):
+        before = path.read_bytes()
+        with torch.no_grad():
+            model.decoder.layers[0].multihead_attn.q.weight.neg_()
+        change()
+        assert len(path.read_bytes()) == len(before) and path.read_bytes() != before
+        assert "_sha256 = " in run(*common(output="out"), "--resume", code=1)
+        path.write_bytes(before)
     run(*common(output="out", worst=0), "--resume")
     assert len(seen) == 4, "two before, one after: the third is new"
     whole, out = report("whole"), report("out")
@@ -172,6 +238,12 @@ def test_folds_of_pairs(tree):
     np.save("tokens.npy", np.random.default_rng(0).standard_normal((20, model.embed_dim), np.float32))
     options = common(weights="clsclip.safetensors", dataset="voc5i", **{"text-embeddings": "tokens.npy"})
     assert "fold: voc5i is tested fold by fold, expected 0..3" in run(*options, code=2)
+    model.seen = range(15, 20)  # which these weights call pottedplant, ..., tvmonitor
+    weights.save(model, "leak.safetensors")
+    leaked = "potted plant, sheep, sofa, train, tv monitor"
+    note = f"fold 3 holds out what the weights saw in training: {leaked}: not zero-shot"
+    assert note in run(*options, "--weights", "leak.safetensors", "--fold", 3, "-o", "leak")
+    model.seen = range(15)
     output = run(*options, "--fold", 3, "--episodes", 50)
     found = report()
     assert found["setting"] == "fold" and set(found["scores"]) == {"miou", "fb_iou"}

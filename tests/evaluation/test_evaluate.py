@@ -157,8 +157,16 @@ def test_settings_say_who_is_seen_and_what_is_scored():
         with pytest.raises(ValueError, match=f"setting: {name} needs weights trained on the classes of toy"):
             resolve_setting(name, toy, ["other", "names"])
     assert resolve_setting(None, toy, NAMES).name == "inductive"
+    for learned in ("inductive", "transductive", "supervised"):
+        assert resolve_setting(None, toy, NAMES, learned) == resolve_setting(learned, toy, NAMES, learned)
+        assert resolve_setting(None, toy, NAMES, learned).name == learned
+        assert resolve_setting(None, toy, ["other"], learned).name == "cross-dataset"
+    odd = resolve_setting("inductive", toy, NAMES, "supervised")
+    assert odd.notes == ("inductive was asked for, but the weights look supervised: training saw all classes",)
+    for name, learned, notes in (("inductive", "inductive", 0), ("background-undifferentiated", "inductive", 1)):
+        assert len(resolve_setting(name, toy, NAMES, learned).notes) == notes
     cross = resolve_setting(None, toy, ["other"])
-    assert cross == Setting("cross-dataset", everything, None)
+    assert cross == Setting("cross-dataset", (), None)
     assert "trained on the classes of toy itself" in resolve_setting("cross-dataset", toy, NAMES).notes[0]
     with pytest.raises(ValueError, match="setting: expected one of inductive, .*: the weights do not say"):
         resolve_setting(None, toy, None)

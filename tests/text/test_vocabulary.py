@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from zs3fast.text import class_names, datasets, parse_classes, read_class_file, seen_classes, unseen_classes
+from zs3fast.text import (
+    class_names,
+    datasets,
+    parse_classes,
+    read_class_file,
+    seen_classes,
+    unseen_classes,
+    whole_names,
+)
 from zs3fast.text.templates import MULTI, SINGLE, resolve_templates
 
 SPLITS = {  # dataset: (C, names of the unseen classes)
@@ -56,6 +64,7 @@ def test_lists_are_copies():
         (["grass", "cat"], [("grass",), ("cat",)]),
         (["sofa, couch", " potted   plant "], [("sofa", "couch"), ("potted plant",)]),
         ([("sofa", "couch"), "cat"], [("sofa", "couch"), ("cat",)]),
+        (whole_names(["screen, crt screen", "screen,  silver"]), [("screen, crt screen",), ("screen, silver",)]),
         ("猫, Straße", [("猫",), ("Straße",)]),
     ],
 )
@@ -72,6 +81,9 @@ def test_parse_classes_keeps_order_and_synonyms(given, expected):
         ("cat,, dog", "classes: .*empty name in 'cat,, dog'"),
         (["cat", ""], "classes: .*no class"),
         ("cat, dog, Cat", r"classes: 'Cat' is given twice \(classes 1 and 3\)"),
+        (["screen, silver", "screen, crt"], "classes: 'screen' is given twice"),
+        (whole_names(["screen, crt", "Screen,  crt"]), "classes: 'Screen, crt' is given twice"),
+        ([("cat", " ")], "classes: .*no class"),
         (["hot dog", "hot  dog"], "classes: 'hot dog' is given twice"),
     ],
 )

@@ -42,6 +42,10 @@ def test_recipes_say_what_was_published() -> None:
     maft = load_config("maft_coco171_inductive")
     assert (maft.optimizer.lr, maft.optimizer.clip_norm, maft.optimizer.weight_decay) == (1e-5, 0.01, 1e-4)
     assert (maft.micro_batch, maft.schedule.warmup_iterations, maft.schedule.min_lr) == (2, 0, 0.0)
+    shares = {"coco171_inductive": 0.8, "voc20_inductive": 0.7, "ade847_inductive": 2 / 3, "coco171_open_vocabulary": 0}
+    for name, share in shares.items():
+        model = load_config(f"maft_{name}").model
+        assert (model["ensemble"], model["pretrained"]) == (share, "openai")
 
 
 def test_overrides_and_base(tmp_path: Path) -> None:

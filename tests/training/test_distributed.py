@@ -13,10 +13,14 @@ import safetensors.torch
 import torch
 
 from tests.training import tiny_run
+from zs3fast import weights
 from zs3fast.training import checkpoints
 from zs3fast.training.config import TrainConfig, load_config, save_config
+from zs3fast.training.distributed import Workers
+from zs3fast.training.logs import RunLog
 from zs3fast.training.loop import train
-from zs3fast.training.setup import shares
+from zs3fast.training.setup import open_data, shares, text_embeddings
+from zs3fast.training.validation import validate
 
 
 def losses(folder: Path) -> list[float]:
@@ -104,8 +108,20 @@ def test_batches_that_do_not_divide(one: Path) -> None:
 
 
 def test_sharded_encoder(one: Path, tmp_path: Path) -> None:
-    """FSDP2: the same losses, and the same files in the end."""
-    config = replace(load_config(one / "config.yaml"), parallel="fsdp")
+    """FSDP2: the same losses, the scores of the whole model, and the same files in the end."""
+    config = load_config(one / "config.yaml")
+    shown = replace(config.validation, every=3, metric="miou", pictures=1)
+    config = replace(config, parallel="fsdp", validation=shown)
     folder = run_two(config, tmp_path / "run")
     assert losses(folder) == pytest.approx(losses(one), rel=1e-3)
     assert_close(one / "weights.safetensors", folder / "weights.safetensors")
+    entries = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [entry.pop("iteration") for entry in entries] == [3, 6]
+    assert len(list((folder / "predictions").glob("*_v0.png"))) == 2 and (folder / "best.safetensors").is_file()
+    model, _ = weights.load(folder / "weights.safetensors")
+    alone, config = Workers(0, 1, torch.device("cpu")), replace(config, output=str(tmp_path / "alone"))
+    log = RunLog(config.folder, alone, 0, 6, 4, False)
+    text = text_embeddings(config, open_data(config), model)
+    scores = validate(config, model, text, alone, log, 6)
+    log.close()
+    assert {name: entries[1][name] for name in scores} == pytest.approx(scores)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +173,31 @@ def test_validation_keeps_the_best(tmp_path: Path) -> None:
     assert same_weights(train(without).weights, result.weights)  # looking at a run does not change it
 
 
+def test_the_best_of_another_metric_does_not_compare(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path, iterations=2, validation={"every": 2, "metric": "pacc", "limit": 1})
+    assert train(config).best["metric"] == "pacc"
+    path = checkpoints.list_checkpoints(config.folder)[-1]
+    tensors, facts = checkpoints.read_checkpoint(path)
+    path.unlink()
+    facts |= {"iteration": 1, "best": {**facts["best"], "value": 100.0, "iteration": 1}}
+    checkpoints.write_checkpoint(config.folder, tensors, facts, keep=1)
+    (config.folder / "best.safetensors").unlink()
+    other = replace(config, validation=replace(config.validation, metric="miou"))
+    best = train(other, resume=True).best
+    assert (best["metric"], best["iteration"]) == ("miou", 2) and best["value"] < 100
+    assert (config.folder / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_named_when_its_turn_comes(workers: int, tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    config = replace(config, data=replace(config.data, workers=workers))
+    broken = Path(config.data.root) / "JPEGImages/t3.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"^image: \S+t3.jpg[^\n]*$"):
+        train(config)
+
+
 def test_recomputing_and_workers_change_nothing(reference: RunResult, tmp_path: Path) -> None:
     config = load_config(reference.folder / "config.yaml")
     config = replace(
@@ -195,6 +222,16 @@ def test_refusals_before_the_first_step(reference: RunResult, tmp_path: Path) ->
     np.save(other, -np.load(other))
     with pytest.raises(ValueError, match="frozen weights or text embeddings differ"):
         train(replace(config, text=replace(config.text, embeddings=str(other))), resume=True)
+
+    listing = Path(config.data.root) / "ImageSets/Segmentation/train.txt"
+    names = listing.read_text()
+    listing.write_text(names + "v0\n")
+    with pytest.raises(ValueError, match=r"trained on other data: voc20 train, 10 items, ids \w{8}; .* 11 items, ids"):
+        train(config, resume=True)
+    listing.write_text(names.replace("t0", "v0"))
+    with pytest.raises(ValueError, match=r"trained on other data: voc20 train, 10 items, .* 10 items, ids"):
+        train(config, resume=True)
+    listing.write_text(names)
 
     whole = newest.read_bytes()
     newest.write_bytes(whole[: len(whole) // 2])
@@ -232,8 +269,43 @@ def test_bad_configurations(changes: dict, message: str, tmp_path: Path) -> None
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path)
-    with checkpoints.run_lock(config.folder), pytest.raises(ValueError, match="another process is training in"):
-        train(config)
+    with checkpoints.run_lock(config.folder):
+        for _ in range(2):  # a refusal leaves the lock where it is
+            with pytest.raises(ValueError, match="another run is training in"):
+                train(config)
+        other = multiprocessing.get_context("fork").Process(target=holds_the_lock, args=(config.folder, None))
+        other.start()
+        other.join()
+        assert other.exitcode == 1
+    with checkpoints.run_lock(config.folder):
+        pass
+
+
+def holds_the_lock(folder: Path, ready: Connection | None) -> None:
+    """What a run with a reading worker does: the lock, then a child that outlives it."""
+    checkpoints._held.clear()  # of the process this one was forked from
+    with checkpoints.run_lock(folder):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        ready.send(worker.pid)
+        time.sleep(60)
+
+
+def test_workers_that_outlive_a_killed_run_do_not_hold_its_folder(tmp_path: Path) -> None:
+    ready, far = multiprocessing.Pipe()
+    run = multiprocessing.get_context("fork").Process(target=holds_the_lock, args=(tmp_path, far))
+    run.start()
+    worker = ready.recv()
+    with pytest.raises(ValueError, match="another run is training in"), checkpoints.run_lock(tmp_path):
+        pass
+    run.kill()
+    run.join()
+    os.kill(worker, 0)  # it is still there
+    try:
+        with checkpoints.run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

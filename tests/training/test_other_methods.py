@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from zs3fast import weights
 from zs3fast.models.registry import create_model
 from zs3fast.training.config import TrainConfig
 from zs3fast.training.loop import train
-from zs3fast.training.proposing import connected_labels
-from zs3fast.training.setup import build_step, open_data
+from zs3fast.training.proposing import connected_labels, usable
+from zs3fast.training.setup import build_model, build_step, open_data, text_embeddings
 from zs3fast.training.steps import PairStep, ProposalStep
+from zs3fast.types import Proposals
 
 VOCABULARY = {"clip": CLIP, "num_classes": 7, "seen": SEEN}
 
@@ -92,10 +94,26 @@ def test_an_unlabelled_batch_trains_nothing_and_breaks_nothing() -> None:
     assert torch.isfinite(loss)
 
 
+def test_a_proposers_own_classes_play_no_part_in_training() -> None:
+    """Its class scores are for the ensemble of the test, and of other classes than those in training."""
+
+    def propose(images: Tensor, labels: Tensor) -> Proposals:
+        found = connected_labels(255)(images, labels)
+        scores = torch.rand(*found.valid.shape, 4).softmax(-1)
+        return usable(replace(found, class_scores=scores, class_names=("a", "b", "c")), images.device)
+
+    torch.manual_seed(0)
+    model = create_model("maft", start_layer=1, image_size=64, ensemble=0.8, **VOCABULARY)
+    step = ProposalStep(
+        model, tiny_inputs()[1], setting="inductive", ignore_index=255, propose=propose, clip_size=64
+    ).train()
+    assert torch.equal(step(maft_batch())["loss"], proposal_step()(maft_batch())["loss"])
+
+
 def run_config(tmp_path: Path, method: str, **changes: object) -> TrainConfig:
     root = tiny_run.voc_tree(tmp_path / "VOC2012", side=192)  # tests of voc5i leave out small objects
-    name, width, classes = ("voc5i", 64, 21) if method == "clsclip" else ("voc20", 32, 20)
-    text = tiny_run.text_file(tmp_path / "text.npy", classes, width)
+    name, width = ("voc5i", 64) if method == "clsclip" else ("voc20", 32)
+    text = tiny_run.text_file(tmp_path / "text.npy", 20, width)
     model = (
         {"nav_layers": [1], "decoder_width": 16, "decoder_ffn": 32}
         if method == "clsclip"
@@ -117,6 +135,22 @@ def test_clsclip_trains_on_pairs(tmp_path: Path) -> None:
     assert np.mean(found[-5:]) < np.mean(found[:5])
     assert result.iterations == len(found) > 10 and result.best is not None
     assert weights.load(result.weights)[0].method == "clsclip"
+
+
+def test_background_of_a_fold_needs_no_text(tmp_path: Path) -> None:
+    """The file that `zs3fast eval` takes serves training too."""
+    config = run_config(tmp_path, "clsclip")
+    dataset = open_data(config)
+    model = build_model(config, dataset)
+    rows = text_embeddings(config, dataset, model)
+    assert torch.equal(rows[:20], torch.from_numpy(np.load(tmp_path / "text.npy")).float()) and not rows[20].any()
+    tiny_run.text_file(tmp_path / "text.npy", 21, 64)
+    assert text_embeddings(config, dataset, model)[20].any()
+    tiny_run.text_file(tmp_path / "text.npy", 19, 64)
+    with pytest.raises(
+        ValueError, match=r"text.embeddings: .*text.npy has 19 rows, expected one for each of 21 classes"
+    ):
+        text_embeddings(config, dataset, model)
 
 
 def test_maft_trains_on_proposals(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ _SPLITS = {"train": "training", "val": "validation"}
 
 
 def ade150(root: Path, split: str) -> Source:
-    """Masks with 0 ("other") ignored and k -> k - 1."""
+    """Masks with 0 ("other") and 255 ignored and k -> k - 1."""
     part = _SPLITS[split]
-    table = value_table({k: k - 1 for k in range(1, 151)}, (0,), 255)
+    table = value_table({k: k - 1 for k in range(1, 151)}, (0, 255), 255)
     layouts = [Folders(f"images/{part}", f"annotations/{part}", table)]
     prefixes = ("ADEChallengeData2016", "ade/ADEChallengeData2016")
     place, layout = find_folders(root, prefixes, layouts, f"ADE20K-150, {split}")

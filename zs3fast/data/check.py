@@ -40,6 +40,7 @@ class CheckReport:
     broken:       (id, reason) of those that cannot be used, in dataset order.
     images:       int64 [C]: sound pairs in which each class occurs.  pixels: int64 [C]: its pixels in them.
     ignored:      pixels that carry the ignore index.
+    unlabelled:   images beside those of the pairs that have no label map, see `SegmentationDataset.unlabelled`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class CheckReport:
     images: np.ndarray = field(repr=False)
     pixels: np.ndarray = field(repr=False)
     ignored: int
+    unlabelled: list[Path]
     class_names: list[str] = field(repr=False)
 
     @property
@@ -93,6 +95,7 @@ def check_dataset(
         images=counts[0],
         pixels=counts[1],
         ignored=ignored,
+        unlabelled=dataset.unlabelled(),
         class_names=dataset.class_names,
     )
 

@@ -36,7 +36,7 @@ def data_check(
     """Read every image and label map of a dataset, count them, and name the broken pairs.
 
     A pair is broken if a file is missing or damaged, if image and labels differ in size, or if a label is out of
-    range. Exit code 1 if there is one.
+    range. Exit code 1 if there is one. Images without a label map belong to no pair; they are mentioned.
     """
     with one_line_errors(USAGE_ERROR):
         found = _open(root, dataset, split)
@@ -44,6 +44,7 @@ def data_check(
     stdout.print(_table(reports))
     for report in reports:
         _say_broken(report)
+        _say_unlabelled(report)
     if any(report.broken for report in reports):
         raise typer.Exit(RUN_ERROR)
 
@@ -109,3 +110,12 @@ def _say_broken(report: CheckReport) -> None:
         f"[red]broken[/] {report.name} {report.split}, first pair {escape(name)}: {escape(reason)}{more}",
         soft_wrap=True,
     )
+
+
+def _say_unlabelled(report: CheckReport) -> None:
+    if not report.unlabelled:
+        return
+    count = len(report.unlabelled)
+    what = "1 image has" if count == 1 else f"{count} images have"
+    first = escape(str(report.unlabelled[0]))
+    stdout.print(f"[yellow]note[/] {report.name} {report.split}: {what} no label map, first {first}", soft_wrap=True)

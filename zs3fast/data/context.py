@@ -19,13 +19,13 @@ def context59(root: Path, split: str) -> Source:
     names = class_names("context59")
     try:
         return _listed(root, split, names, table)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         mapped = value_table({k: k for k in range(59)}, (255,), 255)
         layouts = _detectron2(split, f"pc59_{split}", "annotations_ctx59", mapped, ".png")
         try:
             place, layout = find_folders(root, (*_PREFIXES, _DETECTRON2), layouts, f"PASCAL Context 59, {split}")
         except ValueError as second:
-            raise ValueError(f"{error}; nor {second}") from None
+            raise type(error)(f"{error}; nor {second}") from None
         return folder_source(place, layout, names, 255)
 
 
@@ -64,7 +64,7 @@ def _detectron2(split: str, beside: str, apart: str, table, *suffixes: str) -> l
         folders
         for suffix in suffixes
         for folders in (
-            Folders("JPEGImages", f"annotations_detectron2/{beside}", table, suffix),
+            Folders("JPEGImages", f"annotations_detectron2/{beside}", table, suffix, shared=True),
             Folders(f"images/{part}", f"{apart}/{part}", table, suffix),
         )
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -143,6 +144,14 @@ class SegmentationDataset(Dataset[Sample]):
                     absent.append((name, path))
         return absent
 
+    def unlabelled(self) -> list[Path]:
+        """Images beside those of the pairs that have no label map; none where their folder holds other splits too."""
+        if self._source.shared:
+            return []
+        folder, known = self.image_path(0).parent, {self.image_path(index).name for index in range(len(self))}
+        extra = sorted(names_in(folder) - known)
+        return [folder / name for name in extra if name.endswith(".jpg") and not name.startswith(".")]
+
     def stamps(self) -> Iterator[str]:
         """What the label maps depend on, for the key of what is cached about them."""
         for index in range(len(self)):
@@ -159,6 +168,11 @@ class SegmentationDataset(Dataset[Sample]):
             logger.warning("%s: no seen/unseen split, it is counted on the training images (%s)", self.name, error)
             return []
         return [c for c, images in enumerate(images_per_class(training)) if images <= _RARE]
+
+
+def ids_digest(ids: Iterable[str]) -> str:
+    """SHA-256 of the names of a dataset's pairs, in order."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def list_datasets() -> list[str]:

@@ -22,6 +22,7 @@ class Source:
     class_names:    C names.
     table:          int32 [256] or [65536]: mask value -> class index, `ignore_index` or -1 for what is no label.
     ignore_index:   255, or 65535 where C > 255.
+    shared:         whether the folder of images holds others too, so that an image without a mask means nothing.
     """
 
     ids: list[str]
@@ -31,6 +32,7 @@ class Source:
     table: np.ndarray
     ignore_index: int
     label_choice: np.ndarray | None = None
+    shared: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Folders:
 
     images, labels: folders under the root.  label_suffix: of the mask files; what comes before it is the id.
     table: meaning of the masks' values.  not_suffix: files that end so are no masks of this layout.
+    shared: whether the folder of images holds those of other splits too.
     """
 
     images: str
@@ -46,6 +49,7 @@ class Folders:
     table: np.ndarray
     label_suffix: str = ".png"
     not_suffix: str | None = None
+    shared: bool = False
 
     def __str__(self) -> str:
         return f"{self.images}/*.jpg with {self.labels}/*{self.label_suffix}"
@@ -93,6 +97,7 @@ def folder_source(place: Path, layout: Folders, class_names: Iterable[str], igno
         tuple(class_names),
         layout.table,
         ignore_index,
+        shared=layout.shared,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def _source(root: Path, split: str, names: tuple[str, ...] | list[str], table: n
 
 def _is_voc(place: Path) -> bool:
     name = place.resolve().name
-    if name.startswith("VOC20") and name != "VOC2012":  # another year, with other lists
+    if re.fullmatch(r"VOC20\d\d", name) and name != "VOC2012":  # another year, with other lists
         return False
     return (place / "JPEGImages").is_dir() and (place / "ImageSets/Segmentation/val.txt").is_file()
 

@@ -39,7 +39,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="inductive, transductive, supervised, cross-dataset or background-undifferentiated. Left out: "
-            "inductive where the weights were trained on this dataset, cross-dataset where not."
+            "as the weights were trained where that was on this dataset, cross-dataset where not."
         ),
     ] = None,
     trained_on: Annotated[

@@ -144,6 +144,7 @@ def evaluate_pairs(
     progress: Progress | None = None,
     partial: PartialResults | None = None,
     settings: dict[str, Any] | None = None,
+    notes: Iterable[str] = (),
 ) -> Report:
     """Score binary masks over (image, class) pairs (ClsCLIP: PASCAL-5i and COCO-20i).
 
@@ -153,6 +154,7 @@ def evaluate_pairs(
         segmenter_like: (image uint8 [H, W, 3], P class indices) -> bool masks [P, H, W]; see `PairSegmenter`.
         pairs: (image index, class index), as `zs3fast.data.test_pairs` lists them.
         limit: only the first so many pairs.
+        notes: what a reader of the report should know.
         others: as in `evaluate`; processes share the images.
     """
     pairs = list(pairs)
@@ -185,13 +187,14 @@ def evaluate_pairs(
         images=len(items),
         seconds=time.perf_counter() - started,
         settings={"limit": limit, **(settings or {})},
+        notes=tuple(notes),
     )
 
 
-class _Reader(Dataset):
-    """Samples by index; what cannot be read comes back as the error, since a worker would bury it in a traceback."""
+class Reader(Dataset):
+    """Items by index; what cannot be read comes back as the error, since a worker would bury it in a traceback."""
 
-    def __init__(self, dataset: LabelledImages):
+    def __init__(self, dataset: Dataset | LabelledImages):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -219,7 +222,7 @@ def _run(
     scored = {record["image"] for record in earlier_records}
     mine = [item for item in items if item[0] not in scored][rank::world]
     order = [index for index, _ in mine]
-    loader = DataLoader(_Reader(dataset), batch_size=None, sampler=order, num_workers=workers, collate_fn=_as_it_is)
+    loader = DataLoader(Reader(dataset), batch_size=None, sampler=order, num_workers=workers, collate_fn=_as_it_is)
     records: list[ItemScore] = []
     for done, ((index, asked), sample) in enumerate(zip(mine, loader), 1):
         if isinstance(sample, Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial as bound
@@ -9,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from zs3fast.data import SegmentationDataset, open_dataset, test_pairs
+from zs3fast.data.datasets import ids_digest
 from zs3fast.evaluation.evaluate import ItemScore, Report, evaluate, evaluate_pairs
 from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
-from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, published_items, resolve_setting
+from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, learned_setting, published_items, resolve_setting
 from zs3fast.evaluation.scores import DENOMINATORS
 from zs3fast.proposals import MaskProposer, load_box_proposer, load_mask_proposer
 from zs3fast.rendering import UNLABELLED
 from zs3fast.segmenter import Segmenter, find_weights, is_converted
-from zs3fast.text import class_names, load_text_embeddings, seen_classes
+from zs3fast.text import class_names, load_text_embeddings, seen_classes, whole_names
+from zs3fast.text.cache import tensor_digest
+from zs3fast.text.vocabulary import ClassEntry, same_name
 
 
 @dataclass(frozen=True)
@@ -74,23 +79,29 @@ def prepare(
     names = images.class_names if fold is None else images.class_names[: images.background]  # which stands last
     rows = None if text_embeddings is None else load_text_embeddings(text_embeddings, len(names))
     masks = None if proposer is None else load_mask_proposer(proposer, device)
-    segmenter = _segmenter(path, names, rows, trained_on, templates, masks, device)
+    segmenter = _segmenter(path, whole_names(names), rows, trained_on, templates, masks, device)
     settings = {
         "method": segmenter.model.config["method"],
         "weights": f"{path.name}, {path.stat().st_size} bytes",
+        "weights_sha256": _weights_digest(segmenter.model),
         "dataset": dataset,
         "split": split,
         "items": len(images),
+        "items_sha256": ids_digest(images.ids),
         "proposer": proposer,
         "text": " | ".join(segmenter.templates) if rows is None else text_embeddings.name,
     }
     if fold is not None:
-        masks = _pair_segmenter(segmenter, images, rows, boxes, no_box, threshold, device)
+        if settings["method"] != "clsclip":
+            raise ValueError(f"weights: {dataset} is for clsclip, these are {settings['method']}'s")
+        rows = _text_rows(segmenter, rows)
+        masks = _pair_segmenter(segmenter, rows, boxes, no_box, threshold, device)
+        settings |= {"text_sha256": tensor_digest(rows)}
         settings |= {"fold": fold, "episodes": episodes, "threshold": threshold}
         if boxes is not None:
             settings |= {"method": "clsclip+", "boxes": boxes, "no_box": no_box}
-        return _pair_job(masks, images, fold, episodes, settings)
-    return _label_job(segmenter, images, setting, denominator, settings)
+        return _pair_job(masks, images, fold, episodes, settings, _fold_notes(segmenter.model, images))
+    return _label_job(segmenter, images, rows, setting, denominator, settings)
 
 
 def noted(report: Report, published: int | None) -> Report:
@@ -111,13 +122,19 @@ def noted(report: Report, published: int | None) -> Report:
 def _label_job(
     segmenter: Segmenter,
     images: SegmentationDataset,
+    rows: Tensor | None,
     name: str | None,
     denominator: str,
     settings: dict[str, Any],
 ) -> Job:
-    setting = resolve_setting(name, images, segmenter.model.config.get("class_names"))
+    model = segmenter.model
+    setting = resolve_setting(name, images, model.config.get("class_names"), learned_setting(model))
+    if setting.name == "cross-dataset" and model.method == "tagclip" and model.trusty_token is not None:
+        model.trusty_token, model.trusty_weighting = None, "off"
+        setting = replace(setting, notes=(*setting.notes, "cross-dataset: the trusty token is left out, as published"))
     label = labeller(segmenter, images.class_names, setting.calibrated)
-    settings = {**settings, "setting": setting.name, "denominator": denominator}
+    settings = {**settings, "text_sha256": tensor_digest(_text_rows(segmenter, rows))}
+    settings |= {"setting": setting.name, "denominator": denominator}
     options = {"setting": setting, "denominator": denominator, "pass_paths": True, "settings": settings}
     return Job(
         dataset=images,
@@ -129,24 +146,29 @@ def _label_job(
 
 
 def _pair_segmenter(
-    segmenter: Segmenter,
-    images: SegmentationDataset,
-    rows: Tensor | None,
-    boxes: str | None,
-    no_box: str,
-    threshold: float,
-    device: str,
+    segmenter: Segmenter, rows: Tensor, boxes: str | None, no_box: str, threshold: float, device: str
 ) -> PairSegmenter | ZoomingPairSegmenter:
     """ClsCLIP, or with boxes ClsCLIP+."""
-    model = segmenter.model
-    if model.config["method"] != "clsclip":
-        raise ValueError(f"weights: {images.name} is for clsclip, these are {model.config['method']}'s")
-    if rows is None:
-        rows = segmenter.text_encoder.encode(segmenter.classes, segmenter.templates, text_token=model.text_token)
     if boxes is None:
-        return PairSegmenter(model, rows, threshold)
+        return PairSegmenter(segmenter.model, rows, threshold)
     names = [entry[0] for entry in segmenter.classes]
-    return ZoomingPairSegmenter(model, rows, names, load_box_proposer(boxes, device), no_box, threshold)
+    return ZoomingPairSegmenter(segmenter.model, rows, names, load_box_proposer(boxes, device), no_box, threshold)
+
+
+def _fold_notes(model: nn.Module, images: SegmentationDataset) -> tuple[str, ...]:
+    """A word on weights that learned what the fold holds out."""
+    if model.class_names is None:
+        return ()
+    learned = {_joined(model.class_names[c]) for c in model.seen}
+    leaked = [images.class_names[c] for c in images.unseen if _joined(images.class_names[c]) in learned]
+    if not leaked:
+        return ()
+    return (f"fold {images.fold} holds out what the weights saw in training: {', '.join(leaked)}: not zero-shot",)
+
+
+def _joined(name: str) -> str:
+    """A name without its spaces, of which VOC's own have none."""
+    return same_name(name).replace(" ", "")
 
 
 def _pair_job(
@@ -155,6 +177,7 @@ def _pair_job(
     fold: int,
     episodes: str,
     settings: dict[str, Any],
+    notes: tuple[str, ...],
 ) -> Job:
     if episodes != "all" and not episodes.isdecimal():
         raise ValueError(f"episodes: expected all or a number, got {episodes!r}")
@@ -166,16 +189,29 @@ def _pair_job(
 
     return Job(
         dataset=images,
-        run=bound(evaluate_pairs, masks, images, pairs, pass_paths=True, settings=settings),
+        run=bound(evaluate_pairs, masks, images, pairs, pass_paths=True, settings=settings, notes=notes),
         shown=shown,
         settings=settings,
         published=published_items(images.name, fold) if (images.split, episodes) == ("val", "all") else None,
     )
 
 
+def _text_rows(segmenter: Segmenter, rows: Tensor | None) -> Tensor:
+    """Embeddings of the segmenter's classes: those given, or the text tower's."""
+    if rows is not None:
+        return rows
+    return segmenter.text_encoder.encode(segmenter.classes, segmenter.templates, text_token=segmenter.model.text_token)
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """A digest of a model: its configuration and its tensors."""
+    config = json.dumps(model.config, sort_keys=True)
+    return tensor_digest(torch.tensor(list(config.encode()), dtype=torch.uint8), *model.state_dict().values())
+
+
 def _segmenter(
     path: Path,
-    names: Sequence[str],
+    names: Sequence[ClassEntry],
     rows: Tensor | None,
     trained_on: str | None,
     templates: str | None,

@@ -12,11 +12,14 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from zs3fast.segmenter import Segmenter
 
 # In the order of their chapters; "fold" is the (image, class) pairs of PASCAL-5i and COCO-20i.
 SETTINGS = ("inductive", "transductive", "supervised", "cross-dataset", "background-undifferentiated", "fold")
 PAIR_DATASETS = ("voc5i", "coco20i")
+ONE_STAGE = ("zegclip", "tagclip", "clip_rc")
 
 # Images of the published test sets; pairs where a fold of pairs is the set.
 PUBLISHED_ITEMS: dict[str, int | tuple[int, ...]] = {
@@ -35,6 +38,12 @@ UNDIFFERENTIATED_NOTE = (
     "background-undifferentiated: the evaluation vocabulary of the published row is not described; here training "
     "merges unseen classes into the background and evaluation is that of the inductive setting"
 )
+
+_SIGNS = {
+    "supervised": "training saw all classes",
+    "transductive": "its seen classes have no offset",
+    "inductive": "training saw only some of the classes",
+}
 
 
 class LabelledImages(Protocol):
@@ -72,7 +81,22 @@ class Setting:
     notes: tuple[str, ...] = ()
 
 
-def resolve_setting(name: str | None, dataset: LabelledImages, vocabulary: Sequence[str] | None) -> Setting:
+def learned_setting(model: nn.Module) -> str | None:
+    """The setting that weights look to have been trained in, on their own vocabulary; None where they do not say.
+
+    All classes seen: supervised. Else no offset on the seen ones, as self-training of the one-stage methods leaves
+    them: transductive. Else inductive.
+    """
+    if model.num_classes is None or not model.seen:
+        return None
+    if len(model.seen) == model.num_classes:
+        return "supervised"
+    return "transductive" if model.method in ONE_STAGE and model.seen_offset == 0 else "inductive"
+
+
+def resolve_setting(
+    name: str | None, dataset: LabelledImages, vocabulary: Sequence[str] | None, learned: str | None = None
+) -> Setting:
     """The setting of an evaluation.
 
     | setting | seen for the model | scored |
@@ -80,12 +104,13 @@ def resolve_setting(name: str | None, dataset: LabelledImages, vocabulary: Seque
     | inductive, background-undifferentiated | the dataset's seen classes | seen, unseen |
     | transductive | none: after self-training nothing is offset and no trusty map weighs | seen, unseen |
     | supervised | all: an equal offset | the zero-shot split all the same, as the papers do |
-    | cross-dataset | all | all classes |
+    | cross-dataset | none: no class is favoured, and in an ensemble all lean on CLIP | all classes |
 
     Args:
-        name: one of `SETTINGS` but "fold"; None: inductive where the model was trained on this dataset's classes,
-            cross-dataset where not.
+        name: one of `SETTINGS` but "fold"; None: `learned`, or inductive, where the model was trained on this dataset's
+            classes, cross-dataset where not.
         vocabulary: names of the classes the model was trained on; None: unknown.
+        learned: what the weights look like, see `learned_setting`; a `name` that disagrees gets a note.
     Raises:
         ValueError: an unknown name, a split the dataset does not have, or a model trained on other classes.
     """
@@ -96,11 +121,10 @@ def resolve_setting(name: str | None, dataset: LabelledImages, vocabulary: Seque
     if name is None:
         if vocabulary is None:
             raise ValueError(f"setting: expected one of {', '.join(names)}: the weights do not say what they learned")
-        name = "inductive" if own and dataset.unseen else "cross-dataset"
-    everything = tuple(range(dataset.num_classes))
+        name = (learned or "inductive") if own and dataset.unseen else "cross-dataset"
     if name == "cross-dataset":
         note = f"cross-dataset: the weights were trained on the classes of {dataset.name} itself"
-        return Setting(name, everything, None, (note,) if own else ())
+        return Setting(name, (), None, (note,) if own else ())
     if not dataset.unseen or not dataset.seen:
         raise ValueError(f"setting: {dataset.name} has no seen and unseen classes, so {name} cannot be scored on it")
     if vocabulary is not None and not own:
@@ -109,8 +133,12 @@ def resolve_setting(name: str | None, dataset: LabelledImages, vocabulary: Seque
             "(cross-dataset scores that)"
         )
     seen = tuple(dataset.seen)
-    calibrated = {"transductive": (), "supervised": everything}.get(name, seen)
-    return Setting(name, calibrated, seen, (UNDIFFERENTIATED_NOTE,) if name == "background-undifferentiated" else ())
+    calibrated = {"transductive": (), "supervised": tuple(range(dataset.num_classes))}.get(name, seen)
+    notes = (UNDIFFERENTIATED_NOTE,) if name == "background-undifferentiated" else ()
+    expected = "inductive" if name == "background-undifferentiated" else name
+    if own and learned not in (None, expected):
+        notes += (f"{name} was asked for, but the weights look {learned}: {_SIGNS[learned]}",)
+    return Setting(name, calibrated, seen, notes)
 
 
 def labeller(segmenter: Segmenter, class_names: Sequence[str], calibrated: Sequence[int]) -> Callable[..., np.ndarray]:
@@ -119,14 +147,17 @@ def labeller(segmenter: Segmenter, class_names: Sequence[str], calibrated: Seque
     Args:
         calibrated: the classes that count as seen, see `Setting`.
     """
-    segmenter.check(class_names, seen=calibrated)
+    from zs3fast.text import whole_names  # the text room brings open_clip
+
+    names = whole_names(class_names)
+    segmenter.check(names, seen=calibrated)
 
     def label(image: np.ndarray, path: Path | None = None) -> np.ndarray:
         picture: Any = image
         if path is not None:  # proposers that read their masks from files go by the picture's name
             picture = Image.fromarray(image)
             picture.filename = os.fspath(path)
-        return segmenter(picture, class_names, seen=calibrated).labels
+        return segmenter(picture, names, seen=calibrated).labels
 
     return label
 

@@ -30,7 +30,7 @@ def scores_for_classes(
     meant = [meanings(name.split(","), aliases) for name in own]
     columns = []
     for names in class_names:
-        wanted = meanings(names, aliases)
+        wanted = meanings([part for name in names for part in name.split(",")], aliases)
         index = [i for i, words in enumerate(meant) if words & wanted]
         columns.append(scores[..., index].sum(-1) if index else torch.full_like(scores[..., 0], float("nan")))
     columns.append(scores[..., -1])

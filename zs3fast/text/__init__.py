@@ -4,7 +4,7 @@ from zs3fast.text.cache import cache_dir
 from zs3fast.text.class_lists import class_names, datasets, seen_classes, unseen_classes
 from zs3fast.text.embeddings import load_text_embeddings
 from zs3fast.text.templates import MULTI, SINGLE, TEMPLATES, resolve_templates
-from zs3fast.text.vocabulary import parse_classes, read_class_file
+from zs3fast.text.vocabulary import parse_classes, read_class_file, whole_names
 
 __all__ = [
     "MULTI",
@@ -20,6 +20,7 @@ __all__ = [
     "resolve_templates",
     "seen_classes",
     "unseen_classes",
+    "whole_names",
 ]
 
 

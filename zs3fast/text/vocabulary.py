@@ -18,7 +18,8 @@ def parse_classes(classes: str | Iterable[str | Sequence[str]], argument: str = 
 
     Args:
         classes: one string of classes with commas between them, "cat, grass"; or a sequence with one item a class: a
-            name, a line "sofa, couch" (the first name is displayed, the others are synonyms) or a tuple of names.
+            name, a line "sofa, couch" (the first name is displayed, the others are synonyms) or a tuple of names, whose
+            commas are part of them.
         argument: what error messages call `classes`.
     Raises:
         ValueError: no class, an empty name, or a class given twice (case and spacing do not tell names apart: CLIP
@@ -29,6 +30,11 @@ def parse_classes(classes: str | Iterable[str | Sequence[str]], argument: str = 
     else:
         entries = [_entry(item, argument) for item in classes]
     return check_entries(entries, argument)
+
+
+def whole_names(names: Iterable[str]) -> list[ClassEntry]:
+    """A dataset's class names as classes: each is one name, commas and all, as published text embeddings read them."""
+    return [(name,) for name in names]
 
 
 def read_class_file(path: str | os.PathLike[str]) -> list[ClassEntry]:
@@ -73,12 +79,16 @@ def _entry(item: str | Sequence[str], argument: str) -> ClassEntry:
         return tuple(_names(item, argument))
     if not isinstance(item, Sequence) or not item or not all(isinstance(name, str) for name in item):
         raise TypeError(f"{argument}: each class is a name, a line of synonyms or a tuple of names, got {item!r}")
-    return tuple(_names(",".join(item), argument))
+    return tuple(_name(name, name, argument) for name in item)
 
 
 def _names(line: str, argument: str) -> list[str]:
-    names = [" ".join(name.split()) for name in line.split(",")]
-    if not all(names):
-        what = "no class" if not any(names) else f"an empty name in {line!r}"
+    return [_name(name, line, argument) for name in line.split(",")]
+
+
+def _name(name: str, line: str, argument: str) -> str:
+    """A name with single spaces; `line` is what it stands in."""
+    if not name.strip():
+        what = f"an empty name in {line!r}" if line.strip(", ") else "no class"
         raise ValueError(f"{argument}: expected names with commas between them, got {what}")
-    return names
+    return " ".join(name.split())

@@ -28,6 +28,7 @@ from zs3fast.weights import CheckpointError
 METADATA_KEY = "zs3fast_training"
 _NAME = re.compile(r"iteration_(\d{8})\.safetensors")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_held: set[Path] = set()  # folders that this process trains in
 
 
 def checkpoint_path(folder: Path, iteration: int) -> Path:
@@ -42,19 +43,30 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder for as long as this process lives (where the system has file locks)."""
+    """Keep a second run out of the folder for as long as this process lives (where the system has file locks).
+
+    The lock is the process's own: reading workers, which outlive one that was killed for some seconds, do not hold it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    held = folder.resolve()
+    busy = f"output: another run is training in {folder}"
+    if held in _held:  # to its owner a process's lock is no obstacle, and closing the file again would drop it
+        raise ValueError(busy)
     with open(folder / ".lock", "w") as file:
         try:
             import fcntl  # not on every system
         except ImportError:
-            yield
-            return
+            pass
+        else:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(busy) from None
+        _held.add(held)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"output: another process is training in {folder}") from None
-        yield
+            yield
+        finally:
+            _held.remove(held)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -20,15 +20,21 @@ def export_weights(model: nn.Module, path: Path, group: Workers) -> None:
 
     A CLIP that has no name to find its text tower by takes it along.
     """
-    state, tower = model.state_dict(), _own_tower(model) if group.main else {}
-    if any(isinstance(tensor, DTensor) for tensor in state.values()):
-        state = {name: whole(tensor).cpu() for name, tensor in state.items()}
-        if group.main:
-            model = create_model(**{**model.config, "pretrained": None})
-            model.load_state_dict(state)
+    tower = _own_tower(model) if group.main else {}
+    model = whole_model(model)
     if group.main:
         weights.save(model, path, tower)
         durable(path)
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """The model, or where it is sharded a whole copy of it on the CPU; every process must call this."""
+    state = model.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return model
+    copy = create_model(**{**model.config, "pretrained": None})
+    copy.load_state_dict({name: whole(tensor).cpu() for name, tensor in state.items()})
+    return copy
 
 
 def _own_tower(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zs3fast.data.datasets import ids_digest
 from zs3fast.training import checkpoints, distributed, setup, validation
 from zs3fast.training.config import TrainConfig, changed_keys, save_config
 from zs3fast.training.distributed import Workers
@@ -75,7 +76,8 @@ def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
     config = replace(config, iterations=iterations, epochs=None)
     freeze(model)
     frozen = checkpoints.frozen_digest(model, text)
-    tensors, facts = _read(previous, config, frozen) if previous else ({}, {"iteration": 0, "best": None})
+    source = {"dataset": f"{dataset.name} {dataset.split}", "items": len(data), "ids": ids_digest(dataset.ids)}
+    tensors, facts = _read(previous, config, frozen, source) if previous else ({}, {"iteration": 0, "best": None})
 
     step = setup.build_step(config, dataset, model, text, group.device)
     if config.checkpoint_activations:
@@ -88,19 +90,24 @@ def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
         checkpoints.restore(tensors, model, optimizer, previous)
         del tensors
     start, best = facts["iteration"], facts["best"]
+    if best is not None and best["metric"] != config.validation.metric:
+        best = None  # scores of another kind do not compare
     if group.main:
         checkpoints.remove_leftovers(config.folder)
         save_config(config, config.folder / "config.yaml")
     log = RunLog(config.folder, group, start, iterations, split.total, config.log.tensorboard)
     if previous:
         log.note(f"going on from {previous} at iteration {start} of {iterations}")
-    saved = {"config": config.to_dict(), "frozen": frozen, "world": group.world}
+    saved = {"config": config.to_dict(), "frozen": frozen, "data": source, "world": group.world}
     terms: dict[str, float] = {}
     try:
         batches = iter(setup.make_loader(data, config, split, group, start, iterations))
         for iteration in range(start, iterations):
             lr = learning_rate(config.schedule, iteration, iterations, config.optimizer.lr)
-            batch = _to_device(next(batches), group.device)
+            batch = next(batches)
+            if isinstance(batch, Exception):
+                raise batch
+            batch = _to_device(batch, group.device)
             losses = gradients(spread, step, batch, split, group, (config.seed, iteration))
             set_learning_rate(optimizer, lr)
             if config.optimizer.clip_norm is not None:
@@ -140,7 +147,7 @@ def gradients(
     parts = [{name: value[i : i + split.micro_batch] for name, value in batch.items()} for i in _starts(split)]
     average = step.count(batch)
     if average is not None:
-        average = group.total(average) / (group.world * split.micro_batches)
+        average = group.total(average).clamp_min(1) / (group.world * split.micro_batches)
     sums: Terms = {}
     for index, part in enumerate(parts):
         torch.manual_seed(_mix(*seed, group.rank * split.micro_batches + index))
@@ -177,7 +184,9 @@ def previous_checkpoint(folder: Path, resume: bool) -> Path | None:
     return found[-1] if found else None
 
 
-def _read(path: Path, config: TrainConfig, frozen: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(
+    path: Path, config: TrainConfig, frozen: str, source: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint of the same run, or an error that names what differs."""
     tensors, facts = checkpoints.read_checkpoint(path)
     changed = changed_keys(facts["config"], config.to_dict())
@@ -187,6 +196,10 @@ def _read(path: Path, config: TrainConfig, frozen: str) -> tuple[dict[str, Tenso
         raise ValueError(
             f"resume: the frozen weights or text embeddings differ from those that {path} was trained with"
         )
+    trained_on = facts.get("data", source)  # the first checkpoints did not say
+    if trained_on != source:
+        before, now = (f"{d['dataset']}, {d['items']} items, ids {d['ids'][:8]}" for d in (trained_on, source))
+        raise ValueError(f"resume: {path} was trained on other data: {before}; data.root holds {now}")
     return tensors, facts
 
 

@@ -35,7 +35,8 @@ def build_proposal_step(
         found = load_mask_proposer(proposer, str(device))
         if isinstance(found, FreeSegProposer):
             found.generator.train(not config.proposals.generator_eval)
-        propose = asked(for_classes(found, text), model.pixel_mean, model.pixel_std)
+        known = text[model.seen] if config.setting == "inductive" else text  # names of unseen classes are not told
+        propose = asked(for_classes(found, known), model.pixel_mean, model.pixel_std)
     return ProposalStep(
         model,
         text,
@@ -72,7 +73,11 @@ def asked(proposer: Callable[..., Proposals], mean: tuple[float, ...], std: tupl
 
 
 def usable(proposals: Proposals, device: torch.device) -> Proposals:
-    """The same proposals with their tensors on a device; where a batch has none at all, one that is empty."""
+    """The same proposals with their tensors on a device; where a batch has none at all, one that is empty.
+
+    The proposer's opinion of their classes, which are others than those in training, is left out: no loss reads it.
+    """
+    proposals = replace(proposals, class_scores=None, class_names=None)
     given = proposals.mask_logits if proposals.masks is None else proposals.masks
     if not given.shape[1]:
         return replace(
@@ -80,8 +85,6 @@ def usable(proposals: Proposals, device: torch.device) -> Proposals:
             masks=torch.zeros(len(given), 1, *proposals.padded_size, device=device),
             valid=torch.zeros(len(given), 1, dtype=torch.bool, device=device),
             mask_logits=None,
-            class_scores=None,
-            class_names=None,
             quality=None,
         )
     moved = {name: value.to(device) for name, value in vars(proposals).items() if isinstance(value, Tensor)}

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from zs3fast import weights
 from zs3fast.data import open_dataset
 from zs3fast.data.datasets import PAINTED, SegmentationDataset
 from zs3fast.data.sampling import PairSet, PositionSampler, TrainingSet, seed_worker
 from zs3fast.data.transforms import train_transform
+from zs3fast.evaluation.evaluate import Reader
 from zs3fast.models.registry import create_model
-from zs3fast.text import TextEncoder, load_text_embeddings
+from zs3fast.text import TextEncoder, load_text_embeddings, whole_names
 from zs3fast.training.config import ONE_STAGE, TrainConfig
 from zs3fast.training.distributed import Workers, encoder_blocks
 from zs3fast.training.proposing import build_proposal_step
@@ -93,16 +94,25 @@ def iterations(config: TrainConfig, samples: int) -> int:
 def make_loader(
     data: TrainingSet, config: TrainConfig, split: Shares, group: Workers, start: int, stop: int
 ) -> DataLoader:
-    """Batches of this process from iteration `start` to `stop`, in order, read ahead by worker processes."""
+    """Batches of this process from iteration `start` to `stop`, in order, read ahead by worker processes.
+
+    In place of a batch that cannot be read comes the error, for the loop to raise.
+    """
     sampler = PositionSampler(start, split.total, group.rank, group.world, stop)
     count = config.data.workers
     return DataLoader(
-        data,
+        Reader(data),
         batch_sampler=sampler,
         num_workers=count,
         pin_memory=group.device.type == "cuda",
         worker_init_fn=seed_worker,
+        collate_fn=_collated,
     )
+
+
+def _collated(items: list[Any]) -> Any:
+    """A `collate_fn`: the batch, or the first error in it."""
+    return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
 
 
 def build_model(config: TrainConfig, dataset: SegmentationDataset) -> nn.Module:
@@ -123,9 +133,19 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset) -> nn.Module:
 
 
 def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn.Module) -> Tensor:
-    """Embeddings [C, D] of all classes of the dataset: the prepared file, or CLIP's text tower."""
+    """Embeddings [C, D] of all classes of the dataset: the prepared file, or CLIP's text tower.
+
+    A file may leave out the background of a fold, which is never asked for: its row is 0 then.
+    """
     if config.text.embeddings is not None:
-        rows = load_text_embeddings(config.text.embeddings, len(dataset.class_names))
+        rows = load_text_embeddings(config.text.embeddings)
+        if len(rows) == dataset.background:  # which stands last
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        if len(rows) != dataset.num_classes:
+            raise ValueError(
+                f"text.embeddings: {config.text.embeddings} has {len(rows)} rows, expected one for each of "
+                f"{dataset.num_classes} classes of {dataset.name}"
+            )
     else:
         clip = model.config
         if not isinstance(clip["clip"], str) and clip["pretrained"] is None:
@@ -133,7 +153,7 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn
         encoder = TextEncoder.from_open_clip(clip["clip"], clip["pretrained"] or "openai")
         templates = config.text.templates or model.templates or "multi"
         options = {"text_token": model.text_token} if config.method == "clsclip" else {}
-        rows = encoder.encode(dataset.class_names, templates, **options)
+        rows = encoder.encode(whole_names(dataset.class_names), templates, **options)
     if rows.shape[1] != model.embed_dim:
         raise ValueError(
             f"text.embeddings: rows of width {rows.shape[1]}, but the model's joint width is {model.embed_dim}"

@@ -2,7 +2,7 @@
 
 A batch is {"images": [B, 3, S, S], "labels": [B, S, S], ...}. Where a loss is a mean over things that differ in number
 from batch to batch, `count` says how many this batch holds; `forward` is then given the average over all micro-batches
-of the iteration, on all processes, so that any split of the same images gives the same gradient.
+of the iteration, on all processes (the total at least 1), so that any split of the same images gives the same gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Step(nn.Module):
 class OneStageStep(Step):
     """ZegCLIP, TagCLIP, CLIP-RC: images and names in, mask losses out.
 
-    The mask losses are divided by n = max(1, masks in all / micro-batches), a mask being a class present in an image
+    The mask losses are divided by n = max(1, masks in all) / micro-batches, a mask being a class present in an image
     (ZegCLIP section 3.4: averaged over workers). In self-training masks depend on the pseudo labels, which each
     micro-batch makes from its own output: there n is averaged over the workers alone.
     """
@@ -77,8 +77,7 @@ class OneStageStep(Step):
     def forward(self, batch: Batch, average: Tensor | None = None) -> Terms:
         with self.autocast():
             out = self.model(batch["images"], self.text_embeddings)
-        masks = None if average is None else average.clamp_min(1)
-        return self.model.loss(out, batch["labels"], self.setting, ignore_index=self.ignore_index, num_masks=masks)
+        return self.model.loss(out, batch["labels"], self.setting, ignore_index=self.ignore_index, num_masks=average)
 
 
 class PairStep(Step):
@@ -95,7 +94,7 @@ class PairStep(Step):
         terms = self.model.loss(out, batch["labels"], pairs=pairs, ignore_index=self.ignore_index)
         if average is None:
             return terms
-        share = self.count(batch) / average.clamp_min(1)
+        share = self.count(batch) / average
         return {name: term * share for name, term in terms.items()}
 
 

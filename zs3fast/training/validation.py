@@ -16,9 +16,11 @@ from zs3fast.evaluation.pictures import panels
 from zs3fast.evaluation.protocols import labeller, resolve_setting
 from zs3fast.rendering import save_picture
 from zs3fast.segmenter import Segmenter
+from zs3fast.text import whole_names
 from zs3fast.training import setup
 from zs3fast.training.config import ONE_STAGE, TrainConfig
 from zs3fast.training.distributed import Workers
+from zs3fast.training.export import whole_model
 from zs3fast.training.logs import RunLog
 
 METRICS = ("hiou", "miou", "miou_seen", "miou_unseen", "pacc", "macc")
@@ -34,11 +36,12 @@ def validate(
     """
     dataset = setup.open_data(config, config.validation.split)
     limit = config.validation.limit
+    shown = whole_model(model).to(group.device)
     try:
         if config.method == "clsclip":
-            report = _pairs(model, text, dataset, limit)
+            report = _pairs(shown, text, dataset, limit)
         else:
-            segmenter = Segmenter(model, text_embeddings=text, class_names=dataset.class_names)
+            segmenter = Segmenter(shown, text_embeddings=text, class_names=whole_names(dataset.class_names))
             setting = resolve_setting(config.setting, dataset, dataset.class_names)
             label = labeller(segmenter, dataset.class_names, setting.calibrated)
             report = evaluate(label, dataset, setting=setting, limit=limit, device=group.device)
