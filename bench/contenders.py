@@ -1,232 +1,80 @@
-"""What `run.py` times against each other: the official structure, zs3fast, and two floors under both.
+"""What `run.py` times against each other: the official structure and zs3fast, on the same weights and inputs.
 
-All run the same weights on the same images and text embeddings, image in, label map out. The floors are the products
-an encoder cannot do without, at the live shapes: prompt tokens are never queries, and their keys and values do not
-depend on the image, so the rows are B * (1 + N) and the attention is (1 + N) x (1 + K + N). CLIP-RC's encoder has M
-rows more, and attention between each region token and its window, both ways. Decoder and pixel stage are in no floor:
-they come on top, and CLIP-RC's decoder of M * C queries is no small part. Both run on torch.mm and torch.bmm: a faster
-library for the same products can get below them.
+Image in, label map out; or one training step. The floors under both are in `bench/floors.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.baselines import OFFICIAL
-from bench.harness import OverBudget, within_budget
+from bench.baselines import OFFICIAL, OfficialMAFT, PlainClsCLIP
+from bench.harness import OverBudget, relative_error, within_budget
+from bench.setting import Setting, make_inputs, make_labels
 
-BUDGET = 1e-5  # relative error of logits and loss; of scores against 1 or the largest logit; official structure
-PASSES = ("inference", "training")
-METHODS = tuple(OFFICIAL)
-PUBLISHED_REGIONS = 16  # M of CLIP-RC
-PROMPTS = {20: 10, 171: 100}  # the published settings: VOC 10 prompts a layer, COCO-Stuff 100
-SEEN = {
-    20: list(range(15)),
-    171: [c for c in range(171) if c not in (19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160)],
-}
-SHAPES = {20: "voc20", 171: "coco171"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One line of the benchmark: a method, its class list and the sizes of its network. Regions: of CLIP-RC only."""
-
-    method: str
-    classes: int
-    batch: int = 1
-    regions: int = PUBLISHED_REGIONS
-    image_size: int = 512
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    embed_dim: int = 512
-    decoder_heads: int = 8
-
-    @property
-    def prompts(self) -> int:
-        return PROMPTS[self.classes]
-
-    @property
-    def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def name(self) -> str:
-        """The method, with its number of regions where that is not the published one."""
-        other = self.method == "clip_rc" and self.regions != PUBLISHED_REGIONS
-        return f"{self.method} M={self.regions}" if other else self.method
-
-    @property
-    def encoder_regions(self) -> int:
-        """Region tokens in the encoder: 0 but for CLIP-RC."""
-        return self.regions if self.method == "clip_rc" else 0
-
-    @property
-    def encoder_name(self) -> str:
-        """What the floors under this setting are called: methods with the same encoder share them."""
-        return f"encoder M={self.regions}" if self.encoder_regions else "encoder"
-
-    @property
-    def shape(self) -> str:
-        return f"{SHAPES[self.classes]}-{self.image_size}-B{self.batch}"
-
-    def tiny(self) -> Setting:
-        """The same structure at sizes that run in milliseconds."""
-        sizes = dict(image_size=64, width=48, layers=3, heads=4, embed_dim=32, decoder_heads=4)
-        return replace(self, **sizes, regions=min(self.regions, 16))  # the grid has 16 patches
-
-
-def make_inputs(setting: Setting, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """Seeded images [B, 3, H, W] and unit text embeddings [C, D]."""
-    generator = torch.Generator().manual_seed(0)
-    side = setting.image_size
-    images = torch.randn(setting.batch, 3, side, side, generator=generator)
-    text = torch.randn(setting.classes, setting.embed_dim, generator=generator)
-    return images.to(device), (text / text.norm(dim=1, keepdim=True)).to(device)
+BUDGET = 1e-5  # float32: relative error of logits and loss; of scores against 1 or the largest logit
+HALF_FACTOR = 2.0  # half types: as many times the official structure's own error in that type, plus one rounding
+COMPILED = {"clsclip": ("pair", "class_scores")}  # else the whole forward pass: a graph of C passes never compiles
 
 
 def make_baseline(setting: Setting, device: str | torch.device = "cpu") -> nn.Module:
-    """The official structure with seeded random weights, in evaluation mode."""
+    """The official (for ClsCLIP the plain) structure with seeded random weights, in evaluation mode."""
     torch.manual_seed(0)
-    model = OFFICIAL[setting.method](
-        seen=SEEN[setting.classes],
-        num_prompts=setting.prompts,
-        image_size=setting.image_size,
-        patch_size=setting.patch_size,
-        width=setting.width,
-        layers=setting.layers,
-        heads=setting.heads,
-        embed_dim=setting.embed_dim,
-        decoder_heads=setting.decoder_heads,
-        **({"regions": setting.regions} if setting.method == "clip_rc" else {}),
-    )
-    return model.eval().to(device)
+    s = setting
+    sizes = {name: getattr(s, name) for name in ("patch_size", "width", "layers", "heads", "embed_dim")}
+    if s.method == "maft":
+        model = OfficialMAFT(grid=s.clip_size // s.patch_size, start_layer=s.start_layer, **sizes)
+    elif s.method == "clsclip":
+        model = PlainClsCLIP(grid=s.clip_size // s.patch_size, text_width=s.embed_dim, **sizes)
+        for linear in model.navigation.values():
+            nn.init.normal_(linear.weight, std=0.1)  # so that classes differ
+    else:
+        regions = {"regions": s.regions} if s.method == "clip_rc" else {}
+        sizes |= {"image_size": s.image_size, "num_prompts": s.prompts, "decoder_heads": s.decoder_heads}
+        model = OFFICIAL[s.method](seen=s.seen, **sizes, **regions)
+    return model.eval().to(device, s.torch_dtype)
 
 
-def make_ours(setting: Setting, weights: object, device: str | torch.device = "cpu") -> nn.Module:
-    """zs3fast's model with the same weights, given as an official state dict or the path of one."""
+def make_ours(setting: Setting, weights: Any, device: str | torch.device = "cpu") -> nn.Module:
+    """zs3fast's model with the same weights, given as the baseline's state dict or the path of one."""
     import zs3fast
 
-    model = zs3fast.load_official(
-        weights,
-        method=setting.method,
-        seen=SEEN[setting.classes],
-        num_classes=setting.classes,
-        heads=setting.heads,
-        decoder_heads=setting.decoder_heads,
-        image_size=setting.image_size,
-    )
-    return model.eval().to(device)
+    s = setting
+    if s.method == "clsclip":
+        clip = {
+            "embed_dim": s.embed_dim,
+            "quick_gelu": True,
+            "vision_cfg": {"image_size": s.clip_size, "layers": s.layers, "width": s.width,
+                           "patch_size": s.patch_size, "head_width": s.width // s.heads},
+            "text_cfg": {"width": s.embed_dim},
+        }  # fmt: skip
+        model = zs3fast.create_model("clsclip", clip=clip, image_size=s.image_size, num_classes=s.classes)
+        model.load_state_dict(weights if isinstance(weights, dict) else torch.load(weights)["state_dict"])
+    else:
+        sizes = {"decoder_heads": s.decoder_heads, "image_size": s.image_size, "start_layer": s.start_layer}
+        model = zs3fast.load_official(
+            weights, method=s.method, seen=s.seen, num_classes=s.classes, heads=s.heads, **sizes
+        )
+    return model.eval().to(device, s.torch_dtype)
 
 
-def predict_ours(model: nn.Module, images: Tensor, text: Tensor) -> Tensor:
+def predict_ours(model: nn.Module, setting: Setting, inputs: tuple[Any, ...]) -> Tensor:
     """Images -> labels [B, H, W], as a user of zs3fast would."""
-    return model.predict_labels(model(images, text), size=tuple(images.shape[-2:]))
+    return model.predict_labels(model(*inputs), size=setting.label_size)
 
 
-def compile_baseline(baseline: nn.Module) -> nn.Module:
-    """The official structure with its network and its scores compiled, weights shared."""
+def compile_baseline(baseline: nn.Module, setting: Setting) -> nn.Module:
+    """The baseline with its network and its scores compiled, weights shared."""
     compiled = copy.copy(baseline)
-    compiled.forward = torch.compile(baseline.forward)
-    compiled.class_scores = torch.compile(baseline.class_scores)
+    for name in COMPILED.get(setting.method, ("forward", "class_scores")):
+        setattr(compiled, name, torch.compile(getattr(baseline, name)))
     return compiled
-
-
-class Floor:
-    """The encoder's products alone, into buffers that exist already, every layer with weights of its own.
-
-    Args:
-        attention: with (True) or without (False) the two products of the attention.
-    """
-
-    def __init__(self, setting: Setting, attention: bool, device: str | torch.device = "cpu"):
-        torch.manual_seed(0)
-        s = setting
-        live, width = s.batch * (1 + s.patches + s.encoder_regions), s.width
-        patch_width = 3 * s.patch_size**2
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=device) * shape[-1] ** -0.5
-
-        self.pixels, self.tokens = random(s.batch * s.patches, patch_width), random(live, width)
-        self.hidden = random(live, 4 * width)
-        self.stem = random(width, patch_width)
-        self.layers = [
-            (random(3 * width, width), random(width, width), random(4 * width, width), random(width, 4 * width))
-            for _ in range(s.layers)
-        ]
-        self.projection = random(width, s.embed_dim)
-        self.patch_out = self.pixels.new_empty(s.batch * s.patches, width)
-        self.qkv = self.pixels.new_empty(live, 3 * width)
-        self.out = self.pixels.new_empty(live, width)
-        self.hidden_out = self.pixels.new_empty(live, 4 * width)
-        self.joint = self.pixels.new_empty(live, s.embed_dim)
-        self.attention = attention
-        if attention:
-            rows, head_width = s.batch * s.heads, width // s.heads
-            queries, keys = 1 + s.patches, 1 + s.prompts + s.patches
-            self.q, self.k, self.v = (random(rows, n, head_width) for n in (queries, keys, keys))
-            self.scores = self.pixels.new_empty(rows, queries, keys)
-            self.attended = self.pixels.new_empty(rows, queries, head_width)
-            self.probabilities = random(rows, queries, keys)
-            self.products = [
-                (self.q, self.k.transpose(1, 2), self.scores),
-                (self.probabilities, self.v, self.attended),
-                *self._region_products(s, random),
-            ]
-
-    @staticmethod
-    def _region_products(s: Setting, random: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(a, b, a @ b) of patches with the one key of their region, and of region tokens with window and itself."""
-        if not s.encoder_regions:
-            return []
-        window = (s.image_size // s.patch_size // math.isqrt(s.regions)) ** 2
-        rows, head_width = s.batch * s.heads * s.regions, s.width // s.heads
-        pairs = []
-        for queries, keys in ((window, 1), (1, window + 1)):
-            q, k, v = (random(rows, n, head_width) for n in (queries, keys, keys))
-            p = random(rows, queries, keys)
-            pairs += [(q, k.transpose(1, 2), torch.empty_like(p)), (p, v, torch.empty_like(q))]
-        return pairs
-
-    def __call__(self) -> None:
-        torch.mm(self.pixels, self.stem.t(), out=self.patch_out)
-        for qkv, out, up, down in self.layers:
-            torch.mm(self.tokens, qkv.t(), out=self.qkv)
-            if self.attention:
-                for a, b, out_buffer in self.products:
-                    torch.bmm(a, b, out=out_buffer)
-            torch.mm(self.tokens, out.t(), out=self.out)
-            torch.mm(self.tokens, up.t(), out=self.hidden_out)
-            torch.mm(self.hidden, down.t(), out=self.out)
-        torch.mm(self.tokens, self.projection, out=self.joint)
-
-    def flops(self) -> int:
-        """Floating-point operations of one call, 2 a multiply-add."""
-        total = self.pixels.shape[0] * self.stem.numel() + self.tokens.shape[0] * self.projection.numel()
-        for weights in self.layers:
-            total += self.tokens.shape[0] * sum(w.numel() for w in weights)
-        if self.attention:
-            total += len(self.layers) * sum(a.numel() * b.shape[-1] for a, b, _ in self.products)
-        return 2 * total
-
-
-def make_labels(setting: Setting) -> Tensor:
-    """Seeded label maps [B, H, W] in dataset indices: 16 x 16 blocks of nine classes, seen and unseen, and ignore."""
-    generator = torch.Generator().manual_seed(1)
-    side = setting.image_size // 16
-    present = torch.cat([torch.randperm(setting.classes, generator=generator)[:9], torch.tensor([255])])
-    blocks = present[torch.randint(len(present), (setting.batch, side, side), generator=generator)]
-    return blocks.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
 
 
 def training_loss(contender: str, model: nn.Module, images: Tensor, text: Tensor, labels: Tensor) -> Tensor:
@@ -240,20 +88,21 @@ def make_call(
     contender: str, pass_: str, setting: Setting, model: nn.Module, device: str | torch.device = "cpu"
 ) -> Callable[[], Tensor]:
     """The timed call of "official" or "zs3fast": images -> labels, or one training step without its optimiser."""
-    images, text = make_inputs(setting, device)
+    inputs = make_inputs(setting, device)
     if pass_ == "inference":
-        predict = model.predict_labels if contender == "official" else partial(predict_ours, model)
+        ours = partial(predict_ours, model, setting, inputs)
+        predict = ours if contender == "zs3fast" else partial(model.predict_labels, *inputs)
 
         def infer() -> Tensor:
             with torch.no_grad():
-                return predict(images, text)
+                return predict()
 
         return infer
     labels = make_labels(setting).to(device)
 
     def step() -> Tensor:
         model.train()
-        loss = training_loss(contender, model, images, text, labels)
+        loss = training_loss(contender, model, *inputs, labels)
         loss.backward()
         model.zero_grad(set_to_none=True)
         model.eval()
@@ -262,25 +111,66 @@ def make_call(
     return step
 
 
+# Checks: what fails one is not timed ---------------------------------------------------------------------------------
+
+
 def check_inference(
     contender: str, model: nn.Module, baseline: nn.Module, setting: Setting, device: str | torch.device = "cpu"
 ) -> None:
-    """Raise OverBudget unless the same weights give the same logits, and the same label wherever it is clear."""
-    images, text = make_inputs(setting, device)
+    """Raise OverBudget unless the same weights give the same logits, and the same label wherever it is clear.
+
+    In half types the same weights and inputs in float32 are the truth, and the official structure's own error the unit.
+    """
+    inputs = make_inputs(setting, device)
     with torch.no_grad():
-        expected, got = baseline(images, text), model(images, text)
+        got = model(*inputs)
         if contender == "zs3fast":
-            labels = model.predict_labels(got, size=tuple(images.shape[-2:]))
-            parts = (got.mask_logits, got.trusty_logits)
-            got = torch.cat([part for part in parts if part is not None], dim=1)
+            labels, got = model.predict_labels(got, size=setting.label_size), raw_logits(got)
         else:
-            labels = model.predict_labels(images, text)
-        within_budget("mask_logits", got, expected, BUDGET)
-        scores = baseline.class_scores(expected)
-    lost = scores.amax(dim=1) - scores.gather(1, labels.long().unsqueeze(1)).squeeze(1)
-    budget = BUDGET * max(1.0, float(expected.abs().max()))  # CLIP-RC's logits are unscaled and reach tens
-    if not (lost <= budget).all():  # NaN is not
-        raise OverBudget(f"labels: {int((lost > budget).sum())} pixels lose up to {float(lost.max()):.2e} of score")
+            labels = model.predict_labels(*inputs)
+        if setting.dtype == "float32":
+            expected = baseline(*inputs)
+            within_budget("mask_logits", got, expected, BUDGET)
+            lost = regret(baseline, expected, labels, inputs)
+            budget = BUDGET * max(1.0, float(expected.abs().max()))  # CLIP-RC's logits are unscaled and reach tens
+            if not (lost <= budget).all():  # NaN is not
+                raise OverBudget(f"labels: {int((lost > budget).sum())} pixels lose up to {float(lost.max()):.2e}")
+            return
+        exact, wide = in_float32(baseline), widen(inputs)
+        expected = exact(*wide)
+        within_budget("mask_logits", got, expected, half_budget(baseline(*inputs), expected))
+        official = regret(exact, expected, baseline.predict_labels(*inputs), wide).mean()
+        lost = regret(exact, expected, labels, wide).mean()
+        budget = HALF_FACTOR * official + torch.finfo(setting.torch_dtype).eps
+        if not lost <= budget:
+            raise OverBudget(f"labels: pixels lose {float(lost):.2e} of score on average, over {float(budget):.2e}")
+
+
+def raw_logits(out: Any) -> Tensor:
+    """What zs3fast's output and the baseline's have in common: mask logits, of MAFT the proposals'."""
+    if hasattr(out, "proposal_logits"):
+        return out.proposal_logits
+    return out.mask_logits if out.trusty_logits is None else torch.cat([out.mask_logits, out.trusty_logits], dim=1)
+
+
+def regret(baseline: nn.Module, logits: Tensor, labels: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    """How far the score of each pixel's label is below the best, [B, H, W]."""
+    scores = baseline.class_scores(logits, *inputs[2:])
+    return scores.amax(dim=1) - scores.gather(1, labels.long().unsqueeze(1)).squeeze(1)
+
+
+def in_float32(baseline: nn.Module) -> nn.Module:
+    """A copy with the same, already rounded, weights."""
+    return copy.deepcopy(baseline).float()
+
+
+def widen(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) else x for x in inputs)
+
+
+def half_budget(official: Tensor, expected: Tensor) -> float:
+    """Relative error that a half type may have."""
+    return HALF_FACTOR * relative_error(official, expected) + torch.finfo(official.dtype).eps
 
 
 @contextmanager
@@ -299,9 +189,12 @@ def check_training(
     contender: str, model: nn.Module, baseline: nn.Module, setting: Setting, device: str | torch.device = "cpu"
 ) -> None:
     """Raise OverBudget unless the same weights give the same loss; without dropout, since its draws differ."""
-    images, text = make_inputs(setting, device)
+    inputs = make_inputs(setting, device)
     labels = make_labels(setting).to(device)
-    with all_losses(model, baseline):
-        expected = training_loss("official", baseline, images, text, labels).detach()
-        got = training_loss(contender, model, images, text, labels).detach()
-    within_budget("loss", got, expected, BUDGET)
+    half = setting.dtype != "float32"
+    exact = in_float32(baseline) if half else baseline
+    with all_losses(model, baseline, exact):
+        expected = training_loss("official", exact, *widen(inputs), labels).detach()
+        got = training_loss(contender, model, *inputs, labels).detach()
+        budget = half_budget(training_loss("official", baseline, *inputs, labels), expected) if half else BUDGET
+    within_budget("loss", got, expected, budget)

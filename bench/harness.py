@@ -29,6 +29,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+KEY = ("name", "backend", "shape", "dtype", "pass")  # what makes two rows measurements of the same thing
 
 
 class OverBudget(AssertionError):
@@ -70,10 +71,15 @@ def within_budget(name: str, got: Tensor, expected: Tensor, budget: float = 1e-5
         raise OverBudget(f"{name}: shape {list(got.shape)}, expected {list(expected.shape)}")
     if not torch.isfinite(got).all():
         raise OverBudget(f"{name}: non-finite output")
-    expected = expected.double()
-    error = float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    error = relative_error(got, expected)
     if error > budget:
         raise OverBudget(f"{name}: error {error:.2e} over budget {budget:.2e}")
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected|, Euclidean norms."""
+    expected = expected.double()
+    return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def measure(
@@ -263,7 +269,7 @@ def row(
     Without a timing (memory was measured and nothing else) there are 0 rounds and the times are None.
     """
     peak = timing.peak_bytes if peak_bytes is None and timing is not None else peak_bytes
-    times = {f"p{p}_ms": None if timing is None else round(timing.percentile(p) * 1e3, 4) for p in (20, 50, 80)}
+    times = {f"p{p}_ms": None if timing is None else round(timing.percentile(p) * 1e3, 4) for p in (20, 50, 80, 99)}
     return {
         "name": name,
         "backend": backend,
@@ -290,6 +296,14 @@ def write_results(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"rows": list(rows)}, indent=1) + "\n")
     temporary.replace(path)
+
+
+def update_results(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows, and keep those of the file that were not measured anew."""
+    path = Path(path)
+    measured = {tuple(r[k] for k in KEY) for r in rows}
+    kept = [r for r in read_results(path) if tuple(r[k] for k in KEY) not in measured] if path.exists() else []
+    write_results(path, kept + list(rows))
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ import torch
 
 from bench import harness
 from bench.harness import Contender
+from bench.setting import DTYPES
 from zs3fast.ops import use_backend
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OURS = "zs3fast"
 
 
@@ -40,6 +40,7 @@ class OpScript:
         passes, dtypes: choices; the first dtype is the default.
         default_passes: what is run when none is asked for; None: all.
         rounds: samples of each.
+        optional: shapes that run only when named.  large: those of them that take gigabytes or minutes on a CPU.
         together: all shapes of a pass take turns in one process, so that their ratios hold on a busy machine too.
     """
 
@@ -53,6 +54,8 @@ class OpScript:
     default_passes: Sequence[str] | None = None
     dtypes: Sequence[str] = ("float32",)
     rounds: int = 10
+    optional: Collection[str] = ()
+    large: Collection[str] = ()
     together: bool = False
 
 
@@ -67,7 +70,8 @@ def run(script: OpScript, argv: Sequence[str] | None = None) -> list[dict[str, A
         groups = [args.shapes] if script.together else [[shape] for shape in args.shapes]
         rows = [row for pass_ in args.passes for shapes in groups for row in measure(script, shapes, pass_, args)]
     if args.shapes != ["tiny"]:
-        harness.write_results(args.json or harness.results_path(script.op, args.device), rows)
+        write = harness.update_results if args.update else harness.write_results
+        write(args.json or harness.results_path(script.op, args.device), rows)
     return rows
 
 
@@ -87,9 +91,10 @@ def parse(script: OpScript, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", nargs="+", default=[], choices=[name for name in script.contenders if name != OURS])
     parser.add_argument("--no-peaks", dest="peaks", action="store_false", help="skip peak memory (a process a row)")
     parser.add_argument("--json", type=Path, help=f"where to write (bench/results/<device>/{script.op}.json)")
+    parser.add_argument("--update", action="store_true", help="keep the file's rows that are not measured anew")
     parser.add_argument("--peak-of", default=None, choices=script.contenders, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.shapes = args.shapes or [shape for shape in script.shapes if shape != "tiny"]
+    args.shapes = args.shapes or [shape for shape in script.shapes if shape not in ("tiny", *script.optional)]
     if unknown := set(args.shapes) - set(script.shapes):
         parser.error(f"unknown shapes {sorted(unknown)}, expected some of {', '.join(script.shapes)}")
     return args

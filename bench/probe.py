@@ -18,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from bench import contenders, harness  # noqa: E402
+from bench.setting import Setting  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("contender", choices=("official", "zs3fast"))
-    parser.add_argument("--setting", required=True, help="a contenders.Setting as JSON")
+    parser.add_argument("--setting", required=True, help="a Setting as JSON")
     parser.add_argument("--weights", required=True, help="official checkpoint to load")
-    parser.add_argument("--pass", dest="pass_", choices=contenders.PASSES, default="inference")
+    parser.add_argument("--pass", dest="pass_", choices=("inference", "training"), default="inference")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--memory-limit", type=int, default=None, help="bytes this process may take on the CPU")
@@ -44,7 +45,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, cuda: bool) -> dict[str, float]:
     """Import, load and first call in seconds; peak memory of the process, and what the call added to it, in bytes."""
-    setting = contenders.Setting(**json.loads(args.setting))
+    setting = Setting(**json.loads(args.setting))
     ours = args.contender == "zs3fast"
     if ours:
         import zs3fast  # noqa: F401

@@ -24,17 +24,27 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown of a results file: a table of times, one of start-up and memory where measured, and what they ran on."""
     if not rows:
         raise ValueError("rows: the results file is empty")
-    floors = {(r["shape"], r["floor"], r["backend"]): r["p50_ms"] for r in rows if r["backend"] in FLOORS}
-    shown = [backend for backend in FLOORS if any(key[2] == backend for key in floors)]
-    header = ["shape", "pass", "dtype", "name", "backend", "median ms", "p20 - p80 ms", *(FLOORS[f] for f in shown)]
+    floors = {floor_key(r, r["backend"]): r["p50_ms"] for r in rows if r["backend"] in FLOORS}
+    shown = [backend for backend in FLOORS if any(key[-1] == backend for key in floors)]
+    rates = any("images_per_second" in r for r in rows)
+    header = ["shape", "pass", "dtype", "name", "backend", *(["images/s"] if rates else [])]
+    header += ["median ms", "p20 - p80 ms", *(FLOORS[f] for f in shown)]
     times = [
-        [r["shape"], r["pass"], r["dtype"], r["name"], r["backend"], number(r["p50_ms"])]
-        + [f"{number(r['p20_ms'])} - {number(r['p80_ms'])}"]
+        [r["shape"], r["pass"], r["dtype"], r["name"], r["backend"]]
+        + ([number(r.get("images_per_second"))] if rates else [])
+        + [number(r["p50_ms"]), f"{number(r['p20_ms'])} - {number(r['p80_ms'])}"]
         + [f"{r['p50_ms'] / floor:.2f}" if floor else "" for floor in (floors.get(floor_key(r, f)) for f in shown)]
         for r in rows
         if r["rounds"]
     ]
     parts = [table(header, times, left=5)] if times else []
+    staged = [r for r in rows if "stages" in r]
+    if staged:
+        names = list(staged[0]["stages"])
+        header = ["shape", "dtype", "name", "backend", *(name.replace("_", " ") for name in names)]
+        parts.append(
+            table(header, [[*(r[k] for k in header[:4]), *map(number, map(r["stages"].get, names))] for r in staged], 4)
+        )
     started = [r for r in rows if "import_s" in r or "outcome" in r]
     if started:
         header = [
@@ -62,9 +72,9 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([*parts, *sorted({machine(r) for r in rows})]) + "\n"
 
 
-def floor_key(row: dict[str, Any], floor: str) -> tuple[str, str | None, str]:
+def floor_key(row: dict[str, Any], floor: str) -> tuple[str | None, ...]:
     """Where a row's floor of this kind is found."""
-    return row["shape"], row.get("floor"), floor
+    return row["shape"], row["pass"], row["dtype"], row.get("floor"), floor
 
 
 def costs(row: dict[str, Any], keys: Sequence[str]) -> list[str]:

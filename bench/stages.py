@@ -12,12 +12,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench import contenders
-from bench.contenders import Setting
+from bench.setting import ONE_STAGE, Setting, make_inputs
 
 
 def stage_times(model: nn.Module, setting: Setting, device: str, rounds: int = 5) -> dict[str, float]:
     """Median seconds of each stage of one prediction, the encoder told from the rest by hooks."""
-    images, text = contenders.make_inputs(setting, device)
+    images, text = make_inputs(setting, device)
     cuda = torch.device(device).type == "cuda"
     marks: dict[str, float] = {}
 
@@ -49,10 +49,10 @@ def stage_times(model: nn.Module, setting: Setting, device: str, rounds: int = 5
 
 def operator_times(model: nn.Module, setting: Setting, device: str, top: int = 15) -> list[tuple[str, int, float]]:
     """(operator, calls, seconds of its own) of one prediction, slowest first."""
-    images, text = contenders.make_inputs(setting, device)
+    inputs = make_inputs(setting, device)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.device(device).type == "cuda" else [])
     with torch.no_grad(), profile(activities=activities) as profiler:
-        contenders.predict_ours(model, images, text)
+        contenders.predict_ours(model, setting, inputs)
     on_gpu = torch.device(device).type == "cuda"
     events = [
         (e.key, e.count, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) * 1e-6)
@@ -62,14 +62,15 @@ def operator_times(model: nn.Module, setting: Setting, device: str, top: int = 1
 
 
 def report(console: Console, model: nn.Module, setting: Setting, device: str) -> None:
-    """Both breakdowns as tables."""
-    stages = stage_times(model, setting, device)
-    table = Table(title=f"{setting.method} {setting.shape}: stages", title_justify="left")
-    for column in ("stage", "ms", "%"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for name, seconds in stages.items():
-        table.add_row(name, f"{seconds * 1e3:.1f}", f"{100 * seconds / sum(stages.values()):.1f}")
-    console.print(table)
+    """Both breakdowns as tables; of MAFT and ClsCLIP, whose encoders run in parts, the operators alone."""
+    if setting.method in ONE_STAGE:
+        stages = stage_times(model, setting, device)
+        table = Table(title=f"{setting.method} {setting.shape}: stages", title_justify="left")
+        for column in ("stage", "ms", "%"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for name, seconds in stages.items():
+            table.add_row(name, f"{seconds * 1e3:.1f}", f"{100 * seconds / sum(stages.values()):.1f}")
+        console.print(table)
     table = Table(title=f"{setting.method} {setting.shape}: operators", title_justify="left")
     for column in ("operator", "calls", "ms"):
         table.add_column(column, justify="left" if column == "operator" else "right")

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bench import contenders, harness  # noqa: E402
-from bench.contenders import Setting  # noqa: E402
+from bench.setting import ONE_STAGE, Setting, make_inputs, make_labels  # noqa: E402
 
 PARTS = ("largest", "step", "scaling")
 CONTENDERS = ("official", "zs3fast", "zs3fast recompute")
@@ -47,8 +47,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="largest, step, scaling (all)")
-    parser.add_argument("--models", nargs="+", choices=contenders.METHODS, default=list(contenders.METHODS))
-    parser.add_argument("--classes", nargs="+", type=int, choices=tuple(contenders.PROMPTS), default=[20, 171])
+    parser.add_argument("--models", nargs="+", choices=ONE_STAGE, default=list(ONE_STAGE))
+    parser.add_argument("--classes", nargs="+", type=int, default=[20, 171])
     parser.add_argument("--memory-gib", type=float, default=8.0, help="budget of `largest` on the CPU (8)")
     parser.add_argument("--most", type=int, default=256, help="batches that `largest` stops at (256)")
     parser.add_argument("--batch", type=int, default=4, help="images an iteration in `step` and `scaling` (4)")
@@ -212,10 +212,10 @@ def train_steps(
         contender = "zs3fast recompute" if recompute else "zs3fast"
         model = make_model(contender, setting, str(group.device))
         optimiser.freeze(model)
-        images, text = contenders.make_inputs(setting)
+        images, text = make_inputs(setting)
         share = setting.batch // count
         mine = slice(rank * share, (rank + 1) * share)
-        batch = {"images": images[mine], "labels": contenders.make_labels(setting)[mine]}
+        batch = {"images": images[mine], "labels": make_labels(setting)[mine]}
         batch = {name: value.to(group.device) for name, value in batch.items()}
         step = OneStageStep(model, text, setting="inductive", ignore_index=255, precision=precision)
         step.to(group.device).train()
@@ -264,12 +264,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 else:
                     rows += measure_processes(args, method, classes, part)
     if args.json is not None:
-        kept = []
-        if args.json.exists():
-            key = ("name", "backend", "shape", "dtype", "pass")
-            measured = {tuple(r[k] for k in key) for r in rows}
-            kept = [r for r in harness.read_results(args.json) if tuple(r[k] for k in key) not in measured]
-        harness.write_results(args.json, kept + rows)
+        harness.update_results(args.json, rows)
         print(f"written to {args.json}")
     return rows
 

@@ -121,3 +121,11 @@ class PlainClsCLIP(nn.Module):
         """[B, 3, H, W] and [C, D] -> mask logits [B, C, H, W], pair by pair."""
         rows = [torch.cat([self.pair(image, text) for text in text_embeddings], dim=1) for image in images.split(1)]
         return torch.cat(rows)
+
+    def class_scores(self, logits: Tensor) -> Tensor:
+        """[B, C, H, W] of mask logits in pixels of the images."""
+        return logits.sigmoid()
+
+    def predict_labels(self, images: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Labels [B, H, W]."""
+        return self.class_scores(self(images, text_embeddings)).argmax(1)

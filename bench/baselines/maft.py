@@ -8,11 +8,16 @@ scores [C, H, W] that are resized before the argmax.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.baselines import official
+
+if TYPE_CHECKING:  # a process that measures the baseline alone does without zs3fast
+    from zs3fast.types import Proposals
 
 
 class OfficialIPCLIP(nn.Module):
@@ -72,10 +77,50 @@ class OfficialIPCLIP(nn.Module):
         return x[:, 0] if masks is None else x[:, :count]
 
 
-def label_map(class_weights: Tensor, mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int],
+class OfficialMAFT(nn.Module):
+    """Image, text and mask proposals in, labels out; parameter names are those of the official checkpoints.
+
+    Without an ensemble: class weights are the softmax of 100 * cosine alone. `sizes`: see OfficialIPCLIP.
+    """
+
+    def __init__(self, **sizes: int):
+        super().__init__()
+        self.IPCLIP = OfficialIPCLIP(**sizes)
+
+    def forward(self, images: Tensor, text_embeddings: Tensor, proposals: Proposals) -> Tensor:
+        """Logits [B, Nq, C] of every proposal; its soft mask is made at the size of the padded frame."""
+        padded = proposals.padded_size
+        masks = F.interpolate(proposals.mask_logits, padded, mode="bilinear", align_corners=True).sigmoid()
+        embeddings = self.IPCLIP(images, masks)
+        embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
+        return 100 * embeddings @ (text_embeddings / text_embeddings.norm(dim=-1, keepdim=True)).t()
+
+    def class_scores(self, logits: Tensor, proposals: Proposals) -> Tensor:
+        """[B, C, H, W] on the images' own sizes, all of one size."""
+        return torch.stack(
+            [
+                score_map(weights, masks, proposals.padded_size, image, size)
+                for weights, masks, image, size in zip(
+                    logits.float().softmax(-1), proposals.mask_logits, proposals.image_sizes, proposals.original_sizes
+                )
+            ]
+        )
+
+    def predict_labels(self, images: Tensor, text_embeddings: Tensor, proposals: Proposals) -> Tensor:
+        """Labels [B, H, W]."""
+        return self.class_scores(self(images, text_embeddings, proposals), proposals).argmax(1)
+
+
+def score_map(class_weights: Tensor, mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int],
               size: tuple[int, int]) -> Tensor:  # fmt: skip
-    """Labels [H, W] of one picture as the official evaluation makes them: [C, Hi, Wi] scores, resized, argmax."""
+    """Scores [C, H, W] of one picture as the official evaluation makes them: [C, Hi, Wi], then resized."""
     masks = F.interpolate(mask_logits[None], padded, mode="bilinear", align_corners=True)[0].sigmoid()
     masks = masks[:, : image[0], : image[1]]
     scores = torch.einsum("qc,qhw->chw", class_weights, masks)
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0].argmax(0)
+    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def label_map(class_weights: Tensor, mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int],
+              size: tuple[int, int]) -> Tensor:  # fmt: skip
+    """Labels [H, W]: the class of the largest score."""
+    return score_map(class_weights, mask_logits, padded, image, size).argmax(0)

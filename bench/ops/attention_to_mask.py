@@ -4,11 +4,12 @@
     python bench/ops/attention_to_mask.py coco171-512 --passes forward train --rounds 20
     python bench/ops/attention_to_mask.py --device cuda --dtype bfloat16
 
-8 heads of width 64 over 32 x 32 patches, scale 1/8, heads split off a [B, tokens, 512] projection as the decoder does.
-"train" is forward and backward with dropout 0.1 on the probabilities. No baseline returns scores: the masks beside
-SDPA, FlexAttention and xformers are one full-width matmul, as good as it gets. Floor of a forward pass: 4 B heads C N
-dh FLOPs (0.36 GFLOP for coco171-512), 2.5 times that backward. A contender that cannot run here is named with its own
-message: FlexAttention has neither dropout nor, on a CPU, a backward pass, and xformers may not be there.
+8 heads of width 64 over 32 x 32 patches (ViT-L/14 at 640: width 96, 45 x 45 patches), scale 1/8, heads split off a
+[B, tokens, heads * width] projection as the decoder does. "train" is forward and backward with dropout 0.1 on the
+probabilities. No baseline returns scores: the masks beside SDPA, FlexAttention and xformers are one full-width matmul,
+as good as it gets. Floor of a forward pass: 4 B heads C N dh FLOPs (0.36 GFLOP for coco171-512), 2.5 times that
+backward. A contender that cannot run here is named with its own message: FlexAttention has neither dropout nor, on a
+CPU, a backward pass, and xformers may not be there.
 """
 
 from __future__ import annotations
@@ -33,25 +34,31 @@ from bench.op_script import run as run_script  # noqa: E402
 from zs3fast.ops import attention_to_mask  # noqa: E402
 from zs3fast.ops.attention_to_mask import reference  # noqa: E402
 
-HEADS, WIDTH, SCALE, SEED = 8, 64, 0.125, 7
-SHAPES = {  # B, C, N
-    "voc20-512": (1, 20, 1024),
-    "coco171-512": (1, 171, 1024),
-    "coco171-512-b4": (4, 171, 1024),  # one of four workers
-    "cliprc-m16-coco171": (1, 16 * 171, 1024),  # a query for every class and region token
-    "tiny": (2, 5, 30),  # exercises this script, measures nothing
+HEADS, SCALE, SEED = 8, 0.125, 7
+SHAPES = {  # B, C, N, dh
+    "voc20-512": (1, 20, 1024, 64),
+    "voc20-512-b16": (16, 20, 1024, 64),
+    "coco171-512": (1, 171, 1024, 64),
+    "coco171-512-b4": (4, 171, 1024, 64),  # one of four workers
+    "coco171-512-b16": (16, 171, 1024, 64),
+    "ade847-640-l14": (1, 847, 45 * 45, 96),
+    "cliprc-m16-coco171": (1, 16 * 171, 1024, 64),  # a query for every class and region token
+    "cliprc-m1024-voc20": (1, 1024 * 20, 1024, 64),
+    "tiny": (2, 5, 30, 64),  # exercises this script, measures nothing
 }
+LARGE = ("coco171-512-b16", "cliprc-m1024-voc20")
+OPTIONAL = ("voc20-512-b16", "ade847-640-l14", *LARGE)
 PASSES = ("forward", "forward+backward", "train")
 Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def make_inputs(shape: str, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """q, k, v [B, heads, tokens, dh] and the gradients of output and masks, seeded."""
-    B, C, N = SHAPES[shape]
+    B, C, N, width = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 
     def heads(tokens: int) -> Tensor:
-        joined = torch.randn(B, tokens, HEADS, WIDTH, generator=generator).to(device, dtype)
+        joined = torch.randn(B, tokens, HEADS, width, generator=generator).to(device, dtype)
         return joined.transpose(1, 2)
 
     return heads(C), heads(N), heads(N), heads(C), torch.randn(B, C, N, generator=generator).to(device, dtype)
@@ -140,17 +147,20 @@ def make(name: str, shape: str, pass_: str, args: argparse.Namespace) -> Contend
     return Contender(name, run, check)
 
 
+SCRIPT = OpScript(
+    op="attention_to_mask",
+    file=__file__,
+    doc=__doc__,
+    shapes=SHAPES,
+    optional=OPTIONAL,
+    large=LARGE,
+    contenders=list(ATTENDS),
+    make=make,
+    passes=PASSES,
+    dtypes=list(DTYPES),
+    rounds=20,
+)
+
+
 if __name__ == "__main__":
-    run_script(
-        OpScript(
-            op="attention_to_mask",
-            file=__file__,
-            doc=__doc__,
-            shapes=SHAPES,
-            contenders=list(ATTENDS),
-            make=make,
-            passes=PASSES,
-            dtypes=list(DTYPES),
-            rounds=20,
-        )
-    )
+    run_script(SCRIPT)

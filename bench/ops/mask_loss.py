@@ -34,9 +34,11 @@ from zs3fast.ops.mask_loss import reference  # noqa: E402
 SHAPES = {  # B, C, h, w, H, W
     "voc15-512-b16": (16, 15, 32, 32, 512, 512),  # the published batch, seen classes of VOC
     "coco156-512-b4": (4, 156, 32, 32, 512, 512),  # one of four workers, seen classes of COCO-Stuff
+    "coco156-512-b16": (16, 156, 32, 32, 512, 512),
     "trusty-512-b16": (16, 1, 32, 32, 512, 512),  # the map of the trusty token
     "tiny": (2, 5, 4, 4, 32, 32),  # exercises this script, measures nothing
 }
+LARGE = ("coco156-512-b16",)
 PASSES = ("forward", "forward+backward")
 FOCAL_WEIGHT = 100.0
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -106,16 +108,19 @@ def make(name: str, shape: str, pass_: str, args: argparse.Namespace) -> Contend
     return Contender(name, partial(call, LOSSES[name], *make_inputs(shape, args.device), pass_), check)
 
 
+SCRIPT = OpScript(
+    op="mask_loss",
+    file=__file__,
+    doc=__doc__,
+    shapes=SHAPES,
+    optional=LARGE,
+    large=LARGE,
+    contenders=list(LOSSES),
+    make=make,
+    passes=PASSES,
+    rounds=3,
+)
+
+
 if __name__ == "__main__":
-    run_script(
-        OpScript(
-            op="mask_loss",
-            file=__file__,
-            doc=__doc__,
-            shapes=SHAPES,
-            contenders=list(LOSSES),
-            make=make,
-            passes=PASSES,
-            rounds=3,
-        )
-    )
+    run_script(SCRIPT)

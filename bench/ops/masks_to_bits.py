@@ -31,6 +31,7 @@ from zs3fast.ops import masks_to_bits, unpack_bits  # noqa: E402
 SHAPES = {  # proposals, padded size, grid, whether from logits
     "freeseg-100": (100, (640, 864), (30, 30), True),
     "freeseg-300": (300, (640, 864), (32, 32), True),
+    "ade847-640-l14": (100, (640, 864), (45, 45), True),
     "soft-100": (100, (640, 864), (30, 30), False),
     "soft-300": (300, (640, 864), (32, 32), False),
     "tiny": (3, (24, 32), (4, 5), True),  # exercises this script, measures nothing
@@ -89,14 +90,16 @@ def make(name: str, shape: str, pass_: str, args: argparse.Namespace) -> Contend
     return Contender(name, call, check)
 
 
+SCRIPT = OpScript(
+    op="masks_to_bits",
+    file=__file__,
+    doc=__doc__,
+    shapes=SHAPES,
+    optional=("ade847-640-l14",),
+    contenders=list(CONTENDERS),
+    make=make,
+)
+
+
 if __name__ == "__main__":
-    run_script(
-        OpScript(
-            op="masks_to_bits",
-            file=__file__,
-            doc=__doc__,
-            shapes=SHAPES,
-            contenders=list(CONTENDERS),
-            make=make,
-        )
-    )
+    run_script(SCRIPT)

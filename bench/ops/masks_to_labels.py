@@ -46,6 +46,7 @@ class Shape:
     canvas: tuple[int, int] | None = None
     windows: tuple[tuple[int, int], ...] = ((0, 0),)
     smooth: bool = True
+    batch: int = 1  # pictures of one window each
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -58,11 +59,16 @@ SHAPES = {
     "voc20-512": Shape(20, 15, 32, 512, (512, 512)),
     "coco171-512": Shape(171, 156, 32, 512, (512, 512)),
     "coco171-512-random": Shape(171, 156, 32, 512, (512, 512), smooth=False),
+    "voc20-512-b16": Shape(20, 15, 32, 512, (512, 512), batch=16),
+    "coco171-512-b16": Shape(171, 156, 32, 512, (512, 512), batch=16),
     "ade847-640": Shape(847, 700, 40, 640, (640, 640)),
+    "ade847-640-l14": Shape(847, 700, 45, 640, (640, 640)),
     "voc20-sliding": Shape(20, 15, 32, 512, (375, 500), (512, 683), ((0, 0), (0, 171))),
     "coco171-sliding": Shape(171, 156, 32, 512, (480, 640), (512, 683), ((0, 0), (0, 171))),
     "tiny": Shape(5, 3, 4, 32, (20, 30), (32, 40), ((0, 0), (0, 8))),  # exercises this script, measures nothing
 }
+LARGE = ("coco171-512-b16", "ade847-640-l14")
+OPTIONAL = ("voc20-512-b16", *LARGE)
 Label = Callable[[Tensor, Shape], Tensor]
 
 
@@ -75,7 +81,7 @@ def make_inputs(name: str, device: str) -> Tensor:
         return (3 * torch.randn(len(shape.windows), shape.classes, side, side, generator=generator) - 3).to(device)
     canvas = shape.canvas or (shape.crop, shape.crop)
     h, w = -(-canvas[0] // patch), -(-canvas[1] // patch)
-    coarse = 4 * torch.randn(1, shape.classes, h // 4 + 1, w // 4 + 1, generator=generator) - 3
+    coarse = 4 * torch.randn(shape.batch, shape.classes, h // 4 + 1, w // 4 + 1, generator=generator) - 3
     logits = F.interpolate(coarse, size=(h, w), mode="bicubic")
     starts = [(min(y // patch, h - side), min(x // patch, w - side)) for y, x in shape.windows]
     return torch.cat([logits[:, :, y : y + side, x : x + side] for y, x in starts]).to(device)
@@ -134,15 +140,18 @@ def make(name: str, shape: str, pass_: str, args: argparse.Namespace) -> Contend
     return Contender(name, call, check)
 
 
+SCRIPT = OpScript(
+    op="masks_to_labels",
+    file=__file__,
+    doc=__doc__,
+    shapes=SHAPES,
+    optional=OPTIONAL,
+    large=LARGE,
+    contenders=list(LABELS),
+    make=make,
+    rounds=9,
+)
+
+
 if __name__ == "__main__":
-    run_script(
-        OpScript(
-            op="masks_to_labels",
-            file=__file__,
-            doc=__doc__,
-            shapes=SHAPES,
-            contenders=list(LABELS),
-            make=make,
-            rounds=9,
-        )
-    )
+    run_script(SCRIPT)

@@ -2,10 +2,12 @@
 
     python bench/ops/proposal_attention.py                       # all shapes, results in bench/results/<device>/
     python bench/ops/proposal_attention.py maft-100-keep10 --rounds 20
+    python bench/ops/proposal_attention.py nq10 nq30 nq100 nq300 nq1000 --passes forward --no-peaks --update
     python bench/ops/proposal_attention.py --device cuda --dtype bfloat16
 
-Shapes are MAFT's: 100 proposals over 30 x 30 patches, 300 over 32 x 32, 12 heads of width 64. Masks are ellipses that
-cover 1 or 10 % of the patches, as objects do (keep1, keep10), 10 % of them drawn at random (random10), or all of them.
+Shapes are MAFT's: 100 proposals over 30 x 30 patches, 300 over 32 x 32, 12 heads of width 64 (ViT-L/14: 16 heads over
+45 x 45), and 10 to 1000 proposals over 30 x 30 (nq). Masks are ellipses that cover 1 or 10 % of the patches, as objects
+do (keep1, keep10), 10 % of them drawn at random (random10), or all of them.
 
 Two jobs are measured. The proposal rows alone: zs3fast, and a bias [B, 1, Nq, T] that heads share, with SDPA,
 FlexAttention (its block mask) and xformers. And what a masked layer needs, patch rows too, named "layer: ...": the
@@ -38,12 +40,17 @@ from zs3fast.ops import proposal_attention  # noqa: E402
 from zs3fast.ops._bits import pack_bits  # noqa: E402
 from zs3fast.ops.proposal_attention import reference  # noqa: E402
 
-HEADS, WIDTH = 12, 64
-SHAPES = {  # proposals, side of the grid, share of patches kept, whether at random
-    f"maft-{Nq}-{name}": (Nq, side, share, name == "random10")
+WIDTH = 64
+SWEEP = {f"nq{Nq}": (Nq, 30, 0.1, False, 12) for Nq in (10, 30, 100, 300, 1000)}  # time against Nq
+SHAPES = {  # proposals, side of the grid, share of patches kept, whether at random, heads
+    f"maft-{Nq}-{name}": (Nq, side, share, name == "random10", 12)
     for Nq, side in ((100, 30), (300, 32))
     for name, share in (("keep1", 0.01), ("keep10", 0.1), ("random10", 0.1), ("keep100", 1.0))
-} | {"tiny": (5, 4, 0.3, True)}  # exercises this script, measures nothing
+} | {
+    "ade847-640-l14": (100, 45, 0.1, False, 16),
+    **SWEEP,
+    "tiny": (5, 4, 0.3, True, 12),  # exercises this script, measures nothing
+}
 PASSES = ("forward", "backward", "forward+backward")
 JOINT, JOINT_SDPA, SPLIT = "layer: joint official", "layer: joint sdpa", "layer: sdpa + zs3fast"
 CONTENDERS = ("zs3fast", "sdpa bias", "flex compiled", "xformers bias", JOINT, JOINT_SDPA, SPLIT)
@@ -53,7 +60,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def make_keep(shape: str) -> Tensor:
     """Which patches each proposal keeps, bool [1, Nq, N], seeded."""
-    Nq, side, share, at_random = SHAPES[shape]
+    Nq, side, share, at_random, _ = SHAPES[shape]
     generator = torch.Generator().manual_seed(1)
     if share == 1.0 or at_random:
         return torch.rand(1, Nq, side * side, generator=generator) < share
@@ -67,15 +74,15 @@ def make_keep(shape: str) -> Tensor:
 
 def make_inputs(shape: str, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Packed projection [B, T, 3, heads, dh] and a gradient [B, T, heads, dh], seeded."""
-    Nq, side, _, _ = SHAPES[shape]
+    Nq, side, _, _, heads = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randn(1, Nq + side * side, 4, HEADS, WIDTH, generator=generator).to(device, dtype)
+    packed = torch.randn(1, Nq + side * side, 4, heads, WIDTH, generator=generator).to(device, dtype)
     return packed[:, :, :3].contiguous(), packed[:, :, 3].contiguous()
 
 
 def attention(contender: str, shape: str, device: str, dtype: torch.dtype) -> Attend:
     """q, k, v [B, heads, T, dh] -> [B, heads, Nq, dh], or [B, heads, T, dh] of the layers."""
-    Nq = SHAPES[shape][0]
+    Nq, heads = SHAPES[shape][0], SHAPES[shape][-1]
     keep = make_keep(shape).to(device)
     bits = pack_bits(keep)
 
@@ -91,7 +98,7 @@ def attention(contender: str, shape: str, device: str, dtype: torch.dtype) -> At
     if contender == SPLIT:
         return split
     if contender == JOINT:
-        every_head = joint_mask(keep).repeat_interleave(HEADS, dim=0)
+        every_head = joint_mask(keep).repeat_interleave(heads, dim=0)
         return lambda q, k, v: joint_attention(q, k, v, every_head)
     if contender == JOINT_SDPA:
         mask = joint_mask(keep).unsqueeze(1)
@@ -102,14 +109,14 @@ def attention(contender: str, shape: str, device: str, dtype: torch.dtype) -> At
     if contender == "flex compiled":
         seen = joint_mask(keep)[:, :Nq]
         block_mask = create_block_mask(lambda b, h, i, j: seen[b, i, j], 1, None, Nq, seen.shape[2], device=device)
-        compiled = torch.compile(flex_attention)
+        compiled = torch.compile(flex_attention, dynamic=False)
         return lambda q, k, v: compiled(q[:, :, :Nq], k, v, block_mask=block_mask)
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise Unsupported(str(error)) from error
     T = bias.shape[-1]
-    padded = F.pad(bias, (0, -T % 8))[..., :T].expand(-1, HEADS, -1, -1)  # rows must start on a multiple of 8
+    padded = F.pad(bias, (0, -T % 8))[..., :T].expand(-1, heads, -1, -1)  # rows must start on a multiple of 8
 
     def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q[:, :, :Nq], k, v))
@@ -182,17 +189,19 @@ def make(name: str, shape: str, pass_: str, args: argparse.Namespace) -> Contend
     return Contender(name, call, check)
 
 
+SCRIPT = OpScript(
+    op="proposal_attention",
+    file=__file__,
+    doc=__doc__,
+    shapes=SHAPES,
+    optional=("ade847-640-l14", *SWEEP),
+    contenders=CONTENDERS,
+    make=make,
+    passes=PASSES,
+    default_passes=("forward", "backward"),
+    dtypes=list(DTYPES),
+)
+
+
 if __name__ == "__main__":
-    run_script(
-        OpScript(
-            op="proposal_attention",
-            file=__file__,
-            doc=__doc__,
-            shapes=SHAPES,
-            contenders=CONTENDERS,
-            make=make,
-            passes=PASSES,
-            default_passes=("forward", "backward"),
-            dtypes=list(DTYPES),
-        )
-    )
+    run_script(SCRIPT)

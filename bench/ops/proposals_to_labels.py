@@ -134,15 +134,16 @@ def make(name: str, shape: str, pass_: str, args: argparse.Namespace) -> Contend
     return Contender(name, call, check)
 
 
+SCRIPT = OpScript(
+    op="proposals_to_labels",
+    file=__file__,
+    doc=__doc__,
+    shapes=SHAPES,
+    contenders=list(LABELS),
+    make=make,
+    rounds=5,
+)
+
+
 if __name__ == "__main__":
-    run_script(
-        OpScript(
-            op="proposals_to_labels",
-            file=__file__,
-            doc=__doc__,
-            shapes=SHAPES,
-            contenders=list(LABELS),
-            make=make,
-            rounds=5,
-        )
-    )
+    run_script(SCRIPT)

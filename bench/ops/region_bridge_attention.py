@@ -35,11 +35,14 @@ from zs3fast.ops import region_bridge_attention  # noqa: E402
 from zs3fast.ops.region_bridge_attention import reference, region_bridge_mask  # noqa: E402
 
 HEADS, WIDTH = 12, 64
-SHAPES = {  # num_prefix, grid, regions
-    **{f"voc-M{side * side}": (11, (32, 32), (side, side)) for side in (1, 4, 8, 16, 32)},
-    "coco-M16": (101, (32, 32), (4, 4)),
-    "tiny": (3, (5, 4), (2, 2)),  # exercises this script, measures nothing
+SHAPES = {  # num_prefix, grid, regions, B
+    **{f"voc-M{side * side}": (11, (32, 32), (side, side), 1) for side in (1, 4, 8, 16, 32)},
+    "coco-M16": (101, (32, 32), (4, 4), 1),
+    "voc-M16-b16": (11, (32, 32), (4, 4), 16),
+    "coco-M16-b16": (101, (32, 32), (4, 4), 16),
+    "tiny": (3, (5, 4), (2, 2), 1),  # exercises this script, measures nothing
 }
+LARGE = ("voc-M16-b16", "coco-M16-b16")
 PASSES = ("forward", "backward", "forward+backward")
 FLOOR = "sdpa no regions"
 CONTENDERS = ("zs3fast", "sdpa dense mask", "flex compiled", "xformers bias", FLOOR)
@@ -48,16 +51,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def make_inputs(shape: str, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Packed projection [B, E, 3, heads, dh] and a gradient [B, E, heads, dh], seeded."""
-    num_prefix, grid, regions = SHAPES[shape]
+    num_prefix, grid, regions, B = SHAPES[shape]
     E = num_prefix + math.prod(grid) + math.prod(regions)
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randn(1, E, 4, HEADS, WIDTH, generator=generator).to(device, dtype)
+    packed = torch.randn(B, E, 4, HEADS, WIDTH, generator=generator).to(device, dtype)
     return packed[:, :, :3].contiguous(), packed[:, :, 3].contiguous()
 
 
 def attention(contender: str, shape: str, device: str, dtype: torch.dtype) -> Attend:
     """q, k, v [B, heads, E, dh] -> [B, heads, E, dh]; the floor has no region rows."""
-    num_prefix, grid, regions = SHAPES[shape]
+    num_prefix, grid, regions, _ = SHAPES[shape]
     E = num_prefix + math.prod(grid) + math.prod(regions)
     if contender == "zs3fast":
         return partial(region_bridge_attention, num_prefix=num_prefix, grid=grid, regions=regions)
@@ -69,7 +72,7 @@ def attention(contender: str, shape: str, device: str, dtype: torch.dtype) -> At
         return partial(F.scaled_dot_product_attention, attn_mask=bias)
     if contender == "flex compiled":
         block_mask = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, E, E, device=device)
-        return partial(torch.compile(flex_attention), block_mask=block_mask)
+        return partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
@@ -124,7 +127,7 @@ def make_call(contender: str, shape: str, pass_: str, args: argparse.Namespace) 
 def expected(shape: str, pass_: str, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What every contender but the floor must give, by the definition in float64."""
     packed, grad = make_inputs(shape, device, dtype)
-    num_prefix, grid, regions = SHAPES[shape]
+    num_prefix, grid, regions, _ = SHAPES[shape]
     tensors = [x.transpose(1, 2).double().detach().requires_grad_() for x in packed.unbind(2)]
     output = reference(*tensors, num_prefix=num_prefix, grid=grid, regions=regions)
     grads = () if pass_ == "forward" else torch.autograd.grad(output, tensors, grad.transpose(1, 2).double())
@@ -144,18 +147,21 @@ def make(name: str, shape: str, pass_: str, args: argparse.Namespace) -> Contend
     return Contender(name, call, None if name == FLOOR else check)
 
 
+SCRIPT = OpScript(
+    op="region_bridge_attention",
+    file=__file__,
+    doc=__doc__,
+    shapes=SHAPES,
+    optional=LARGE,
+    large=LARGE,
+    contenders=CONTENDERS,
+    make=make,
+    passes=PASSES,
+    default_passes=("forward", "backward"),
+    dtypes=list(DTYPES),
+    together=True,
+)
+
+
 if __name__ == "__main__":
-    run_script(
-        OpScript(
-            op="region_bridge_attention",
-            file=__file__,
-            doc=__doc__,
-            shapes=SHAPES,
-            contenders=CONTENDERS,
-            make=make,
-            passes=PASSES,
-            default_passes=("forward", "backward"),
-            dtypes=list(DTYPES),
-            together=True,
-        )
-    )
+    run_script(SCRIPT)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import contenders
 from bench.baselines import OFFICIAL
 from bench.baselines.clip_rc import region_mask
+from bench.setting import Setting, make_inputs
 from tests.goldens_data import HEADS, SEEN, Golden, golden_files, relative
 
 TINY = dict(
@@ -114,3 +116,26 @@ def test_clip_rc_has_the_tensors_of_the_official_checkpoint():
         state = OFFICIAL["clip_rc"](seen=range(15)).state_dict()
     assert len(state) + 149 == 496
     assert sum(t.numel() for t in state.values()) + 63_428_096 == 187_210_496
+
+
+@pytest.mark.parametrize("method", ["maft", "clsclip"])
+def test_maft_s_and_clsclip_s_structures_give_our_scores(method):
+    """Their encoders are held to the official goldens and equations with the models; this is image to labels."""
+    setting = Setting(method, 7, batch=2).tiny()
+    baseline = contenders.make_baseline(setting)
+    ours = contenders.make_ours(setting, baseline.state_dict())
+    images, text, *more = make_inputs(setting)
+    with torch.no_grad():
+        if method == "maft":  # what all proposals of a random network share must not decide
+            shared = torch.nn.functional.normalize(ours(images, text, *more).proposal_embeddings.mean((0, 1)), dim=0)
+            text = text - (text @ shared).unsqueeze(1) * shared
+        out = ours(images, text, *more)
+        expected = ours.class_scores(out, setting.label_size)
+        logits = baseline(images, text, *more)
+        labels = baseline.predict_labels(images, text, *more)
+        assert relative(logits, contenders.raw_logits(out)) < 1e-5
+        assert relative(baseline.class_scores(logits, *more), expected) < 1e-5
+    top = expected.topk(2, dim=1).values
+    clear = top[:, 0] - top[:, 1] > 1e-5
+    assert clear.float().mean() > 0.5 and len(labels.unique()) > 1  # where no proposal lies all of MAFT's scores are 0
+    assert torch.equal(labels[clear], expected.argmax(1)[clear])

@@ -7,6 +7,7 @@ made on every call below autograd, so `torch.compile` and `torch.export` see one
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -172,9 +173,8 @@ def triton_objections(
     tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 ) -> list[str]:
     """Objections of the Triton kernels. Without a GPU they run in Triton's interpreter only, and only if asked for."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return ["triton is not installed"]
     interpreting = os.environ.get("TRITON_INTERPRET") == "1" and _requested == "triton"
-    return tensor_objections(tensor, "cpu" if interpreting and tensor.device.type == "cpu" else "cuda", dtypes)
+    reasons = tensor_objections(tensor, "cpu" if interpreting and tensor.device.type == "cpu" else "cuda", dtypes)
+    if not reasons and importlib.util.find_spec("triton") is None:  # importing it takes 70 MB
+        return ["triton is not installed"]
+    return reasons
