@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +28,7 @@ from tests.ops import test_region_bridge_attention as bridge
 from tests.ops import test_relationship_descriptor as descriptor
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import (
+    _dispatch,
     attention_to_mask,
     masks_to_bits,
     masks_to_labels,
@@ -275,3 +277,15 @@ FAMILIES = {
         "proposals_to_labels", partial(make_proposals_to_labels, logits=False), _fusion, differentiable=False
     ),
 }
+
+
+def backends_of(op: str) -> list[str]:
+    """What can run on this device, in the order of `auto`."""
+    return [name for name in _dispatch.BACKENDS if name in _dispatch.registered(op) and (name != "cpp" or not ON_GPU)]
+
+
+def skip_if_refused(op: str, backend: str, problem: Problem) -> None:
+    """Within `use_backend`: what a backend does not take is skipped with its own words."""
+    reasons = _dispatch.objections(op, backend, *problem.tensors)
+    if reasons:
+        pytest.skip("; ".join(reasons))

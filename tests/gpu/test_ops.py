@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.device import ON_GPU, skip_unless_free, skip_without_gpu
-from tests.gpu.problems import FAMILIES, Family, Problem
-from zs3fast.ops import _dispatch, use_backend
+from tests.gpu.device import skip_unless_free, skip_without_gpu
+from tests.gpu.problems import FAMILIES, Family, backends_of, skip_if_refused
+from zs3fast.ops import use_backend
 
 skip_without_gpu()
 
@@ -18,11 +18,6 @@ PRECISIONS = {
     "fp16": (torch.float16, "ieee"),
 }
 PUBLISHED_BYTES = 24 * 2**30  # the float64 definition stores every score
-
-
-def backends_of(op: str) -> list[str]:
-    """What can run on this device, in the order of `auto`."""
-    return [name for name in _dispatch.BACKENDS if name in _dispatch.registered(op) and (name != "cpp" or not ON_GPU)]
 
 
 def cases() -> list[object]:
@@ -52,13 +47,6 @@ def cases() -> list[object]:
 
 def label_is_published(label: str) -> bool:
     return label.startswith(("coco", "ade", "maft", "M1"))
-
-
-def skip_if_refused(op: str, backend: str, problem: Problem) -> None:
-    """Within `use_backend`: what a backend does not take is skipped with its own words."""
-    reasons = _dispatch.objections(op, backend, *problem.tensors)
-    if reasons:
-        pytest.skip("; ".join(reasons))
 
 
 @pytest.mark.parametrize(("family", "label", "precision", "backend", "pass_"), cases())

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu.device import DEVICE, ON_GPU, busy_stream, capture, far_apart, skip_unless_free, skip_without_gpu
-from tests.gpu.problems import FAMILIES, Family, as_tuple
-from tests.gpu.test_ops import backends_of, skip_if_refused
+from tests.gpu.problems import FAMILIES, Family, as_tuple, backends_of, skip_if_refused
 from zs3fast.ops import masks_to_labels, use_backend
 
 skip_without_gpu()
