@@ -157,7 +157,7 @@ def test_refusals_of_a_folder_in_use(reference, tmp_path):
         train_clip(made)
     with pytest.raises(ValueError, match="another configuration: batch_size: 8 -> 16"):
         train_clip(replace(made, batch_size=16), resume=True)
-    with checkpoints.run_lock(tmp_path / "run"), pytest.raises(ValueError, match="another process is training"):
+    with checkpoints.run_lock(tmp_path / "run"), pytest.raises(ValueError, match="another run is training"):
         train_clip(config(tmp_path))
 
 
