@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import harness  # noqa: E402
+from bench.harness import Timing  # noqa: E402
 from zs3fast.data import PositionSampler, SegmentationDataset, TrainingSet, open_dataset, train_transform  # noqa: E402
 from zs3fast.data.sampling import seed_worker  # noqa: E402
 
@@ -106,20 +107,28 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     what = args.dataset if args.root else f"made {args.size[0]} x {args.size[1]}"
     rows = []
     for (recipe, workers), samples in rates.items():
-        row = {
-            "op": "data",
-            "recipe": recipe,
-            "crop_size": RECIPES[recipe],
-            "pictures": what,
-            "workers": workers,
-            "images_per_s": round(statistics.median(samples), 2),
-            "images_per_s_rounds": [round(rate, 2) for rate in samples],
-            **described,
-        }
-        rows.append(row)
-        print(f"{recipe:8s} {workers:3d} workers {row['images_per_s']:9.1f} images/s", flush=True)
+        rows.append(loading_row(recipe, workers, samples, what, described))
+        print(f"{recipe:8s} {workers:3d} workers {rows[-1]['images_per_second']:9.1f} images/s", flush=True)
     harness.write_results(args.json or harness.results_path("data", "cpu"), rows)
     return rows
+
+
+def loading_row(
+    recipe: str, workers: int, rates: Sequence[float], pictures: str, described: dict[str, Any]
+) -> dict[str, Any]:
+    """A row of the results file, from images a second of each round; its times are of one image."""
+    return harness.row(
+        recipe,
+        f"{workers} workers",
+        pictures,
+        Timing([1 / rate for rate in rates]),
+        dtype=torch.uint8,
+        pass_="loading",
+        described=described,
+        images_per_second=round(statistics.median(rates), 2),
+        crop_size=RECIPES[recipe],
+        workers=workers,
+    )
 
 
 if __name__ == "__main__":

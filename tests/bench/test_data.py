@@ -24,11 +24,11 @@ def test_it_runs(tmp_path):
         "1",
     ]
     rows = main([*options, "--pictures", "3", "--size", "40", "56", "--json", str(out)])
-    assert [(row["recipe"], row["workers"]) for row in rows] == [
+    assert [(row["name"], row["workers"]) for row in rows] == [
         ("decode", 0),
         ("decode", 1),
         ("clsclip", 0),
         ("clsclip", 1),
     ]
-    assert all(row["images_per_s"] > 0 and row["pictures"] == "made 40 x 56" for row in rows)
+    assert all(row["images_per_second"] > 0 and row["shape"] == "made 40 x 56" for row in rows)
     assert json.loads(out.read_text())["rows"] == rows
