@@ -21,31 +21,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from zs3fast.kernels._rows import dot_rows, load_rows, store_rows
 from zs3fast.kernels._tuning import cdiv, dot_precision, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _FULL = 4 * 132  # programs that fill a large GPU several times over
-
-
-@triton.jit
-def _load(base, rows, inside, d, row_stride, column_stride, width):
-    """[rows, width] of a matrix, zeros where `inside` is false."""
-    at = rows.to(tl.int64)[:, None] * row_stride + d[None, :] * column_stride
-    return tl.load(base + at, mask=inside[:, None] & (d < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(base, rows, inside, d, b, a, length, heads, width, x):
-    """Rows of [B, heads, length, width] that lie in memory as [B, length, heads, width]."""
-    at = ((b * length + rows.to(tl.int64)) * heads + a)[:, None] * width + d[None, :]
-    tl.store(base + at, x.to(base.dtype.element_ty), mask=inside[:, None] & (d < width)[None, :])
-
-
-@triton.jit
-def _dot(x, y):
-    """Row by row products of two matrices, fp32."""
-    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
 
 
 @triton.jit
@@ -80,29 +61,29 @@ def proposal_attention_fwd_kernel(
     v += b * v_b + a * v_h
     bits += b * Nq * words
     q += b * q_b + a * q_h
-    left = _load(q, row, inside, d, q_n, q_d, dh)  # [BLOCK_Q, BLOCK_D]
-    own = _load(k_self + b * ks_b + a * ks_h, row, inside, d, ks_n, ks_d, dh)
-    largest = _dot(left, own) * (scale * _LOG2E)  # in units of log2
+    left = load_rows(q, row, inside, d, q_n, q_d, dh)  # [BLOCK_Q, BLOCK_D]
+    own = load_rows(k_self + b * ks_b + a * ks_h, row, inside, d, ks_n, ks_d, dh)
+    largest = dot_rows(left, own) * (scale * _LOG2E)  # in units of log2
     total = tl.full([BLOCK_Q], 1.0, tl.float32)
-    sums = _load(v_self + b * vs_b + a * vs_h, row, inside, d, vs_n, vs_d, dh).to(tl.float32)
+    sums = load_rows(v_self + b * vs_b + a * vs_h, row, inside, d, vs_n, vs_d, dh).to(tl.float32)
     for first in range(0, N, 32 * WORDS):
         block = _words(bits, row, inside, first, words, WORDS)  # [BLOCK_Q, WORDS]
         if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
             patch = first + tl.arange(0, 32 * WORDS)
             keep = _keep(block, patch, N, BLOCK_Q, WORDS)
-            right = _load(k, patch, patch < N, d, k_n, k_d, dh)
+            right = load_rows(k, patch, patch < N, d, k_n, k_d, dh)
             # again, and from L1: kept over the branch, an fp32 operand is spread over 128 registers of every thread
-            left = _load(q, row, inside, d, q_n, q_d, dh)
+            left = load_rows(q, row, inside, d, q_n, q_d, dh)
             s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)  # [BLOCK_Q, 32 * WORDS]
             s = tl.where(keep, s, float("-inf"))
             now = tl.maximum(largest, tl.max(s, 1))
             p = tl.exp2(s - now[:, None])
             shrink = tl.exp2(largest - now)
             total = total * shrink + tl.sum(p, 1)
-            values = _load(v, patch, patch < N, d, v_n, v_d, dh)
+            values = load_rows(v, patch, patch < N, d, v_n, v_d, dh)
             sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
             largest = now
-    _store(output, row, inside, d, b, a, Nq, heads, dh, sums / total[:, None])
+    store_rows(output, row, inside, d, b, a, Nq, heads, dh, sums / total[:, None])
     tl.store(lse + head.to(tl.int64) * Nq + row, (largest + tl.log2(total)) * _LN2, mask=inside)
 
 
@@ -123,32 +104,34 @@ def proposal_attention_bwd_kernel_dq(
     k += b * k_b + a * k_h
     v += b * v_b + a * v_h
     bits += b * Nq * words
-    left = _load(q + b * q_b + a * q_h, row, inside, d, q_n, q_d, dh)  # [BLOCK_Q, BLOCK_D]
-    grad = _load(grad_output + b * g_b + a * g_h, row, inside, d, g_n, g_d, dh)
-    correction = _dot(grad, _load(output + b * o_b + a * o_h, row, inside, d, o_n, o_d, dh))  # sum over keys of p dp
+    left = load_rows(q + b * q_b + a * q_h, row, inside, d, q_n, q_d, dh)  # [BLOCK_Q, BLOCK_D]
+    grad = load_rows(grad_output + b * g_b + a * g_h, row, inside, d, g_n, g_d, dh)
+    correction = dot_rows(
+        grad, load_rows(output + b * o_b + a * o_h, row, inside, d, o_n, o_d, dh)
+    )  # sum over keys of p dp
     tl.store(delta + head.to(tl.int64) * Nq + row, correction, mask=inside)
     log_sum = tl.load(lse + head.to(tl.int64) * Nq + row, mask=inside, other=0.0) * _LOG2E
 
-    own = _load(k_self + b * ks_b + a * ks_h, row, inside, d, ks_n, ks_d, dh)
-    own_values = _load(v_self + b * vs_b + a * vs_h, row, inside, d, vs_n, vs_d, dh)
-    own_p = tl.exp2(_dot(left, own) * (scale * _LOG2E) - log_sum)
-    own_ds = own_p * (_dot(grad, own_values) - correction)
-    _store(dk_self, row, inside, d, b, a, Nq, heads, dh, (own_ds * scale)[:, None] * left.to(tl.float32))
-    _store(dv_self, row, inside, d, b, a, Nq, heads, dh, own_p[:, None] * grad.to(tl.float32))
+    own = load_rows(k_self + b * ks_b + a * ks_h, row, inside, d, ks_n, ks_d, dh)
+    own_values = load_rows(v_self + b * vs_b + a * vs_h, row, inside, d, vs_n, vs_d, dh)
+    own_p = tl.exp2(dot_rows(left, own) * (scale * _LOG2E) - log_sum)
+    own_ds = own_p * (dot_rows(grad, own_values) - correction)
+    store_rows(dk_self, row, inside, d, b, a, Nq, heads, dh, (own_ds * scale)[:, None] * left.to(tl.float32))
+    store_rows(dv_self, row, inside, d, b, a, Nq, heads, dh, own_p[:, None] * grad.to(tl.float32))
     sums = own_ds[:, None] * own.to(tl.float32)
     for first in range(0, N, 32 * WORDS):
         block = _words(bits, row, inside, first, words, WORDS)
         if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
             patch = first + tl.arange(0, 32 * WORDS)
             keep = _keep(block, patch, N, BLOCK_Q, WORDS)
-            right = _load(k, patch, patch < N, d, k_n, k_d, dh)
-            values = _load(v, patch, patch < N, d, v_n, v_d, dh)
+            right = load_rows(k, patch, patch < N, d, k_n, k_d, dh)
+            values = load_rows(v, patch, patch < N, d, v_n, v_d, dh)
             s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)
             p = tl.where(keep, tl.exp2(s - log_sum[:, None]), 0.0)
             dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
             ds = p * (dp - correction[:, None])
             sums = tl.dot(ds.to(right.dtype), right, sums, input_precision=PRECISION)
-    _store(dq, row, inside, d, b, a, Nq, heads, dh, sums * scale)
+    store_rows(dq, row, inside, d, b, a, Nq, heads, dh, sums * scale)
 
 
 @triton.jit
@@ -169,8 +152,8 @@ def proposal_attention_bwd_kernel_dkdv(
     bits += b * Nq * words
     lse += head.to(tl.int64) * Nq
     delta += head.to(tl.int64) * Nq
-    right = _load(k + b * k_b + a * k_h, patch, patch < N, d, k_n, k_d, dh)  # [32 * WORDS, BLOCK_D]
-    values = _load(v + b * v_b + a * v_h, patch, patch < N, d, v_n, v_d, dh)
+    right = load_rows(k + b * k_b + a * k_h, patch, patch < N, d, k_n, k_d, dh)  # [32 * WORDS, BLOCK_D]
+    values = load_rows(v + b * v_b + a * v_h, patch, patch < N, d, v_n, v_d, dh)
     sums_k = tl.zeros([32 * WORDS, BLOCK_D], tl.float32)
     sums_v = tl.zeros([32 * WORDS, BLOCK_D], tl.float32)
     for first in range(0, Nq, BLOCK_Q):
@@ -178,8 +161,8 @@ def proposal_attention_bwd_kernel_dkdv(
         block = _words(bits, row, row < Nq, start, words, WORDS)
         if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
             keep = tl.trans(_keep(block, patch, N, BLOCK_Q, WORDS))  # [32 * WORDS, BLOCK_Q]
-            left = _load(q, row, row < Nq, d, q_n, q_d, dh)
-            grad = _load(grad_output, row, row < Nq, d, g_n, g_d, dh)
+            left = load_rows(q, row, row < Nq, d, q_n, q_d, dh)
+            grad = load_rows(grad_output, row, row < Nq, d, g_n, g_d, dh)
             log_sum = tl.load(lse + row, mask=row < Nq, other=0.0) * _LOG2E
             correction = tl.load(delta + row, mask=row < Nq, other=0.0)
             # scores as [patch, row]: they are the left operand of both sums, where a transpose would cost registers
@@ -189,8 +172,8 @@ def proposal_attention_bwd_kernel_dkdv(
             sums_v = tl.dot(p.to(grad.dtype), grad, sums_v, input_precision=PRECISION)
             ds = p * (dp - correction[None, :])
             sums_k = tl.dot(ds.to(left.dtype), left, sums_k, input_precision=PRECISION)
-    _store(dk, patch, patch < N, d, b, a, N, heads, dh, sums_k * scale)
-    _store(dv, patch, patch < N, d, b, a, N, heads, dh, sums_v)
+    store_rows(dk, patch, patch < N, d, b, a, N, heads, dh, sums_k * scale)
+    store_rows(dv, patch, patch < N, d, b, a, N, heads, dh, sums_v)
 
 
 def _blocks(dtype: torch.dtype, dh: int, backward: bool, heads: int = 0, Nq: int = 0) -> dict[str, int]:

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from zs3fast.kernels._rows import dot_rows, load_rows, store_rows
 from zs3fast.kernels._tuning import cdiv, dot_precision, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -30,30 +31,10 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load(base, rows, inside, d, row_stride, column_stride, width):
-    """[rows, width] of a matrix, zeros where `inside` is false."""
-    at = rows.to(tl.int64)[:, None] * row_stride + d[None, :] * column_stride
-    return tl.load(base + at, mask=inside[:, None] & (d < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(base, rows, inside, d, b, a, length, heads, width, x):
-    """Rows of [B, heads, length, width] that lie in memory as [B, length, heads, width]."""
-    at = ((b * length + rows.to(tl.int64)) * heads + a)[:, None] * width + d[None, :]
-    tl.store(base + at, x.to(base.dtype.element_ty), mask=inside[:, None] & (d < width)[None, :])
-
-
-@triton.jit
-def _dot(x, y):
-    """Row by row products of two gathered matrices, fp32."""
-    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-
-
-@triton.jit
 def _pair_gradient(left, right, values, grad, log_sum, correction, inside, scale):
     """Probability and gradient of the score of one gathered (query, key) pair a row, zeros where `inside` is false."""
-    p = tl.where(inside, tl.exp2(_dot(left, right) * (scale * _LOG2E) - log_sum), 0.0)
-    return p, p * (_dot(grad, values) - correction)
+    p = tl.where(inside, tl.exp2(dot_rows(left, right) * (scale * _LOG2E) - log_sum), 0.0)
+    return p, p * (dot_rows(grad, values) - correction)
 
 
 @triton.jit
@@ -88,26 +69,26 @@ def _block_rows(
     d = tl.arange(0, BLOCK_D)
     k += b * k_b + a * k_h
     v += b * v_b + a * v_h
-    left = _load(q + b * q_b + a * q_h, row, row < queries, d, q_e, q_d, dh)  # [BLOCK_Q, BLOCK_D]
+    left = load_rows(q + b * q_b + a * q_h, row, row < queries, d, q_e, q_d, dh)  # [BLOCK_Q, BLOCK_D]
     region, owned = _region_of(row - prefix_q, h, w, rh, rw)
-    start = _dot(left, _load(k, keys + region, owned, d, k_e, k_d, dh)) * (scale * _LOG2E)
+    start = dot_rows(left, load_rows(k, keys + region, owned, d, k_e, k_d, dh)) * (scale * _LOG2E)
     largest = tl.where(owned, start, float("-inf"))  # in units of log2
     total = tl.where(owned, 1.0, 0.0)
-    sums = _load(v, keys + region, owned, d, v_e, v_d, dh).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
+    sums = load_rows(v, keys + region, owned, d, v_e, v_d, dh).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
     for first in range(0, keys, BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
-        right = _load(k, key, key < keys, d, k_e, k_d, dh)
+        right = load_rows(k, key, key < keys, d, k_e, k_d, dh)
         s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)  # [BLOCK_Q, BLOCK_K]
         s = tl.where((key < keys)[None, :], s, float("-inf"))
         now = tl.maximum(largest, tl.max(s, 1))
         p = tl.exp2(s - now[:, None])
         shrink = tl.exp2(largest - now)
         total = total * shrink + tl.sum(p, 1)
-        values = _load(v, key, key < keys, d, v_e, v_d, dh)
+        values = load_rows(v, key, key < keys, d, v_e, v_d, dh)
         sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
         largest = now
     length = queries + rh * rw
-    _store(output, row, row < queries, d, b, a, length, heads, dh, sums / total[:, None])
+    store_rows(output, row, row < queries, d, b, a, length, heads, dh, sums / total[:, None])
     tl.store(lse + head.to(tl.int64) * length + row, (largest + tl.log2(total)) * _LN2, mask=row < queries)
 
 
@@ -128,26 +109,26 @@ def _region_rows(
     v += b * v_b + a * v_h
     wh, ww = h // rh, w // rw
     own = program % blocks * REGIONS + tl.arange(0, REGIONS)
-    sums = _load(v, keys + own, own < M, d, v_e, v_d, dh).to(tl.float32)  # [REGIONS, BLOCK_D]
-    largest = _dot(
-        _load(q, queries + own, own < M, d, q_e, q_d, dh), _load(k, keys + own, own < M, d, k_e, k_d, dh)
+    sums = load_rows(v, keys + own, own < M, d, v_e, v_d, dh).to(tl.float32)  # [REGIONS, BLOCK_D]
+    largest = dot_rows(
+        load_rows(q, queries + own, own < M, d, q_e, q_d, dh), load_rows(k, keys + own, own < M, d, k_e, k_d, dh)
     ) * (scale * _LOG2E)
     total = tl.full([REGIONS], 1.0, tl.float32)
     for cell in range(0, wh * ww, CELLS):
         region, patch, inside = _pairs(program % blocks, cell, w, rh, rw, wh, ww, REGIONS, CELLS)
-        left = _load(q, queries + region, inside, d, q_e, q_d, dh)  # [REGIONS * CELLS, BLOCK_D]
-        right = _load(k, prefix_k + patch, inside, d, k_e, k_d, dh)
-        s = tl.where(inside, _dot(left, right) * (scale * _LOG2E), float("-inf")).reshape(REGIONS, CELLS)
+        left = load_rows(q, queries + region, inside, d, q_e, q_d, dh)  # [REGIONS * CELLS, BLOCK_D]
+        right = load_rows(k, prefix_k + patch, inside, d, k_e, k_d, dh)
+        s = tl.where(inside, dot_rows(left, right) * (scale * _LOG2E), float("-inf")).reshape(REGIONS, CELLS)
         now = tl.maximum(largest, tl.max(s, 1))
         p = tl.exp2(s - now[:, None])
         shrink = tl.exp2(largest - now)
         total = total * shrink + tl.sum(p, 1)
-        values = _load(v, prefix_k + patch, inside, d, v_e, v_d, dh).to(tl.float32)
+        values = load_rows(v, prefix_k + patch, inside, d, v_e, v_d, dh).to(tl.float32)
         weighted = (p.reshape(REGIONS * CELLS)[:, None] * values).reshape(REGIONS, CELLS, BLOCK_D)
         sums = sums * shrink[:, None] + tl.sum(weighted, 1)
         largest = now
     length = queries + M
-    _store(output, queries + own, own < M, d, b, a, length, heads, dh, sums / total[:, None])
+    store_rows(output, queries + own, own < M, d, b, a, length, heads, dh, sums / total[:, None])
     tl.store(lse + head.to(tl.int64) * length + queries + own, (largest + tl.log2(total)) * _LN2, mask=own < M)
 
 
@@ -189,27 +170,29 @@ def region_bridge_attention_bwd_kernel_dq(
     d = tl.arange(0, BLOCK_D)
     k += b * k_b + a * k_h
     v += b * v_b + a * v_h
-    left = _load(q + b * q_b + a * q_h, row, inside, d, q_e, q_d, dh)  # [BLOCK_Q, BLOCK_D]
-    grad = _load(grad_output + b * g_b + a * g_h, row, inside, d, g_e, g_d, dh)
-    correction = _dot(grad, _load(output + b * o_b + a * o_h, row, inside, d, o_e, o_d, dh))  # sum over keys of p dp
+    left = load_rows(q + b * q_b + a * q_h, row, inside, d, q_e, q_d, dh)  # [BLOCK_Q, BLOCK_D]
+    grad = load_rows(grad_output + b * g_b + a * g_h, row, inside, d, g_e, g_d, dh)
+    correction = dot_rows(
+        grad, load_rows(output + b * o_b + a * o_h, row, inside, d, o_e, o_d, dh)
+    )  # sum over keys of p dp
     tl.store(delta + head.to(tl.int64) * length + row, correction, mask=inside)
     log_sum = tl.load(lse + head.to(tl.int64) * length + row, mask=inside, other=0.0) * _LOG2E
 
     region, owned = _region_of(row - prefix_q, h, w, rh, rw)
-    token = _load(k, keys + region, owned, d, k_e, k_d, dh)  # the region each patch sees
-    token_v = _load(v, keys + region, owned, d, v_e, v_d, dh)
+    token = load_rows(k, keys + region, owned, d, k_e, k_d, dh)  # the region each patch sees
+    token_v = load_rows(v, keys + region, owned, d, v_e, v_d, dh)
     _, token_ds = _pair_gradient(left, token, token_v, grad, log_sum, correction, owned, scale)
     sums = token_ds[:, None] * token.to(tl.float32)  # [BLOCK_Q, BLOCK_D]
     for first in range(0, keys, BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
-        right = _load(k, key, key < keys, d, k_e, k_d, dh)
-        values = _load(v, key, key < keys, d, v_e, v_d, dh)
+        right = load_rows(k, key, key < keys, d, k_e, k_d, dh)
+        values = load_rows(v, key, key < keys, d, v_e, v_d, dh)
         s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)
         p = tl.where((key < keys)[None, :], tl.exp2(s - log_sum[:, None]), 0.0)
         dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         ds = p * (dp - correction[:, None])
         sums = tl.dot(ds.to(right.dtype), right, sums, input_precision=PRECISION)
-    _store(dq, row, inside, d, b, a, length, heads, dh, sums * scale)
+    store_rows(dq, row, inside, d, b, a, length, heads, dh, sums * scale)
 
 
 @triton.jit
@@ -230,13 +213,13 @@ def _block_keys(
     grad_output += b * g_b + a * g_h
     lse += head.to(tl.int64) * length
     delta += head.to(tl.int64) * length
-    right = _load(k + b * k_b + a * k_h, key, key < keys, d, k_e, k_d, dh)  # [BLOCK_K, BLOCK_D]
-    values = _load(v + b * v_b + a * v_h, key, key < keys, d, v_e, v_d, dh)
+    right = load_rows(k + b * k_b + a * k_h, key, key < keys, d, k_e, k_d, dh)  # [BLOCK_K, BLOCK_D]
+    values = load_rows(v + b * v_b + a * v_h, key, key < keys, d, v_e, v_d, dh)
 
     region, owned = _region_of(key - prefix_k, h, w, rh, rw)
-    token = _load(q, queries + region, owned, d, q_e, q_d, dh)  # the region row that sees each patch
-    token_grad = _load(grad_output, queries + region, owned, d, g_e, g_d, dh)
-    token_delta = _dot(token_grad, _load(output + b * o_b + a * o_h, queries + region, owned, d, o_e, o_d, dh))
+    token = load_rows(q, queries + region, owned, d, q_e, q_d, dh)  # the region row that sees each patch
+    token_grad = load_rows(grad_output, queries + region, owned, d, g_e, g_d, dh)
+    token_delta = dot_rows(token_grad, load_rows(output + b * o_b + a * o_h, queries + region, owned, d, o_e, o_d, dh))
     token_lse = tl.load(lse + queries + region, mask=owned, other=0.0) * _LOG2E
     token_p, token_ds = _pair_gradient(token, right, values, token_grad, token_lse, token_delta, owned, scale)
     sums_k = token_ds[:, None] * token.to(tl.float32)  # [BLOCK_K, BLOCK_D]
@@ -244,8 +227,8 @@ def _block_keys(
     for first in range(0, queries, BLOCK_Q):
         # rows past the end add nothing: their q, grad_output and delta are zero and their p is exp(0)
         row = first + tl.arange(0, BLOCK_Q)
-        left = _load(q, row, row < queries, d, q_e, q_d, dh)
-        grad = _load(grad_output, row, row < queries, d, g_e, g_d, dh)
+        left = load_rows(q, row, row < queries, d, q_e, q_d, dh)
+        grad = load_rows(grad_output, row, row < queries, d, g_e, g_d, dh)
         log_sum = tl.load(lse + row, mask=row < queries, other=0.0) * _LOG2E
         correction = tl.load(delta + row, mask=row < queries, other=0.0)
         # scores as [BLOCK_K, BLOCK_Q]: they are the left operand of both sums, where a transpose would cost registers
@@ -255,8 +238,8 @@ def _block_keys(
         sums_v = tl.dot(p.to(grad.dtype), grad, sums_v, input_precision=PRECISION)
         ds = p * (dp - correction[None, :])
         sums_k = tl.dot(ds.to(left.dtype), left, sums_k, input_precision=PRECISION)
-    _store(dk, key, key < keys, d, b, a, keys + rh * rw, heads, dh, sums_k * scale)
-    _store(dv, key, key < keys, d, b, a, keys + rh * rw, heads, dh, sums_v)
+    store_rows(dk, key, key < keys, d, b, a, keys + rh * rw, heads, dh, sums_k * scale)
+    store_rows(dv, key, key < keys, d, b, a, keys + rh * rw, heads, dh, sums_v)
 
 
 @triton.jit
@@ -282,11 +265,11 @@ def _region_gradients(
 
     own = program % blocks * REGIONS + tl.arange(0, REGIONS)
     here = own < M
-    own_q = _load(q, queries + own, here, d, q_e, q_d, dh)  # [REGIONS, BLOCK_D]
-    own_k = _load(k, keys + own, here, d, k_e, k_d, dh)
-    own_v = _load(v, keys + own, here, d, v_e, v_d, dh)
-    own_grad = _load(grad_output, queries + own, here, d, g_e, g_d, dh)
-    own_delta = _dot(own_grad, _load(output + b * o_b + a * o_h, queries + own, here, d, o_e, o_d, dh))
+    own_q = load_rows(q, queries + own, here, d, q_e, q_d, dh)  # [REGIONS, BLOCK_D]
+    own_k = load_rows(k, keys + own, here, d, k_e, k_d, dh)
+    own_v = load_rows(v, keys + own, here, d, v_e, v_d, dh)
+    own_grad = load_rows(grad_output, queries + own, here, d, g_e, g_d, dh)
+    own_delta = dot_rows(own_grad, load_rows(output + b * o_b + a * o_h, queries + own, here, d, o_e, o_d, dh))
     own_lse = tl.load(lse + queries + own, mask=here, other=0.0) * _LOG2E
     own_p, own_ds = _pair_gradient(own_q, own_k, own_v, own_grad, own_lse, own_delta, here, scale)
     sums_q = own_ds[:, None] * own_k.to(tl.float32)
@@ -298,25 +281,25 @@ def _region_gradients(
     for cell in range(0, wh * ww, CELLS):
         region, patch, inside = _pairs(program % blocks, cell, w, rh, rw, wh, ww, REGIONS, CELLS)
         # the region's view of its patches, [REGIONS * CELLS, BLOCK_D]
-        left = _load(q, queries + region, inside, d, q_e, q_d, dh)
-        right = _load(k, prefix_k + patch, inside, d, k_e, k_d, dh)
-        values = _load(v, prefix_k + patch, inside, d, v_e, v_d, dh)
-        grad = _load(grad_output, queries + region, inside, d, g_e, g_d, dh)
+        left = load_rows(q, queries + region, inside, d, q_e, q_d, dh)
+        right = load_rows(k, prefix_k + patch, inside, d, k_e, k_d, dh)
+        values = load_rows(v, prefix_k + patch, inside, d, v_e, v_d, dh)
+        grad = load_rows(grad_output, queries + region, inside, d, g_e, g_d, dh)
         p, ds = _pair_gradient(left, right, values, grad, region_lse, region_delta, inside, scale)
         sums_q += tl.sum((ds[:, None] * right.to(tl.float32)).reshape(REGIONS, CELLS, BLOCK_D), 1)
         # the patches' view of their region
-        left = _load(q, prefix_q + patch, inside, d, q_e, q_d, dh)
-        right = _load(k, keys + region, inside, d, k_e, k_d, dh)
-        values = _load(v, keys + region, inside, d, v_e, v_d, dh)
-        grad = _load(grad_output, prefix_q + patch, inside, d, g_e, g_d, dh)
+        left = load_rows(q, prefix_q + patch, inside, d, q_e, q_d, dh)
+        right = load_rows(k, keys + region, inside, d, k_e, k_d, dh)
+        values = load_rows(v, keys + region, inside, d, v_e, v_d, dh)
+        grad = load_rows(grad_output, prefix_q + patch, inside, d, g_e, g_d, dh)
         log_sum = tl.load(lse + prefix_q + patch, mask=inside, other=0.0) * _LOG2E
         correction = tl.load(delta + prefix_q + patch, mask=inside, other=0.0)
         p, ds = _pair_gradient(left, right, values, grad, log_sum, correction, inside, scale)
         sums_k += tl.sum((ds[:, None] * left.to(tl.float32)).reshape(REGIONS, CELLS, BLOCK_D), 1)
         sums_v += tl.sum((p[:, None] * grad.to(tl.float32)).reshape(REGIONS, CELLS, BLOCK_D), 1)
-    _store(dq, queries + own, here, d, b, a, length, heads, dh, sums_q * scale)
-    _store(dk, keys + own, here, d, b, a, keys + M, heads, dh, sums_k * scale)
-    _store(dv, keys + own, here, d, b, a, keys + M, heads, dh, sums_v)
+    store_rows(dq, queries + own, here, d, b, a, length, heads, dh, sums_q * scale)
+    store_rows(dk, keys + own, here, d, b, a, keys + M, heads, dh, sums_k * scale)
+    store_rows(dv, keys + own, here, d, b, a, keys + M, heads, dh, sums_v)
 
 
 @triton.jit

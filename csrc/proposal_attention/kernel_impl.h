@@ -6,31 +6,19 @@
 #include <utility>
 
 #include "proposal_attention/kernel.h"
+#include "simd.h"
 
 namespace zs3fast::proposal_attention {
 namespace {
 
-// Gemm tiles keep kRows x kVectors accumulators; sums over listed rows keep kChunk.
+// Sums over listed rows keep kChunk vectors.
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 6, kVectors = 4, kChunk = 4;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kRows = 6, kVectors = 2, kChunk = 8;
+constexpr int kChunk = 4;
 #else
-constexpr int kBytes = 16, kRows = 6, kVectors = 2, kChunk = 8;
+constexpr int kChunk = 8;
 #endif
-constexpr int kLanes = kBytes / 4;
 constexpr int kUnit = kPad / kLanes;  // vectors of the narrowest head
 
-typedef float Float __attribute__((vector_size(kBytes)));
-typedef int32_t Int __attribute__((vector_size(kBytes)));
-
-inline Float load(const float* p) {
-  Float x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-inline void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
-inline Float all(float x) { return x - Float{}; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -38,25 +26,6 @@ float* take(float*& scratch, int64_t floats) {
   float* p = scratch;
   scratch += round_up(floats);
   return p;
-}
-
-// exp for x up to about 88, 2 ulp; below -87.3 the smallest normal number, NaN stays NaN.
-inline Float exponential(Float x) {
-  x = x < all(-87.3f) ? all(-87.3f) : x;
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
-  const Float shifted = x * 1.44269504f + shifter;
-  const Float n = shifted - shifter;
-  Float r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Float p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Int bits = ((Int)shifted - 0x4B400000 + 127) << 23;
-  return p * (Float)bits;
 }
 
 // Sums of whole vectors -----------------------------------------------------------------------------------------------
@@ -174,60 +143,6 @@ inline void weighted_sum(float factor, const float* start, const float* weights,
 }
 
 constexpr auto in_order = [](int64_t i) { return i; };
-
-// Blocked products ----------------------------------------------------------------------------------------------------
-
-// C[M, vectors * lanes] (+)= A[M, K] B[K, ...]; A has any strides, B and C are rows of whole vectors.
-template <int R, int V>
-inline void gemm_tile(int64_t K, const float* a, int64_t row, int64_t col, const float* b, int64_t ldb, float* c,
-                      int64_t ldc, bool accumulate) {
-  Float sum[R][V];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) sum[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : Float{};
-  for (int64_t k = 0; k < K; ++k) {
-    Float right[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) right[j] = load(b + k * ldb + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Float left = all(a[i * row + k * col]);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sum[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
-}
-
-template <int V>
-void gemm_panel(int64_t M, int64_t K, const float* a, int64_t row, int64_t col, const float* b, int64_t ldb, float* c,
-                int64_t ldc, bool accumulate) {
-  int64_t i = 0;
-  for (; i + kRows <= M; i += kRows)
-    gemm_tile<kRows, V>(K, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
-  a += i * row;
-  c += i * ldc;
-  switch (M - i) {
-    case 5: return gemm_tile<5, V>(K, a, row, col, b, ldb, c, ldc, accumulate);
-    case 4: return gemm_tile<4, V>(K, a, row, col, b, ldb, c, ldc, accumulate);
-    case 3: return gemm_tile<3, V>(K, a, row, col, b, ldb, c, ldc, accumulate);
-    case 2: return gemm_tile<2, V>(K, a, row, col, b, ldb, c, ldc, accumulate);
-    case 1: return gemm_tile<1, V>(K, a, row, col, b, ldb, c, ldc, accumulate);
-    default: return;
-  }
-}
-
-void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t row, int64_t col, const float* b, int64_t ldb,
-          float* c, int64_t ldc, bool accumulate) {
-  int64_t j = 0;
-  for (; j + kVectors * kLanes <= N; j += kVectors * kLanes)
-    gemm_panel<kVectors>(M, K, a, row, col, b + j, ldb, c + j, ldc, accumulate);
-  for (; j < N; j += kLanes) gemm_panel<1>(M, K, a, row, col, b + j, ldb, c + j, ldc, accumulate);
-}
 
 void copy(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
 
