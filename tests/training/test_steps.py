@@ -11,7 +11,7 @@ from zs3fast.training import loop
 from zs3fast.training.distributed import Workers
 from zs3fast.training.proposing import connected_labels
 from zs3fast.training.setup import Shares, checkpoint_blocks
-from zs3fast.training.steps import OneStageStep, PairStep, ProposalStep, Step, class_masks
+from zs3fast.training.steps import OneStageStep, PairStep, ProposalStep, Step
 
 
 def uneven_batch(count: int = 4) -> dict[str, Tensor]:
@@ -162,14 +162,14 @@ def test_no_graph_before_the_first_trained_parameter() -> None:
     assert seen == [False] * (len(seen) - 1) + [True]
 
 
-def test_class_masks() -> None:
-    labels = torch.full((3, 4, 4), 255)
-    labels[0, :2] = 3
-    labels[0, 3] = 1
-    labels[1, 0] = 2
-    masks, classes = class_masks(labels, 255)
-    assert classes.tolist() == [[1, 3], [2, -1], [-1, -1]]
-    assert masks.sum((2, 3)).tolist() == [[4, 8], [4, 0], [0, 0]]
+def test_images_without_a_seen_class_cost_maft_nothing() -> None:
+    """Nothing to learn from, and still a loss to go backward from: other processes may have had more."""
+    step = any_step("maft", "fp32").train()
+    batch = {"images": tiny_inputs(2)[0], "labels": torch.full((2, 64, 64), 255)}
+    batch["labels"][1, :32] = next(c for c in range(NUM_CLASSES) if c not in SEEN)
+    terms = step(batch)
+    assert terms["loss_ma"].item() == 0
+    terms["loss"].backward()
 
 
 def test_steps_are_modules_that_train_the_model() -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs3fast.labels import targets
+from zs3fast.labels.proposal_targets import class_masks
 from zs3fast.types import Proposals
 
 Batch = dict[str, Tensor]
@@ -139,7 +140,7 @@ class ProposalStep(Step):
         labels = batch["labels"]
         if self.setting == "inductive":
             labels = targets.inductive_labels(labels, self.model.seen, self._classes, self.ignore_index)
-        masks, classes = class_masks(labels, self.ignore_index)
+        masks, classes = class_masks(labels, len(self.text_embeddings))
         with torch.no_grad():
             proposals = self.propose(batch["images"], labels)
         size = (self.clip_size, self.clip_size)
@@ -151,20 +152,3 @@ class ProposalStep(Step):
                 with torch.no_grad():
                     embedding = teacher.image_embedding(images)
         return self.model.loss(out, masks, classes, teacher_embedding=None if teacher is None else embedding)
-
-
-def class_masks(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """One binary mask for every class of an image.
-
-    Args:
-        labels: [B, H, W], `ignore_index` = no class.
-    Returns:
-        masks [B, G, H, W] bool and their classes [B, G]; G is the largest number of classes of an image (at least 1),
-        rows to spare are empty and have class -1. Classes ascend.
-    """
-    present = [image.unique() for image in labels]
-    present = [classes[classes != ignore_index] for classes in present]
-    most = max(1, *(len(classes) for classes in present)) if present else 1
-    rows = [F.pad(classes.long(), (0, most - len(classes)), value=-1) for classes in present]
-    classes = torch.stack(rows) if rows else labels.new_zeros(0, most).long()
-    return labels.unsqueeze(1) == classes[:, :, None, None], classes
