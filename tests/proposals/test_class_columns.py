@@ -28,6 +28,8 @@ def test_columns_by_name_alias_and_synonym() -> None:
     torch.testing.assert_close(got.class_scores[..., 4], own[..., 4])
     both = scores_for_classes(given, [("double door",)]).class_scores[..., 0]
     torch.testing.assert_close(both, own[..., 1] + own[..., 3])
+    line = scores_for_classes(given, [("jet, aeroplane",)]).class_scores[..., 0]  # a dataset's line, as one name
+    torch.testing.assert_close(line, own[..., 0])
 
 
 def test_scores_without_names_stay() -> None:

@@ -18,6 +18,7 @@ from zs3fast.training.contrastive import load_contrastive_config
 
 def test_a_run_takes_its_text_tower_along(clip: Path, run: Path) -> None:
     """A CLIP without a name has no other place to get it from."""
+    assert "text_encoder.token_embedding.weight" in weights.load(run)[1]
     seg = Segmenter.from_pretrained(run)
     encoder = TextEncoder.from_open_clip(load_contrastive_config().clip, clip, cache=False)
     assert torch.equal(seg.text_encoder.encode(["red bricks"]), encoder.encode(["red bricks"]))

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import SEEN, tiny_inputs, tiny_labels
+from tests.tiny import SEEN, tiny_inputs, tiny_labels, tiny_model
 from tests.tiny_clip import CONFIG as CLIP
 from tests.training import tiny_run
 from zs3fast import weights
 from zs3fast.models.registry import create_model
-from zs3fast.training.config import TrainConfig
+from zs3fast.training import proposing
+from zs3fast.training.config import TrainConfig, load_config
 from zs3fast.training.loop import train
 from zs3fast.training.proposing import connected_labels, usable
 from zs3fast.training.setup import build_model, build_step, open_data, text_embeddings
@@ -170,3 +171,21 @@ def test_proposers_are_looked_for_before_training(tmp_path: Path) -> None:
     model = create_model("maft", clip=CLIP, num_classes=20, start_layer=1)
     with pytest.raises(ValueError, match="data.crop_size: .* expected 640, got 64"):
         build_step(config, dataset, model, torch.randn(20, 32), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("setting", "told"), [("inductive", SEEN), ("supervised", list(range(7)))])
+def test_inductive_training_tells_a_proposer_of_seen_classes_alone(monkeypatch, setting, told) -> None:
+    """A proposer that is asked by class list gets the rows that training may know of."""
+    lists: list[Tensor] = []
+
+    class Listening:
+        def for_vocabulary(self, text: Tensor):
+            lists.append(text)
+            return lambda pictures, names=None: None
+
+    monkeypatch.setattr(proposing, "load_mask_proposer", lambda spec, device: Listening())
+    config = replace(load_config("maft_voc20_inductive"), setting=setting)
+    model, text = tiny_model("maft"), tiny_inputs()[1]
+    common = {"ignore_index": 255, "precision": "fp32"}
+    proposing.build_proposal_step(config, model, text, torch.device("cpu"), common)
+    assert len(lists) == 1 and torch.equal(lists[0], text[told])
