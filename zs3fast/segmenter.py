@@ -25,8 +25,11 @@ from zs3fast.text.vocabulary import ClassEntry, same_name
 from zs3fast.types import Segmentation
 from zs3fast.weights.files import METADATA_KEY, TEXT_PREFIX, read_state_dict
 from zs3fast.weights.official_maft import text_tower
+from zs3fast.weights.packing import bundled, packed_models
 
 logger = logging.getLogger("zs3fast")
+
+TINY, TINY_DEFAULT = "zs3fast-tiny", "tagclip"  # the small models in the package, and the best of them
 
 Classes = str | Iterable[str | Sequence[str]]
 
@@ -134,7 +137,8 @@ class Segmenter:
 
         Args:
             name_or_path: a file; or the name of one in the cache, `weights/<name>.safetensors` under
-                `zs3fast.text.cache_dir()`.
+                `zs3fast.text.cache_dir()`; or one of the small models in the package, "zs3fast-tiny" (the best of
+                them) or "zs3fast-tiny-METHOD", see `zs3fast.data.world` for what they know.
             official: for official checkpoints, options of `load_official`: seen, num_classes, class_names, ...
         Raises:
             FileNotFoundError: neither a file nor a name in the cache.  ValueError: a file that is no such thing.
@@ -311,17 +315,21 @@ class Segmenter:
 
 
 def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
-    """The weight file of a path, or of a name in the cache folder."""
+    """The weight file of a path, of a name in the cache folder, or of a name in the package."""
     path, kept = Path(name_or_path), cache_dir() / "weights"
     if path.is_file():
         return path
     named = kept / f"{os.fspath(name_or_path)}.safetensors"
     if named.is_file():
         return named
+    own = {f"{TINY}-{method}": file for method, file in packed_models(bundled()).items()}
+    chosen = f"{TINY}-{TINY_DEFAULT}" if os.fspath(name_or_path) == TINY else os.fspath(name_or_path)
+    if chosen in own:
+        return own[chosen]
     names = ", ".join(sorted(file.stem for file in kept.glob("*.safetensors"))) or "none"
     raise FileNotFoundError(
-        f"name_or_path: no file {path}, and no such name among the weights in {kept} ({names}). "
-        "`zs3fast convert` writes such files from official checkpoints"
+        f"name_or_path: no file {path}, no such name among the weights in {kept} ({names}), nor in the package "
+        f"({', '.join([TINY, *own])}). `zs3fast convert` writes such files from official checkpoints"
     )
 
 

@@ -30,29 +30,29 @@ from zs3fast.data.world.textures import PERIOD, tiles
 from zs3fast.data.world.vocabulary import COLOURS, MATERIALS, PATTERNS, SHAPES, STUFF, THINGS
 from zs3fast.text import parse_classes
 
-PATCHES = np.arange(8, 128, 16)
-# Of version 1: labels at the patches of test scene 7, mean colours of its fourth column of them, one caption.
+PATCHES = np.arange(6, 96, 12)
+# Of version 2: labels at the patches of test scene 7, mean colours of its fourth column of them, one caption.
 GOLDEN_LABELS = [
-    [59, 59, 59, 59, 59, 58, 58, 58],
-    [59, 59, 3, 58, 58, 58, 58, 58],
-    [59, 59, 58, 58, 58, 58, 58, 58],
-    [58, 16, 16, 58, 58, 58, 58, 62],
-    [58, 16, 16, 58, 58, 62, 62, 62],
-    [58, 58, 58, 62, 62, 62, 9, 9],
-    [46, 58, 62, 62, 62, 62, 62, 62],
-    [46, 46, 62, 62, 62, 62, 62, 62],
+    [59, 59, 59, 59, 59, 57, 57, 57],
+    [59, 59, 59, 59, 57, 57, 57, 57],
+    [59, 59, 59, 57, 57, 57, 57, 57],
+    [59, 57, 57, 6, 6, 57, 57, 54],
+    [57, 57, 6, 6, 6, 57, 54, 54],
+    [57, 57, 6, 6, 6, 54, 54, 54],
+    [57, 57, 57, 54, 13, 13, 54, 54],
+    [57, 57, 54, 54, 13, 54, 13, 54],
 ]
 GOLDEN_COLOURS = [
-    [172, 115, 199],
-    [148, 142, 203],
-    [83, 117, 190],
-    [122, 146, 206],
-    [141, 157, 204],
-    [93, 139, 117],
-    [68, 120, 77],
-    [69, 121, 78],
+    [185, 168, 206],
+    [148, 99, 156],
+    [191, 92, 106],
+    [46, 112, 232],
+    [38, 110, 231],
+    [35, 102, 215],
+    [139, 94, 105],
+    [194, 115, 109],
 ]
-GOLDEN_CAPTION = "this is a dotted white square and a checkered yellow star on yellow sky and purple wood"
+GOLDEN_CAPTION = "a checkered red ring"
 
 
 def scene(seed: int, size: tuple[int, int] = (64, 64), **options):
@@ -99,17 +99,17 @@ def test_a_sample_is_a_function_of_its_index():
     assert not np.array_equal(first[0].image, WorldDataset("test")[0].image)
 
 
-def test_version_1_still_paints_what_it_painted():
+def test_version_2_still_paints_what_it_painted():
     """What weights and tables rest on. A change here needs a new `VERSION`; libraries may differ by a rounding."""
     sample = WorldDataset("test")[7]
     assert sample.labels[np.ix_(PATCHES, PATCHES)].tolist() == GOLDEN_LABELS
-    colours = sample.image.reshape(8, 16, 8, 16, 3).mean((1, 3)).round().astype(int)[:, 3]
+    colours = sample.image.reshape(8, 12, 8, 12, 3).mean((1, 3)).round().astype(int)[:, 3]
     assert np.abs(colours - np.array(GOLDEN_COLOURS)).max() <= 1
     assert WorldDataset("train")[0].id == "world_train_000000"
     assert CaptionSet(64, 5)[11]["caption"] == GOLDEN_CAPTION
 
 
-@pytest.mark.parametrize("size", [(128, 128), (70, 101)])
+@pytest.mark.parametrize("size", [(96, 96), (70, 101)])
 def test_labels_without_painting_are_the_same(size):
     dataset = WorldDataset("val", size=size, length=5)
     for index in range(5):

@@ -14,10 +14,10 @@ from zs3fast.cli import app
 from zs3fast.data.world import WorldDataset
 from zs3fast.tiny.build import MASKCLIP, pack_base, pack_model
 from zs3fast.tiny.picture import comparison
-from zs3fast.tiny.scoring import BASE, TrueRegions, packed_models, packed_path
+from zs3fast.tiny.scoring import TrueRegions
 from zs3fast.training.contrastive import load_contrastive_config
 from zs3fast.weights.files import METADATA_KEY
-from zs3fast.weights.packing import save_on_base
+from zs3fast.weights.packing import BASE, packed_models, packed_path, save_on_base
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def test_demo_refuses(arguments: list[str], message: str, tmp_path: Path) -> Non
 def test_regions_are_found_by_the_picture_s_name() -> None:
     scenes = WorldDataset("val", length=3)
     found = TrueRegions(scenes)([scenes[1].image], [str(scenes.image_path(1))])
-    assert found.original_sizes == ((128, 128),) and bool(found.valid.all())
+    assert found.original_sizes == ((96, 96),) and bool(found.valid.all())
     assert found.masks.shape[1] >= len(np.unique(scenes.read_labels(1)))
     with pytest.raises(ValueError, match="names: expected a picture of world val each"):
         TrueRegions(scenes)([scenes[1].image], ["photo.png"])
@@ -65,8 +65,8 @@ def test_the_picture_shows_truth_predictions_and_outlines() -> None:
     wrong = np.where(truth == 2, 1, truth)
     image = np.full((32, 32, 3), 90, np.uint8)
     sheet = np.asarray(comparison([(image, truth, [truth, wrong])], ["a", "b"], ["sand", "star", "ring"], [2]))
-    panels = [sheet[26:202, i * 184 : i * 184 + 176] for i in range(4)]
-    middle = [tuple(panel[88, 88]) for panel in panels]
+    panels = [sheet[26:218, i * 200 : i * 200 + 192] for i in range(4)]
+    middle = [tuple(panel[96, 96]) for panel in panels]
     assert middle[0] == (90, 90, 90) and middle[1] == middle[2] != middle[3]
     for panel in panels[1:]:
         assert (panel[88, 40:50] == 255).all(-1).any(), "the unseen region has no outline"

@@ -12,8 +12,8 @@ from zs3fast import Segmenter, weights
 from zs3fast.data.world import CLASS_NAMES, WorldDataset
 from zs3fast.text import TextEncoder
 from zs3fast.tiny.build import pack_base, pack_model, trained_model
-from zs3fast.tiny.scoring import BASE
 from zs3fast.training.contrastive import load_contrastive_config
+from zs3fast.weights.packing import BASE
 
 
 def test_a_run_takes_its_text_tower_along(clip: Path, run: Path) -> None:

@@ -1,6 +1,6 @@
 """`python -m zs3fast.tiny.build`: small trained models of every method, from nothing.
 
-    python -m zs3fast.tiny.build                 # trains into runs/, packs into runs/tiny
+    python -m zs3fast.tiny.build                 # trains into runs/, packs into the package
     python -m zs3fast.tiny.build --methods tagclip --output packed/
 
 The CLIP of the procedural world, then every method on it, each as its setting `METHOD_world` says. What has been
@@ -20,15 +20,14 @@ from rich.markup import escape
 from zs3fast import create_model, weights
 from zs3fast._console import USAGE_ERROR, one_line_errors, stdout
 from zs3fast._files import replacing
-from zs3fast.tiny.scoring import BASE, packed_path
 from zs3fast.training.config import load_config
 from zs3fast.training.contrastive import load_contrastive_config, train_clip
 from zs3fast.training.loop import train
 from zs3fast.weights.files import METADATA_KEY
-from zs3fast.weights.packing import pack_clip, put_base, save_on_base
+from zs3fast.weights.packing import BASE, bundled, pack_clip, packed_path, put_base, save_on_base
 
 METHODS = ("zegclip", "tagclip", "clip_rc", "clsclip", "maft")
-MASKCLIP = {"pretrained": None, "image_size": 128}  # nothing to train: the CLIP as it is
+MASKCLIP = {"pretrained": None, "image_size": 96}  # nothing to train: the CLIP as it is
 
 
 def build(
@@ -36,8 +35,8 @@ def build(
     methods: Annotated[list[str] | None, typer.Option(help="Only these; the CLIP is always there.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the packed weights.")] = None,
 ) -> None:
-    """Train the CLIP of the procedural world and the methods on it, and pack the weights for `zs3fast demo`."""
-    folder = runs / "tiny" if output is None else output
+    """Train the CLIP of the procedural world and the methods on it, and pack the weights into the package."""
+    folder = bundled() if output is None else output
     with one_line_errors(USAGE_ERROR):
         unknown = sorted(set(methods or ()) - set(METHODS))
         if unknown:

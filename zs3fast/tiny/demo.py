@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zs3fast.evaluation.evaluate import Report
     from zs3fast.tiny.scoring import Label
 
-EPILOG = "**Example**: `python -m zs3fast.tiny.build`, which trains the models, then `zs3fast demo -o out`"
+EPILOG = "**Example**: `zs3fast demo -o out`"
 COLUMNS = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
 
 
@@ -31,15 +31,15 @@ class Entry:
 
 
 def demo(
-    models: Annotated[Path, typer.Option(help="Folder of the models that `zs3fast.tiny.build` packed.")] = Path(
-        "runs/tiny"
-    ),
+    models: Annotated[
+        Path | None, typer.Option(help="Folder of models that `zs3fast.tiny.build --output` packed.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture.")] = Path("zs3fast_demo"),
     scenes: Annotated[int, typer.Option(help="Scenes to score on, of 1,000 that no model has seen.")] = 60,
 ) -> None:
     """Segment scenes of the procedural world with every method, print scores, draw a picture.
 
-    `python -m zs3fast.tiny.build` trains the models. A quarter of the classes is unseen: they had no labels of them.
+    The models come with the package. A quarter of the classes is unseen: training had no labels of them.
     """
     start = time.perf_counter()
     with one_line_errors(USAGE_ERROR):
@@ -60,11 +60,12 @@ def demo(
     stdout.print(f"picture in {escape(str(path))}, {time.perf_counter() - start:.0f} s in all")
 
 
-def _entries(models: Path, scenes: int) -> list[Entry]:
+def _entries(models: Path | None, scenes: int) -> list[Entry]:
     from zs3fast.data.world import WorldDataset
-    from zs3fast.tiny.scoring import packed_models, score, world_labeller, world_segmenter
+    from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
+    from zs3fast.weights.packing import bundled, packed_models
 
-    found = packed_models(models)
+    found = packed_models(models or bundled())
     if not found:
         raise FileNotFoundError(f"--models: {models} holds no packed models; `python -m zs3fast.tiny.build` makes them")
     dataset = WorldDataset("test", length=scenes)

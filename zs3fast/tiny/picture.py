@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from zs3fast.rendering import UNLABELLED, palette
 
-_SIDE, _GAP, _HEAD, _FOOT = 176, 8, 26, 20
+_SIDE, _GAP, _HEAD, _FOOT = 192, 8, 26, 20
 _INK, _GREY, _UNSEEN = (20, 20, 20), (105, 105, 105), (170, 60, 0)
 
 Row = tuple[np.ndarray, np.ndarray, Sequence[np.ndarray]]  # image [H, W, 3], truth [H, W], predictions [H, W] each

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from zs3fast.data.world import WorldDataset
 from zs3fast.evaluation.evaluate import Report, evaluate
 from zs3fast.evaluation.protocols import labeller, resolve_setting
-from zs3fast.models.registry import list_models
 from zs3fast.proposals import from_labels
 from zs3fast.segmenter import Segmenter, find_weights
 from zs3fast.types import Proposals
 
-BASE = "tiny-clip.safetensors"  # what the packed models build on
-
 Label = Callable[..., np.ndarray]  # image uint8 [H, W, 3] and its path -> labels [H, W]
-
-
-def packed_path(folder: Path, method: str) -> Path:
-    """Where `zs3fast.tiny.build` puts a packed model."""
-    return folder / f"tiny-{method}.safetensors"
-
-
-def packed_models(folder: Path) -> dict[str, Path]:
-    """The packed models in a folder: method -> weight file."""
-    found = {method: packed_path(folder, method) for method in list_models()}
-    return {method: path for method, path in found.items() if path.is_file()}
 
 
 class TrueRegions:

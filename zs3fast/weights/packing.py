@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 
 import safetensors.torch
@@ -17,12 +18,30 @@ from torch import Tensor, nn
 
 from zs3fast._files import replacing
 from zs3fast.encoders.open_clip_weights import load_tower_state
+from zs3fast.models.registry import list_models
 
+BASE = "tiny-clip.safetensors"  # what the small models of a folder build on
 BASE_KEY = "zs3fast_base"  # in a header: the name of the packed CLIP beside the file
 TABLE = "token_embedding.weight"
 _ROWS, _TOKENS, _SIZE = "token_embedding.rows", "token_embedding.tokens", "token_embedding.size"
 _VISUAL = "visual."
 _SCALARS = ("logit_scale", "logit_bias")
+
+
+def bundled() -> Path:
+    """The folder of the small models in the package."""
+    return Path(str(resources.files("zs3fast.weights") / "bundled"))
+
+
+def packed_path(folder: Path, method: str) -> Path:
+    """Where a folder of small models has the one of a method."""
+    return folder / f"tiny-{method}.safetensors"
+
+
+def packed_models(folder: Path) -> dict[str, Path]:
+    """The small models in a folder: method -> weight file."""
+    found = {method: packed_path(folder, method) for method in list_models()}
+    return {method: path for method, path in found.items() if path.is_file()}
 
 
 def pack_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:

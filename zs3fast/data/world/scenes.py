@@ -13,7 +13,7 @@ from zs3fast.data.world.textures import ACCENT, PERIOD, VARIANTS, light, noise, 
 from zs3fast.data.world.vocabulary import ALL_STUFF, ALL_THINGS, COLOURS, STUFF, THINGS, Concept
 
 SMALLEST = 32  # side of a scene in pixels
-RADII = (10.0, 24.0)  # of things, in pixels
+RADII = (13.0, 25.0)  # of things, in pixels
 _SHADOW = (3, 2, 4.0, 0.42)  # pixels down, pixels right, softness, strength
 _TRIES = 12  # places tried for a thing; the one that covers least of the others is taken
 _SKIES = ("sky",)  # materials that are above all others
