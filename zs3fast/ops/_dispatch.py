@@ -1,8 +1,9 @@
 """Backends, their objections to a request, and the choice between them.
 
 An op registers, for each backend that implements it, a function and a list of objections. `auto` runs the first
-backend without objections, in the order of `BACKENDS`; a backend asked for by name runs or raises. The choice is
-made on every call below autograd, so `torch.compile` and `torch.export` see one op whatever is installed.
+backend without objections, in the order of `BACKENDS`; a backend asked for by name runs or raises. `auto` leaves a CUDA
+kernel out where it was not measured faster than Triton's (_measured.py); asked for by name it runs. The choice is made
+on every call below autograd, so `torch.compile` and `torch.export` see one op whatever is installed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from zs3fast.ops import _measured
 
 logger = logging.getLogger("zs3fast")
 
@@ -89,18 +92,30 @@ def registered(op: str | None = None) -> dict[str, Implementation] | list[str]:
 
 
 def objections(op: str, backend: str, *args: Any) -> list[str]:
-    """Why `backend` cannot take this request; empty if it can."""
+    """Why `backend` cannot take this request, or why `auto` would not give it the request; empty if neither is so."""
     implementation = _implementations[op].get(backend)
     if implementation is None:
         return ["not written for this op"]
     reasons = implementation.objections(*args)
-    if not reasons and backend == "cpp" and not _has_cpu_kernel(op):
-        return ["the extension was built before this op was written: build it again"]
+    if not reasons and backend == "cpp" and not _has_kernel(op, "CPU"):
+        return [_OLDER_THAN_THE_OP]
+    if not reasons and backend == "cuda" and _requested != "cuda":
+        return _unmeasured(op, *args)
     return reasons
 
 
-def _has_cpu_kernel(op: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"zs3fast_cpp::{op}", "CPU")
+_OLDER_THAN_THE_OP = "the extension was built before this op was written: build it again"
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"zs3fast_cpp::{op}", key)
+
+
+def _unmeasured(op: str, *args: Any) -> list[str]:
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(_leading_device(args)))
+    if _measured.faster_than_triton(op, architecture):
+        return []
+    return [f"not measured faster than triton on {architecture}: only use_backend('cuda') takes it"]
 
 
 def choose(op: str, *args: Any) -> str:
@@ -125,12 +140,18 @@ def call(op: str, *args: Any) -> Any:
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[object]:
     """The GPU of the tensors made current: kernels start on the current one."""
-    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    device = _leading_device(args)
     return torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext()
+
+
+def _leading_device(args: tuple[Any, ...]) -> torch.device | None:
+    return next((a.device for a in args if isinstance(a, Tensor)), None)
 
 
 def _first_willing(op: str, args: tuple[Any, ...]) -> str:
     for backend in BACKENDS:
+        if backend == "cuda" and op not in _measured.SPEEDUP_OVER_TRITON:
+            continue  # without asking: this is on the path of every call
         if not objections(op, backend, *args):
             return backend
     raise AssertionError(f"{op}: the reference backend must take every request that passed the checks")
@@ -167,6 +188,32 @@ def cpp_objections(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.floa
     from zs3fast.ops import _extension
 
     return _extension.objections() + tensor_objections(tensor, "cpu", dtypes)
+
+
+def cuda_objections(
+    op: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+) -> list[str]:
+    """Objections of the CUDA C++ kernels of the compiled extension to a request led by `tensor`."""
+    from zs3fast.ops import _extension
+
+    reasons = tensor_objections(tensor, "cuda", dtypes) + _extension.objections()
+    if reasons:
+        return reasons
+    archs = [arch for arch in _extension.module().cuda_archs.split(",") if arch]
+    if not archs:
+        return ["the extension was built without CUDA (ZS3FAST_CUDA=1 says why)"]
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    if not any(_runs_on(arch, major, minor) for arch in archs):
+        built = ", ".join(f"sm_{arch}" for arch in archs)
+        return [f"built for {built}, not for this card's sm_{major}{minor} (ZS3FAST_CUDA_ARCHS)"]
+    return [] if _has_kernel(op, "CUDA") else [_OLDER_THAN_THE_OP]
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether machine code for `arch`, "80" or "90a", runs on compute capability major.minor: "a" is for it alone."""
+    number = int(arch.rstrip("af"))
+    same_major = number // 10 == major
+    return same_major and (number % 10 == minor if arch.endswith("a") else number % 10 <= minor)
 
 
 def triton_objections(

@@ -256,11 +256,11 @@ torch.library.register_autograd("zs3fast::mask_loss", _autograd, setup_context=_
 # --- backends --------------------------------------------------------------------------------------------------------
 
 
-def _cpp_run(*args):
+def _compiled_run(*args):  # on the CPU or on a GPU, by the device of its tensors
     return torch.ops.zs3fast_cpp.mask_loss(*args)
 
 
-def _cpp_backward_run(*args):
+def _compiled_backward_run(*args):
     return torch.ops.zs3fast_cpp.mask_loss_backward(*args)
 
 
@@ -276,15 +276,23 @@ def _triton_backward_run(*args):
     return kernels.backward(*args)
 
 
-_CPP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # half types are computed in fp32
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # half types are computed in fp32
 
 
 def _cpp_objections(mask_logits: Tensor, *_args: object) -> list[str]:
-    return _dispatch.cpp_objections(mask_logits, _CPP_DTYPES)
+    return _dispatch.cpp_objections(mask_logits, _KERNEL_DTYPES)
 
 
 def _cpp_backward_objections(_focal: Tensor, _intersection: Tensor, _prob: Tensor, *args: object) -> list[str]:
     return _cpp_objections(*args)
+
+
+def _cuda_objections(mask_logits: Tensor, *_args: object) -> list[str]:
+    return _dispatch.cuda_objections("mask_loss", mask_logits, _KERNEL_DTYPES)
+
+
+def _cuda_backward_objections(_focal: Tensor, _intersection: Tensor, _prob: Tensor, *args: object) -> list[str]:
+    return _cuda_objections(*args)
 
 
 def _triton_objections(mask_logits: Tensor, *_args: object) -> list[str]:
@@ -296,8 +304,10 @@ def _triton_backward_objections(_focal: Tensor, _intersection: Tensor, _prob: Te
 
 
 _dispatch.register("mask_loss", "reference", reference, _dispatch.never)
-_dispatch.register("mask_loss", "cpp", _cpp_run, _cpp_objections)
+_dispatch.register("mask_loss", "cpp", _compiled_run, _cpp_objections)
 _dispatch.register("mask_loss", "triton", _triton_run, _triton_objections)
+_dispatch.register("mask_loss", "cuda", _compiled_run, _cuda_objections)
 _dispatch.register("mask_loss_backward", "reference", reference_backward, _dispatch.never)
-_dispatch.register("mask_loss_backward", "cpp", _cpp_backward_run, _cpp_backward_objections)
+_dispatch.register("mask_loss_backward", "cpp", _compiled_backward_run, _cpp_backward_objections)
 _dispatch.register("mask_loss_backward", "triton", _triton_backward_run, _triton_backward_objections)
+_dispatch.register("mask_loss_backward", "cuda", _compiled_backward_run, _cuda_backward_objections)

@@ -134,7 +134,7 @@ def _reference_run(masks, grid, padded_size, align_corners, logits):
     return reference(masks, grid, padded_size=padded_size, align_corners=align_corners, logits=logits)
 
 
-def _cpp_run(*args):
+def _compiled_run(*args):  # on the CPU or on a GPU, by the device of its tensors
     return torch.ops.zs3fast_cpp.masks_to_bits(*args)
 
 
@@ -146,5 +146,6 @@ def _triton_run(*args):
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _dispatch.register(OP, "reference", _reference_run, _dispatch.never)
-_dispatch.register(OP, "cpp", _cpp_run, lambda masks, *_: _dispatch.cpp_objections(masks, _KERNEL_DTYPES))
+_dispatch.register(OP, "cpp", _compiled_run, lambda masks, *_: _dispatch.cpp_objections(masks, _KERNEL_DTYPES))
 _dispatch.register(OP, "triton", _triton_run, lambda masks, *_: _dispatch.triton_objections(masks, _KERNEL_DTYPES))
+_dispatch.register(OP, "cuda", _compiled_run, lambda masks, *_: _dispatch.cuda_objections(OP, masks, _KERNEL_DTYPES))
