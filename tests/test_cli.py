@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from typer.testing import CliRunner
 
 from tests.test_segmenter import NAMES, SEEN, make_model, photo, text_rows
 from tests.tiny_clip import text_state, tiny_clip
-from zs3fast import weights
+from zs3fast import cli, weights
 from zs3fast.cli import app
 from zs3fast.segmenter import Segmenter
 from zs3fast.text import class_names, seen_classes
@@ -117,6 +121,76 @@ def test_warnings_are_one_line(place, tiny):
     assert (place / "zs3fast_out" / "x.json").exists()
 
 
+def test_threads_change_no_result(place, tiny):
+    for index in range(5):
+        save_photo(place / "in" / f"{index}.png", (30 + index, 40), seed=index)
+    (place / "in" / "2.png").write_bytes(b"no picture")
+    written = {}
+    for workers in (0, 3):
+        output = run("segment", "in", "-w", tiny, "-o", f"out{workers}", "--workers", workers, code=1)
+        assert output.endswith(f"4 of 5 pictures segmented, results in out{workers}") and "failed in/2.png" in output
+        lines = [output.index(f"in/{index}.png -> ") for index in (0, 1, 3, 4)]
+        assert lines == sorted(lines)
+        written[workers] = {file.name: file.read_bytes() for file in (place / f"out{workers}").iterdir()}
+    assert written[0] == written[3] and len(written[0]) == 12
+    output = run("segment", "in", "-w", tiny, "-o", "out", "--batch-size", 3, code=1)
+    assert "4 of 5" in output and {file.name for file in (place / "out").iterdir()} == set(written[0])
+
+
+def test_warnings_of_threads_name_their_pictures(place, tiny):
+    for name in ("x", "y", "z"):
+        frames = [Image.fromarray(photo(20, 20, seed=i)) for i in range(2)]
+        frames[0].save(place / f"{name}.gif", save_all=True, append_images=frames[1:])
+    output = run("segment", "x.gif", "y.gif", "z.gif", "-w", tiny, "--workers", 3)
+    for name in ("x", "y", "z"):
+        assert output.count(f"warning {name}.gif: {name}.gif holds 2 frames, only the first is used") == 1
+
+
+def test_a_result_that_cannot_be_written_is_one_failure(place, tiny, monkeypatch):
+    for index in range(4):
+        save_photo(place / "in" / f"{index}.png", seed=index)
+    save = Image.Image.save
+
+    def full(self, file, *args, **kwargs):
+        if ".1_overlay" in str(file):
+            raise OSError(28, "No space left on device", str(file))
+        save(self, file, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    output = run("segment", "in", "-w", tiny, "-o", "out", code=1)
+    assert "failed in/1.png" in output and output.endswith("3 of 4 pictures segmented, results in out")
+    assert sorted(file.name for file in (place / "out").glob("1*")) == ["1_labels.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_leaves_whole_files_and_no_thread(place, tiny, monkeypatch, workers):
+    for index in range(6):
+        save_photo(place / "in" / f"{index}.png", seed=index)
+    write = cli.write_result
+
+    def interrupted(result, target):
+        if target.name == "2":
+            os.kill(os.getpid(), signal.SIGINT)  # reaches the main thread, as a terminal's would
+            time.sleep(0.3)
+        return write(result, target)
+
+    monkeypatch.setattr(cli, "write_result", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+    try:
+        result = CliRunner().invoke(app, ["segment", "in", "-w", tiny, "-o", "out", "--workers", str(workers)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.exit_code != 0 and "pictures segmented" not in result.output
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("zs3fast")]
+    found = {file.name for file in (place / "out").iterdir()}
+    done = 3 if workers else 2  # what a thread is writing is finished, what the main thread is writing is not begun
+    ends = ("_labels.png", "_overlay.png", ".json")
+    assert {f"{index}{end}" for index in range(done) for end in ends} <= found
+    assert not [name for name in found if name.startswith((".", "4", "5"))] and len(found) % 3 == 0
+    for file in (place / "out").glob("*.json"):
+        json.loads(file.read_text(encoding="utf-8"))
+
+
 def test_class_files_datasets_and_defaults(place, tiny):
     save_photo(place / "x.png")
     (place / "classes.txt").write_text("# mine\nmoon\nsofa, couch\n")
@@ -176,6 +250,8 @@ def test_untrained_weights_work_and_say_so_once(place):
         ([], "expected class names: give --classes, --classes-file or --dataset"),
         (["-c", "cat", "--clip", "ViT-B16"], "clip: open_clip has no model 'ViT-B16'; close names: "),
         (["-c", "cat", "--method", "zegclipp"], "method: expected one of"),
+        (["--weights", "tiny", "--workers", "-1"], "Invalid value for '--workers'"),
+        (["--weights", "tiny", "--batch-size", "0"], "Invalid value for '--batch-size'"),
         (["--oops"], "No such option"),
         (["--min-score", "much"], "Invalid value for '--min-score'"),
     ],

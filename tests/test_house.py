@@ -28,7 +28,8 @@ OPS = (
 # A room may import the rooms listed for it (and itself). Left to right is the way data flows.
 FOUNDATION = {"types", "_cache", "_files", "_open_clip", "ops"}
 STAGES = {"text", "encoders", "descriptors", "decoders", "labels", "proposals"}
-SEGMENTING = FOUNDATION | STAGES | {"_console"} | {"models", "weights", "recipes", "segmenter", "images", "rendering"}
+SEGMENTER = FOUNDATION | STAGES | {"models", "weights", "images", "rendering", "recipes", "pipeline", "compiled"}
+SEGMENTING = SEGMENTER | {"_console", "segmenter"}
 ARROWS: dict[str, set[str]] = {
     "types": {"rendering"},  # results draw and save themselves
     "_cache": set(),
@@ -43,7 +44,9 @@ ARROWS: dict[str, set[str]] = {
     "images": set(),
     "rendering": {"_files"},
     "recipes": FOUNDATION | STAGES | {"models"},
-    "segmenter": FOUNDATION | STAGES | {"models", "weights", "images", "rendering", "recipes"},
+    "pipeline": set(),
+    "compiled": set(),
+    "segmenter": SEGMENTER,
     "data": {"types", "_files", "_console", "images", "text"},
     "evaluation": SEGMENTING | {"data"},
     "training": SEGMENTING | {"data", "evaluation"},

@@ -13,7 +13,7 @@ from tests.test_segmenter import photo, text_rows
 from tests.tiny import CLIP, tiny_model
 from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.proposals import clip_input, from_masks, load_mask_proposer, make_boxes, resize_for_proposer, sub_images
-from zs3fast.recipes import normalise
+from zs3fast.recipes import fit, normalise, prepare
 from zs3fast.segmenter import Segmenter
 from zs3fast.types import BoxProposals, Proposals
 
@@ -212,3 +212,42 @@ def test_proposals_from_files_through_the_command_line(tmp_path: Path) -> None:
     assert (labels[:10, -10:] == 255).all() and (labels[:, :40] < 5).all()
     missing = CliRunner().invoke(app, command)
     assert missing.exit_code == 2 and "needs something that finds them" in missing.output
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("clsclip", {}), ("clsclip", {"boxes": Boxes()}), ("maft", {"proposer": Regions()}), ("maskclip", {})],
+    ids=["clsclip", "clsclip+", "maft", "maskclip"],
+)
+def test_a_stream_equals_calls(method, options) -> None:
+    seg = segmenter(method, text_rows(5), **options)
+    pictures = [photo(70, 100), photo(64, 64, seed=3), photo(90, 50, seed=4)]
+    for (_, got), expected in zip(seg.stream(pictures, workers=2), map(seg, pictures), strict=True):
+        np.testing.assert_array_equal(got.labels, expected.labels)
+        np.testing.assert_array_equal(got.scores, expected.scores)
+
+
+@pytest.mark.parametrize(("method", "options"), [("clsclip", {}), ("maft", {"proposer": Regions()})])
+def test_methods_without_windows_run_one_by_one_and_uncompiled(method, options) -> None:
+    with pytest.raises(ValueError, match=f"batch_size: {method} takes pictures one by one, got 2"):
+        segmenter(method, text_rows(5), **options).stream([], batch_size=2)
+    with pytest.raises(ValueError, match=f"compile: expected a method that works in windows, got {method}"):
+        segmenter(method, text_rows(5), **options, compile=True)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 100), (200, 130)])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_eight_bits_are_all_of_a_prepared_picture(size, antialias) -> None:
+    """Resized values are whole levels, so that a byte holds them; the normalisation rounds as that of numbers does."""
+    picture, mean, std = photo(*size), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    levels = fit(picture, 64, antialias)
+    assert levels.dtype == torch.uint8
+    expected = (levels.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    got = prepare(picture, 64, mean, std, antialias)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    by_numbers = torch.stack([(levels[c].float() / 255 - mean[c]) / std[c] for c in range(3)])
+    torch.testing.assert_close(got, by_numbers, rtol=1e-6, atol=1e-6)
+    if size == (75, 100) and not antialias:
+        whole = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+        resized = F.interpolate(whole, (64, 85), mode="bilinear", align_corners=False)[0]
+        assert torch.equal(levels.float(), resized.round())

@@ -392,6 +392,108 @@ def test_nothing_known_is_logged(caplog):
     assert "none of the 2 classes counts as seen" in caplog.text
 
 
+SIZES = [(64, 64), (75, 100), (31, 97), (130, 90), (64, 64), (100, 75)]
+
+
+def save_photos(folder):
+    paths = [folder / f"{index}.png" for index in range(len(SIZES))]
+    for index, (path, size) in enumerate(zip(paths, SIZES, strict=True)):
+        Image.fromarray(photo(*size, seed=index)).save(path)
+    return paths
+
+
+def assert_equal(got, expected):
+    for name in ("labels", "scores", "image"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    assert (got.class_names, got.nan_pixels, got.source) == (
+        expected.class_names,
+        expected.nan_pixels,
+        expected.source,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_stream_equals_calls_bit_for_bit(tmp_path, workers):
+    seg, paths = Segmenter(make_model("tagclip"), text_embeddings=text_rows(5)), save_photos(tmp_path)
+    options = {"seen": ["cat"], "min_score": 0.3, "background": "sky"}
+    expected = [seg(path, ["cat", "dog", "grass"], **options) for path in paths]
+    found = list(seg.stream(paths, ["cat", "dog", "grass"], **options, workers=workers))
+    assert [path for path, _ in found] == paths
+    for (_, got), one in zip(found, expected, strict=True):
+        assert_equal(got, one)
+    assert len({result.labels.tobytes() for _, result in found}) > 3, "pictures of one label would prove little"
+
+
+@pytest.mark.parametrize("method", ["zegclip", "tagclip"])
+def test_pictures_share_the_model_s_batches(method):
+    seg = Segmenter(make_model(method), text_embeddings=text_rows(5), window_batch=4)
+    images = [photo(*size, seed=index) for index, size in enumerate(SIZES)]
+    batches = []
+    seg.model.register_forward_hook(lambda model, inputs, out: batches.append(len(inputs[0])))
+    expected = [seg(image) for image in images]
+    windows = sum(batches)
+    assert len(batches) == len(images) < windows
+    batches.clear()
+    together = list(seg.stream(images, batch_size=len(images), workers=1))
+    assert batches == [4] * (windows // 4) + [windows % 4] * bool(windows % 4), "of pictures of all sizes"
+    for (_, got), one in zip(together, expected, strict=True):
+        assert (got.labels == one.labels).mean() > 0.999
+        np.testing.assert_allclose(got.scores, one.scores, atol=2e-6)
+
+
+def test_a_stream_goes_on_behind_bad_pictures(tmp_path):
+    seg, paths = Segmenter(make_model(), text_embeddings=text_rows(5)), save_photos(tmp_path)[:4]
+    paths[1].write_bytes(paths[1].read_bytes()[:100])
+    paths[3].unlink()
+    failed = []
+    found = list(seg.stream(paths, workers=2, failed=lambda path, error: failed.append((path, str(error)))))
+    assert [path for path, _ in found] == [paths[0], paths[2]]
+    assert [path for path, _ in failed] == [paths[1], paths[3]]
+    assert "cannot be read" in failed[0][1] and "no file" in failed[1][1]
+    results = seg.stream(paths, workers=2)
+    assert next(results)[0] == paths[0]
+    with pytest.raises(ValueError, match="1.png cannot be read"):
+        next(results)
+
+
+def test_a_stream_holds_a_few_pictures():
+    seg, drawn = Segmenter(make_model(), text_embeddings=text_rows(5)), []
+
+    def camera():
+        for index in range(9):
+            drawn.append(index)
+            yield photo(20, 30, seed=index)
+
+    for count, _ in enumerate(seg.stream(camera(), workers=2, batch_size=2)):
+        assert len(drawn) <= count + 1 + 2 + 2
+    assert len(drawn) == 9
+
+
+def test_a_stream_s_mistakes_are_said_at_once():
+    seg = Segmenter(make_model(), text_embeddings=text_rows(5))
+    for options, message in (
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"workers": -1}, "workers: expected 0 or more threads, got -1"),
+        ({"classes": ["moon"]}, "classes: no text_embeddings for moon"),
+        ({"min_score": float("inf")}, "min_score: expected a finite number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            seg.stream([], **options)
+
+
+def test_compiled_labels_are_the_same():
+    """One compilation for pictures of other sizes, with other numbers of windows, and for other class lists."""
+    torch._dynamo.reset()
+    seg = Segmenter(make_model("tagclip"), text_embeddings=text_rows(5), compile=True)
+    plain = Segmenter(seg.model, text_embeddings=text_rows(5))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for size, names in (((75, 100), None), ((40, 160), NAMES[::-1]), ((70, 100), NAMES[:3])):
+        got, expected = (one(photo(*size), names, seen=[0]) for one in (seg, plain))
+        assert (got.labels == expected.labels).mean() > 0.999 and len(np.unique(got.labels)) > 1
+        np.testing.assert_allclose(got.scores, expected.scores, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
 @pytest.mark.skipif(
     bool(_extension.objections()), reason="the C++ extension is not loaded, the reference stores scores"
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_mask_lock = threading.Lock()
 
 
 @contextmanager
@@ -32,6 +35,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _default_mode() -> int:
     """The mode `open` would have given a new file: mkstemp's are private to the user."""
-    mask = os.umask(0)
-    os.umask(mask)
+    with _mask_lock:  # reading it means setting it: two threads at once could leave it at 0
+        mask = os.umask(0)
+        os.umask(mask)
     return 0o666 & ~mask

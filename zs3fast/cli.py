@@ -8,7 +8,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -101,12 +101,28 @@ def segment(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; cuda if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of an untrained model's weights.")] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Threads that read pictures ahead, and as many that write results, while the model works; 0: none. "
+            "Left out: 1 on a CPU, one a core (up to 8) beside a GPU.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Pictures whose windows share the model's batches, for a GPU to be full.")
+    ] = 1,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Run the model through torch.compile; pays off for many pictures.")
+    ] = False,
 ) -> None:
     """Segment pictures into classes given by name.
 
     For each picture three files are written: NAME_labels.png (class indices; 255 = unlabelled, 65535 for more than 255
     classes), NAME_overlay.png (the picture under its colours, with a legend) and NAME.json (a summary).
     """
+    from zs3fast.pipeline import ITEM_ERRORS, ahead, default_workers, working_on
+
     with one_line_errors(USAGE_ERROR):
         pictures = _find_pictures(inputs)
         entries = _class_list(classes, classes_file, dataset)
@@ -128,21 +144,43 @@ def segment(
             boxes=boxes,
             device=_device(device),
             seed=seed,
+            compile_=compile_,
         )
-        segmenter.check(min_score=min_score, background=background)
+        workers = default_workers(segmenter.device) if workers is None else workers
+        failures: dict[Path, Exception] = {}  # one bad picture does not end the run
+        results = segmenter.stream(
+            pictures,
+            min_score=min_score,
+            background=background,
+            batch_size=batch_size,
+            workers=workers,
+            failed=failures.__setitem__,
+        )
         output.mkdir(parents=True, exist_ok=True)
     stems = _distinct_stems(pictures)
-    failures = []
-    with _progress() as progress:
-        for picture in progress.track(pictures, description="Segmenting"):
+
+    def write(result: tuple[Path, Segmentation]) -> str:
+        picture, segmentation = result
+        with working_on(picture):
+            overlay = write_result(segmentation, output / stems[picture])
+        return f"{escape(str(picture))} -> {escape(str(overlay))}: {escape(_in_words(segmentation))}"
+
+    with (
+        _progress() as progress,
+        _warnings_by_picture(),
+        closing(results),
+        closing(ahead(results, write, workers)) as all_,
+    ):
+        task, written = progress.add_task("Segmenting", total=len(pictures)), 0
+        for (picture, _), outcome in all_:
             try:
-                line = _segment_one(segmenter, picture, output / stems[picture], min_score, background)
-            except (ValueError, OSError, RuntimeError) as error:  # one bad picture does not end the run
-                failures.append((picture, first_line(error)))
-            else:
-                progress.console.print(line)
-    for picture, reason in failures:
-        stderr.print(f"[red]failed[/] {escape(str(picture))}: {escape(reason)}")
+                progress.console.print(outcome.result())
+                written += 1
+            except ITEM_ERRORS as error:
+                failures[picture] = error
+            progress.update(task, completed=written + len(failures))
+    for picture in filter(failures.__contains__, pictures):
+        stderr.print(f"[red]failed[/] {escape(str(picture))}: {escape(first_line(failures[picture]))}")
     done = len(pictures) - len(failures)
     stdout.print(f"{done} of {len(pictures)} pictures segmented, results in {escape(str(output))}")
     if failures:
@@ -245,6 +283,7 @@ def _segmenter(
     boxes: str | None,
     device: str,
     seed: int,
+    compile_: bool,
 ) -> Segmenter:
     import torch
 
@@ -253,7 +292,13 @@ def _segmenter(
     from zs3fast.segmenter import Segmenter, find_weights, is_converted
     from zs3fast.text import TextEncoder, load_text_embeddings
 
-    options = {"class_names": entries, "templates": templates, "device": device, "crops": crops}
+    options = {
+        "class_names": entries,
+        "templates": templates,
+        "device": device,
+        "crops": crops,
+        "compile": compile_,
+    }
     options["proposer"] = None if proposer is None else load_mask_proposer(proposer, device)
     options["boxes"] = None if boxes is None else load_box_proposer(boxes, device)
     if text_embeddings is not None:
@@ -288,23 +333,34 @@ def _segmenter(
     return segmenter
 
 
-def _segment_one(segmenter: Segmenter, picture: Path, target: Path, min_score: float | None, background: str) -> str:
-    """Segment one picture, write its three files, and say what is in it."""
+def write_result(result: Segmentation, target: Path) -> Path:
+    """Write a picture's three files, TARGET_labels.png, TARGET_overlay.png and TARGET.json; the overlay's path."""
     from zs3fast._files import replacing
     from zs3fast.rendering import save_picture
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        result = segmenter(picture, min_score=min_score, background=background)
-    for warning in caught:
-        stderr.print(f"[yellow]warning[/] {escape(str(picture))}: {escape(str(warning.message))}")
     labels, overlay, summary = (target.parent / f"{target.name}{end}" for end in (*_OUTPUT_SUFFIXES, ".json"))
     result.save(labels)
     save_picture(result.overlay(), overlay)
     content = {**result.to_dict(), "labels": labels.name, "overlay": overlay.name}
     with replacing(summary) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return f"{escape(str(picture))} -> {escape(str(overlay))}: {escape(_in_words(result))}"
+    return overlay
+
+
+@contextmanager
+def _warnings_by_picture() -> Iterator[None]:
+    """Within the block, warnings of any thread are a line each, with the picture they are about."""
+    from zs3fast.pipeline import current_item
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        picture = current_item()
+        whose = "" if picture is None else f" {escape(str(picture))}:"
+        stderr.print(f"[yellow]warning[/]{whose} {escape(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _in_words(result: Segmentation) -> str:

@@ -1,14 +1,16 @@
 """How each kind of model meets a picture: sliding windows, the whole picture squashed, or proposals on their frame.
 
-A recipe is called with the picture's pixels, the competing classes and what is known of them, and gives labels and the
-winning scores at the picture's own size. It is what the published test pipelines do around their models.
+A recipe is called with pictures' pixels, the competing classes and what is known of them, and gives labels and the
+winning scores at the pictures' own sizes. It is what the published test pipelines do around their models. The part that
+needs no model is `prepare`, which any thread may call ahead of time.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,6 @@ from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.models.clsclip_plus import squash as squash_images
 from zs3fast.proposals import BoxProposer, MaskProposer, clip_input, for_classes, resize_for_proposer, sub_images
 from zs3fast.proposals.class_columns import scores_for_classes
-from zs3fast.types import SegmentationOutput
 
 # A bound on one picture's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
 MAX_WINDOWS = 1000
@@ -34,6 +35,7 @@ class Question:
 
     pixels: uint8 [H, W, 3].  text: [C, D] of the competing classes.  names: the names of each, synonyms included.
     seen: indices of the seen among them, or None where nothing is known.  source: the picture's path, or None.
+    prepared: what `Recipe.prepare` made of the pixels, on any device; None: not made yet.
     """
 
     pixels: np.ndarray
@@ -41,24 +43,41 @@ class Question:
     names: Sequence[Sequence[str]]
     seen: list[int] | None
     source: str | None = None
+    prepared: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """labels: int32 [H, W], -1 = nothing was found there.  scores: float32 [H, W].  nan_pixels: scores that are NaN."""
+    """labels: int32 [H, W], -1 = nothing was found there.  scores: float32 [H, W].  Both on the model's device."""
 
-    labels: np.ndarray
-    scores: np.ndarray
-    nan_pixels: int = 0
-
-
-class Recipe(Protocol):
-    """Answers questions about pictures with a model."""
-
-    def __call__(self, question: Question) -> Answer: ...
+    labels: Tensor
+    scores: Tensor
 
 
-class Windows:
+class Recipe:
+    """Answers questions about pictures with a model.
+
+    together: whether pictures share the model's batches.  compiles: whether it calls `model` on inputs of few shapes,
+    so that a compiled one can stand in its place.
+    """
+
+    together = False
+    compiles = False
+
+    def prepare(self, pixels: np.ndarray) -> Tensor | None:
+        """The work on pixels [H, W, 3] that needs no model, on any thread; None: there is none."""
+        return None
+
+    def answer(self, question: Question) -> Answer:
+        """The answer for one picture."""
+        raise NotImplementedError
+
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        """An answer a picture; they all have the same classes."""
+        return [self.answer(question) for question in questions]
+
+
+class Windows(Recipe):
     """ZegCLIP's, TagCLIP's and CLIP-RC's: short side to `image_size`, windows with a stride of 426/512 of it.
 
     Each window's calibrated scores are averaged, resized to the picture and compared, in one op: scores of all classes
@@ -68,32 +87,48 @@ class Windows:
         batch: windows the model sees at once.
     """
 
+    together = True
+    compiles = True
     stride = (426, 512)  # of `image_size`, as a fraction
     antialias = False
 
     def __init__(self, model: nn.Module, batch: int):
         self.model, self.batch = model, batch
+        self.run = model
 
-    def __call__(self, question: Question) -> Answer:
+    def prepare(self, pixels: np.ndarray) -> Tensor:
+        """The picture resized, uint8 [3, H', W']: the resize rounds to 8 bits anyway, and they are quick to copy."""
+        return fit(pixels, self.model.image_size, self.antialias)
+
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         model, (part, whole) = self.model, self.stride
         crop = (model.image_size,) * 2
-        canvas = prepare(question.pixels, model.image_size, model.pixel_mean, model.pixel_std, self.antialias)
-        canvas = canvas.to(question.text.device)
         stride = max(part * model.image_size // whole, 1)
-        windows = sliding_windows(canvas.shape[-2:], crop, (stride, stride))
-        out = self._run(canvas, windows, question.text)
-        return self._compare(out, question, crop_size=crop, canvas_size=tuple(canvas.shape[-2:]), windows=windows)
+        canvases = [self._canvas(question) for question in questions]
+        windows = [sliding_windows(canvas.shape[-2:], crop, (stride, stride)) for canvas in canvases]
+        outputs = self._run(canvases, windows, questions[0].text)
+        answers = []
+        for question, canvas, corners, out in zip(questions, canvases, windows, outputs, strict=True):
+            frame = {"crop_size": crop, "canvas_size": tuple(canvas.shape[-2:]), "windows": corners}
+            answers.append(self._compare(*out, question, **frame))
+        return answers
 
-    def _compare(self, out: SegmentationOutput, question: Question, **frame: Any) -> Answer:
-        """Labels and scores of the picture from the output for all windows, which lie in `frame`."""
+    def _canvas(self, question: Question) -> Tensor:
+        """The normalised picture [3, H', W'] on the model's device."""
+        prepared = self.prepare(question.pixels) if question.prepared is None else question.prepared
+        values = prepared.to(question.text.device).float()
+        return _normalise(values, self.model.pixel_mean, self.model.pixel_std)
+
+    def _compare(self, masks: Tensor, trusty: Tensor | None, question: Question, **frame: Any) -> Answer:
+        """Labels and scores of the picture from the logits of its windows, which lie in `frame`."""
         model, seen = self.model, question.seen
         mixed = seen is not None and 0 < len(seen) < len(question.text)
         result = ops.masks_to_labels(
-            out.mask_logits,
+            masks,
             question.pixels.shape[:2],
             seen=seen or (),
             seen_offset=model.seen_offset,
-            trusty_logits=out.trusty_logits if mixed else None,
+            trusty_logits=trusty if mixed else None,
             trusty_weighting=model.trusty_weighting if mixed else "off",
             dtype=torch.int32,
             return_details=True,
@@ -101,20 +136,21 @@ class Windows:
         )
         return _answer(result.labels[0], result.scores[0])
 
-    def _run(self, canvas: Tensor, windows: list[tuple[int, int]], text: Tensor) -> SegmentationOutput:
-        """The model's output for all windows, in batches."""
+    def _run(
+        self, canvases: Sequence[Tensor], windows: Sequence[list[tuple[int, int]]], text: Tensor
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Mask and trusty logits of every picture's windows. The model's batches run on from picture to picture."""
         side, like = self.model.image_size, next(self.model.parameters())
-        parts = []
-        for start in range(0, len(windows), self.batch):
-            crops = torch.stack([canvas[:, y : y + side, x : x + side] for y, x in windows[start : start + self.batch]])
-            parts.append(self.model(crops.to(like.dtype), text))
-        trusty = [part.trusty_logits for part in parts]
-        return SegmentationOutput(
-            mask_logits=torch.cat([part.mask_logits for part in parts]),
-            global_token=torch.cat([part.global_token for part in parts]),
-            patch_tokens=torch.cat([part.patch_tokens for part in parts]),
-            trusty_logits=None if trusty[0] is None else torch.cat(trusty),
-        )
+        places = [(canvas, y, x) for canvas, corners in zip(canvases, windows, strict=True) for y, x in corners]
+        masks, trusty = [], []
+        for start in range(0, len(places), self.batch):
+            crops = [canvas[:, y : y + side, x : x + side] for canvas, y, x in places[start : start + self.batch]]
+            out = self.run(torch.stack(crops).to(like.dtype), text)
+            masks.append(out.mask_logits)
+            trusty.append(out.trusty_logits)
+        counts = [len(corners) for corners in windows]
+        parts = [None] * len(counts) if trusty[0] is None else torch.cat(trusty).split(counts)
+        return list(zip(torch.cat(masks).split(counts), parts, strict=True))
 
 
 class AveragedWindows(Windows):
@@ -127,26 +163,30 @@ class AveragedWindows(Windows):
     stride = (1, 2)
     antialias = True
 
-    def _compare(self, out: SegmentationOutput, question: Question, **frame: Any) -> Answer:
-        return _answer(*softmax_labels(out.mask_logits, question.pixels.shape[:2], **frame))
+    def _compare(self, masks: Tensor, trusty: Tensor | None, question: Question, **frame: Any) -> Answer:
+        return _answer(*softmax_labels(masks, question.pixels.shape[:2], **frame))
 
 
-class Squash:
+class Squash(Recipe):
     """ClsCLIP's: the whole picture squashed to `image_size`, one mask a class, the best class a pixel."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def __call__(self, question: Question) -> Answer:
+    def prepare(self, pixels: np.ndarray) -> Tensor:
+        """The normalised picture [3, image_size, image_size]."""
+        return squash(pixels, self.model.image_size, self.model.pixel_mean, self.model.pixel_std)
+
+    def answer(self, question: Question) -> Answer:
         model, like = self.model, next(self.model.parameters())
-        image = squash(question.pixels, model.image_size, model.pixel_mean, model.pixel_std).to(like)
-        out = model(image[None], question.text)
+        image = self.prepare(question.pixels) if question.prepared is None else question.prepared
+        out = model(image.to(like)[None], question.text)
         size = question.pixels.shape[:2]
         result = ops.masks_to_labels(out.mask_logits, size, dtype=torch.int32, return_details=True)
         return _answer(result.labels[0], result.scores[0])
 
 
-class Zooming:
+class Zooming(Recipe):
     """ClsCLIP+'s: the boxes a detector finds for each class, cut out and squashed; the best class a pixel.
 
     Pixels outside all boxes of a class score 0 for it; a class without boxes gets the whole picture.
@@ -158,7 +198,7 @@ class Zooming:
     def __init__(self, model: nn.Module, boxes: BoxProposer, no_box: str = "whole_image"):
         self.plus, self.boxes = ClsCLIPPlus(model, no_box=no_box), boxes
 
-    def __call__(self, question: Question) -> Answer:
+    def answer(self, question: Question) -> Answer:
         model = self.plus.model
         image = normalise(question.pixels, model.pixel_mean, model.pixel_std).to(question.text.device)
         found = self.boxes(question.pixels, question.source).to(question.text.device)
@@ -166,7 +206,7 @@ class Zooming:
         return _answer(labels.int(), scores)
 
 
-class Proposing:
+class Proposing(Recipe):
     """MAFT's: a proposer finds regions, the model says what they are, the masks vote.
 
     Args:
@@ -180,7 +220,7 @@ class Proposing:
     ):
         self.model, self.proposer, self.crops, self.crop_form = model, proposer, crops, crop_form
 
-    def __call__(self, question: Question) -> Answer:
+    def answer(self, question: Question) -> Answer:
         model, like = self.model, next(self.model.parameters())
         names = None if question.source is None else [question.source]
         propose = for_classes(self.proposer, question.text)
@@ -205,8 +245,7 @@ class Proposing:
         answer = _answer(labels[0], scores[0])
         # Pixels that no proposal covers, where all seen classes score -seen_offset and all others 0.
         nothing = 1e-6 - model.seen_offset if model.seen_offset and len(seen) == len(question.text) else 0.0
-        answer.labels[answer.scores <= nothing] = -1
-        return answer
+        return Answer(answer.labels.masked_fill(answer.scores <= nothing, -1), answer.scores)
 
 
 def recipe_for(
@@ -232,14 +271,18 @@ def recipe_for(
 
 
 def _answer(labels: Tensor, scores: Tensor) -> Answer:
-    scores = scores.float().cpu().numpy()
-    return Answer(labels.cpu().numpy(), scores, int(np.isnan(scores).sum()))
+    return Answer(labels, scores.float())
 
 
 def prepare(
     pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float], antialias: bool = False
 ) -> Tensor:
-    """The normalised picture [3, H', W'] whose short side is `image_size`.
+    """The normalised picture [3, H', W'] whose short side is `image_size`; see `fit`."""
+    return _normalise(fit(pixels, image_size, antialias).float(), mean, std)
+
+
+def fit(pixels: np.ndarray, image_size: int, antialias: bool = False) -> Tensor:
+    """The picture with a short side of `image_size`, uint8 [3, H', W'].
 
     Resized as the official code does it with OpenCV: bilinear without antialiasing, on 8 bits, rounded back to them.
     The long side becomes int(x * image_size / short + 0.5).
@@ -258,11 +301,11 @@ def prepare(
             f"image: {width} x {height} pixels are too long a strip: resized to a short side of {image_size}, it needs "
             f"more than {MAX_WINDOWS} windows. Cut it into pieces"
         )
-    values = torch.from_numpy(pixels).permute(2, 0, 1).float()
-    if size != (height, width):
-        values = F.interpolate(values[None], size, mode="bilinear", align_corners=False, antialias=antialias)
-        values = values[0].round()
-    return _normalise(values, mean, std)
+    values = torch.from_numpy(pixels).permute(2, 0, 1)
+    if size == (height, width):
+        return values.contiguous()
+    values = F.interpolate(values[None].float(), size, mode="bilinear", align_corners=False, antialias=antialias)
+    return values[0].round().to(torch.uint8)
 
 
 def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -276,5 +319,16 @@ def squash(pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequ
 
 
 def _normalise(values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    mean, std = (torch.tensor(list(values_)).view(3, 1, 1) for values_ in (mean, std))
-    return (values / 255 - mean) / std
+    white, mean, std = _statistics(tuple(mean), tuple(std), values.device)
+    return (values / white - mean) / std
+
+
+@functools.lru_cache(maxsize=16)
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255, mean and std on a device, copied there once.
+
+    255 is a tensor there too: CUDA multiplies by the reciprocal of a Python number, which rounds otherwise than a CPU.
+    """
+    with torch.inference_mode(False):
+        white, mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ((255.0,), mean, std))
+        return white.to(device), mean.to(device), std.to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from zs3fast import weights
+from zs3fast.compiled import CompiledModel
 from zs3fast.images import read_image
+from zs3fast.pipeline import default_workers, overlapped
 from zs3fast.proposals import BoxProposer, MaskProposer
 from zs3fast.recipes import Question, recipe_for
 from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_templates, whole_names
@@ -32,6 +35,7 @@ logger = logging.getLogger("zs3fast")
 TINY, TINY_DEFAULT = "zs3fast-tiny", "tagclip"  # the small models in the package, and the best of them
 
 Classes = str | Iterable[str | Sequence[str]]
+_Read = tuple[np.ndarray, str | None]  # a picture's pixels [H, W, 3] and its path
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class _Plan:
     """What a call comes to: the names to show, names and embeddings [C, D] of all that compete, and who is what.
 
     seen: indices, or None where nothing is known.  rejected: indices of the background.
+    min_score: below it pixels stay unlabelled, or None.
     """
 
     class_names: tuple[str, ...]
@@ -46,6 +51,7 @@ class _Plan:
     text: Tensor
     seen: list[int] | None
     rejected: list[int]
+    min_score: float | None
 
 
 class Segmenter:
@@ -79,6 +85,8 @@ class Segmenter:
         proposer: what finds mask proposals for MAFT, see `zs3fast.proposals`; it needs one.
         crops: classify MAFT's proposals by a CLIP pass each instead, see `zs3fast.recipes.Proposing`.
         boxes: what finds boxes for ClsCLIP to zoom into (ClsCLIP+).
+        compile: run ZegCLIP, TagCLIP, CLIP-RC or MaskCLIP through torch.compile, see `zs3fast.compiled`; the first
+            pictures then take a minute or more. The other methods' work has too many shapes.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class Segmenter:
         proposer: MaskProposer | None = None,
         crops: str | None = None,
         boxes: BoxProposer | None = None,
+        compile: bool = False,
     ):
         if window_batch < 1:
             raise ValueError(f"window_batch: expected at least 1, got {window_batch}")
@@ -102,6 +111,10 @@ class Segmenter:
             raise ValueError("text_embeddings: give these or a text_encoder, not both")
         self.model = (model if device is None else model.to(device)).eval()
         self._recipe = recipe_for(model, window_batch, proposer, crops, boxes)
+        if compile:
+            if not self._recipe.compiles:
+                raise ValueError(f"compile: expected a method that works in windows, got {model.method}")
+            self._recipe.run = CompiledModel(self.model)
         published = model.templates or ("single" if model.config.get("num_classes") == 20 else "multi")
         self.templates = resolve_templates(published if templates is None else templates)
         self._tokenizer = tokenizer
@@ -129,6 +142,7 @@ class Segmenter:
         proposer: MaskProposer | None = None,
         crops: str | None = None,
         boxes: BoxProposer | None = None,
+        compile: bool = False,
         official: Mapping[str, Any] | None = None,
     ) -> Segmenter:
         """A segmenter from a weight file: one of ours, or an official checkpoint.
@@ -169,6 +183,7 @@ class Segmenter:
             proposer=proposer,
             crops=crops,
             boxes=boxes,
+            compile=compile,
         )
 
     @property
@@ -216,18 +231,67 @@ class Segmenter:
         """
         plan = self._plan(classes, seen, min_score, background)
         pixels, source = read_image(image)
-        answer = self._recipe(Question(pixels, plan.text, plan.competing, plan.seen, source))
-        labels, scores, nan_pixels = answer.labels, answer.scores, answer.nan_pixels
-        if min_score is None:
-            min_score = self.model.min_score
-        unlabelled = np.isin(labels, plan.rejected)
-        if min_score is not None:
-            unlabelled |= ~(scores >= min_score)
-        labels[unlabelled] = -1
-        if nan_pixels:
-            what = source or "the image"
-            warnings.warn(f"{nan_pixels} pixels of {what} have no score (nan): check the weights", stacklevel=2)
-        return Segmentation(labels, plan.class_names, scores, pixels, nan_pixels, source)
+        (answer,) = self._recipe([Question(pixels, plan.text, plan.competing, plan.seen, source)])
+        return _segmentation(plan, pixels, source, answer.labels.cpu().numpy(), answer.scores.cpu().numpy())
+
+    def stream(
+        self,
+        images: Iterable[Any],
+        classes: Classes | None = None,
+        *,
+        seen: Iterable[str | int] | None = None,
+        min_score: float | None = None,
+        background: str | Sequence[str] = (),
+        batch_size: int = 1,
+        workers: int | None = None,
+        failed: Callable[[Any, Exception], None] | None = None,
+    ) -> Generator[tuple[Any, Segmentation], None, None]:
+        """Segment many pictures: the next ones are read and resized on threads while the model works.
+
+        On a GPU the copies to and from it overlap with its work as well. At most `workers` + `batch_size` pictures are
+        held beyond the one handed out (on a GPU twice `batch_size`). The arguments are checked at once.
+
+        Args:
+            images: any number, each as for a call; drawn from as pictures are asked for, some ahead.
+            classes, seen, min_score, background: as for a call.
+            batch_size: pictures whose windows share the model's batches of `window_batch`; they may differ in size. The
+                numbers of a window depend a little on its batch, so that above 1 a pixel whose best classes are tied up
+                to rounding may go to the other. Methods without windows take pictures one by one.
+            workers: threads that read. None: see `zs3fast.pipeline.default_workers`. 0: no threads.
+            failed: called with a picture that cannot be read or segmented and the error, and the rest goes on.
+                None: the error is raised.
+        Returns:
+            Yields (image as it was given, Segmentation) in order; with one picture at a time and uncompiled, equal to a
+            call's bit for bit. Leaving early ends the threads.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers: expected 0 or more threads, got {workers}")
+        if batch_size > 1 and not self._recipe.together:
+            raise ValueError(f"batch_size: {self.model.method} takes pictures one by one, got {batch_size}")
+        plan = self._plan(classes, seen, min_score, background)
+        workers = default_workers(self.device) if workers is None else workers
+        Image.init()  # Pillow's formats, which two threads that find them unregistered could miss
+
+        def prepare(image: Any) -> tuple[_Read, Tensor | None]:
+            pixels, source = read_image(image)
+            return (pixels, source), self._recipe.prepare(pixels)
+
+        @torch.no_grad()
+        def compute(pictures: list[tuple[_Read, Tensor | None]]) -> list[tuple[Tensor, Tensor]]:
+            questions = [
+                Question(pixels, plan.text, plan.competing, plan.seen, source, prepared)
+                for (pixels, source), prepared in pictures
+            ]
+            return [(answer.labels, answer.scores) for answer in self._recipe(questions)]
+
+        def finish(read: _Read, labels: np.ndarray, scores: np.ndarray) -> Segmentation:
+            return _segmentation(plan, *read, labels, scores)
+
+        return overlapped(
+            images, prepare, compute, finish, device=self.device, workers=workers, batch_size=batch_size, failed=failed
+        )
 
     def check(
         self,
@@ -261,6 +325,7 @@ class Segmenter:
             text=self._text_embeddings(tuple(competing)),
             seen=self._seen(entries, competing, seen),
             rejected=[i for i, entry in enumerate(competing) if same_name(entry[0]) in names],
+            min_score=self.model.min_score if min_score is None else min_score,
         )
 
     def _entries(self, classes: Classes | None) -> list[ClassEntry]:
@@ -312,6 +377,21 @@ class Segmenter:
             known = ", ".join(entry[0] for entry in self.classes[:10])
             raise ValueError(f"classes: no text_embeddings for {', '.join(missing)}; there are rows for {known}, ...")
         return torch.stack([self._rows[same_name(entry[0])] for entry in entries])
+
+
+def _segmentation(
+    plan: _Plan, pixels: np.ndarray, source: str | None, labels: np.ndarray, scores: np.ndarray
+) -> Segmentation:
+    """The result from the winners' labels and scores, without what the plan leaves unlabelled."""
+    unlabelled = np.isin(labels, plan.rejected)
+    if plan.min_score is not None:
+        unlabelled |= ~(scores >= plan.min_score)
+    labels[unlabelled] = -1
+    nan_pixels = int(np.isnan(scores).sum())
+    if nan_pixels:
+        what = source or "the image"
+        warnings.warn(f"{nan_pixels} pixels of {what} have no score (nan): check the weights", stacklevel=3)
+    return Segmentation(labels, plan.class_names, scores, pixels, nan_pixels, source)
 
 
 def find_weights(name_or_path: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,77 @@
+"""The pipeline on a GPU: pictures normalised there, copies beside kernels, CUDA graphs of whole models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.goldens_data import relative
+from tests.gpu.device import DEVICE, ON_GPU, busy_stream, skip_without_gpu
+from tests.test_segmenter import SIZES, make_model, photo, text_rows
+from tests.tiny import tiny_inputs, tiny_model
+from zs3fast.compiled import MAX_SHAPES, CompiledModel
+from zs3fast.pipeline import Transfers
+from zs3fast.recipes import Question, Windows
+from zs3fast.segmenter import Segmenter
+
+skip_without_gpu()
+
+PICTURES = [photo(*size, seed=index) for index, size in enumerate(SIZES)]
+
+
+@pytest.mark.parametrize("image", PICTURES[:3])
+def test_a_picture_is_normalised_as_on_a_cpu(image: np.ndarray) -> None:
+    """Bit for bit: every step is one correctly rounded operation."""
+    recipe = Windows(make_model(), 8)
+    canvases = [recipe._canvas(Question(image, text_rows(5).to(device), [], None)) for device in ("cpu", DEVICE)]
+    assert torch.equal(canvases[0], canvases[1].cpu())
+
+
+def test_copies_wait_for_what_they_copy() -> None:
+    """The stream that computes is late: what is copied out too early, or used before it is there, is something else."""
+    transfers = Transfers(torch.device(DEVICE))
+    tensors = [torch.randint(0, 256, (3, 512, 700), dtype=torch.uint8) for _ in range(4)]
+    arriving = [transfers.upload(tensor) for tensor in tensors]
+    with busy_stream():
+        waiting = [transfers.download(arrived().float() + 1, arrived()[0].int()) for arrived in arriving]
+        results = [wait() for wait in waiting]
+    for tensor, (shifted, first) in zip(tensors, results, strict=True):
+        np.testing.assert_array_equal(shifted, tensor.numpy().astype(np.float32) + 1)
+        np.testing.assert_array_equal(first, tensor[0].numpy().astype(np.int32))
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(0, 1), (3, 1), (2, 4)])
+@pytest.mark.parametrize("method", ["zegclip", "tagclip"])
+def test_a_stream_equals_calls(method: str, workers: int, batch_size: int) -> None:
+    seg = Segmenter(make_model(method), text_embeddings=text_rows(5), device=DEVICE)
+    expected = [seg(image) for image in PICTURES]
+    found = list(seg.stream(PICTURES, workers=workers, batch_size=batch_size))
+    assert len(found) == len(PICTURES)
+    for (_, got), one in zip(found, expected, strict=True):
+        assert (got.labels == one.labels).mean() > 0.999
+        np.testing.assert_allclose(got.scores, one.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["zegclip", "tagclip", "clip_rc", "maskclip"])
+@torch.no_grad()
+def test_compiled_with_cuda_graphs(method: str) -> None:
+    model = tiny_model(method).to(DEVICE)
+    run = CompiledModel(model, backend="inductor" if ON_GPU else "aot_eager")
+    problems = [[x.to(DEVICE) for x in tiny_inputs(2)], [x.to(DEVICE) for x in tiny_inputs(3, classes=4)]]
+    problems.append([problems[0][0].flip(0).contiguous(), problems[0][1].flip(0).contiguous()])
+    for _ in range(3):  # warm-up, recording, replay
+        results = [run(*problem) for problem in problems]
+        for problem, got in zip(problems, results, strict=True):  # the last replay has not written over the others
+            out = model(*problem)
+            assert relative(got.mask_logits, out.mask_logits) < 1e-4
+            assert (got.trusty_logits is None) == (out.trusty_logits is None)
+
+
+@torch.no_grad()
+def test_graphs_are_bounded() -> None:
+    model = tiny_model("zegclip").to(DEVICE)
+    run = CompiledModel(model, backend="inductor" if ON_GPU else "aot_eager")
+    run.shapes.update((number,) for number in range(MAX_SHAPES))
+    images, text = (x.to(DEVICE) for x in tiny_inputs())
+    assert torch.equal(run(images, text).mask_logits, model(images, text).mask_logits)
