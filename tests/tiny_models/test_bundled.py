@@ -1,0 +1,73 @@
+"""The trained models in the package do their job: they know classes of the world that they had no labels of."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from zs3fast import Segmenter
+from zs3fast.cli import app
+from zs3fast.data.world import WorldDataset
+from zs3fast.evaluation.scores import Scores
+from zs3fast.segmenter import TINY, TINY_DEFAULT, find_weights
+from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
+from zs3fast.weights.packing import bundled, packed_models
+
+METHODS = ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")
+SCENES = 24
+
+
+@functools.cache
+def scores(method: str) -> Scores:
+    scenes = WorldDataset("test", length=SCENES)
+    return score(world_labeller(world_segmenter(find_weights(f"{TINY}-{method}"), scenes), scenes), scenes).scores
+
+
+def test_all_methods_are_there_and_small() -> None:
+    found = packed_models(bundled())
+    assert set(found) == set(METHODS)
+    assert sum(path.stat().st_size for path in bundled().iterdir()) <= 25e6
+    assert find_weights(TINY) == found[TINY_DEFAULT] and find_weights(f"{TINY}-maft") == found["maft"]
+    assert Segmenter.from_pretrained(TINY).model.method == TINY_DEFAULT
+    with pytest.raises(FileNotFoundError, match="nor in the package .zs3fast-tiny, zs3fast-tiny-clip_rc"):
+        find_weights("zs3fast-tiny-nothing")
+
+
+def test_the_default_on_one_scene() -> None:
+    scene = WorldDataset("test")[3]
+    result = Segmenter.from_pretrained(TINY)(scene.image)
+    assert (result.labels == scene.labels).mean() > 0.6
+    # A list of one's own, with a class that is not in it:
+    names = sorted({result.class_names[c] for c in np.unique(scene.labels)})
+    few = Segmenter.from_pretrained(TINY)(scene.image, [*names, "checkered green star"])
+    truth = np.array([result.class_names[c] for c in scene.labels.ravel()])
+    assert (np.array(few.class_names)[few.labels.ravel()] == truth).mean() > 0.7
+
+
+def test_segment_on_the_command_line(tmp_path: Path) -> None:
+    """Weights with a vocabulary of their own need no class names."""
+    scene = WorldDataset("test")[0]
+    Image.fromarray(scene.image).save(tmp_path / "scene.png")
+    done = CliRunner().invoke(
+        app, ["segment", str(tmp_path / "scene.png"), "--weights", TINY, "-o", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "out" / "scene.json").read_text())
+    shares = {entry["name"]: entry["percent"] for entry in summary["classes"]}
+    largest = max(np.unique(scene.labels), key=lambda c: (scene.labels == c).sum())
+    assert shares[WorldDataset("test").class_names[largest]] > 5
+
+
+def test_demo(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["demo", "-o", str(tmp_path), "--scenes", "4"])
+    assert done.exit_code == 0, done.output
+    assert all(method in done.output for method in METHODS) and "hIoU" in done.output
+    with Image.open(tmp_path / "demo.png") as picture:
+        colours = {tuple(pixel) for pixel in np.asarray(picture.convert("RGB"))[::7, ::7].reshape(-1, 3).tolist()}
+        assert picture.width > 1000 and len(colours) > 500
