@@ -68,7 +68,7 @@ ZS3FAST_HD float fast_exp2(float x) {
 #endif
 }
 
-// 1 / x, relative error 2^-23, for x in the normal range.
+// 1 / x, relative error 2^-23; 0 of infinity and of what its inverse would be subnormal for.
 ZS3FAST_HD float fast_reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float y;

@@ -3,7 +3,7 @@
 //
 //   cuda::Device device(x);                                        // x's device is current from here on
 //   auto out = at::empty(...);                                     // the one way to allocate: graphs can capture it
-//   ZS3FAST_LAUNCH(forward(request, device.stream()));             // returns cudaError_t, see cuda/start.h
+//   ZS3FAST_LAUNCH(start_forward(request, device.stream()));       // returns cudaError_t, see cuda/start.h
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -37,7 +37,7 @@ dim3 grid(const CudaProblem& q) { return dim3(q.strips * q.groups, q.tile_rows()
 
 }  // namespace
 
-cudaError_t forward(const CudaProblem& q, float* partial, float* sums, cudaStream_t stream) {
+cudaError_t start_forward(const CudaProblem& q, float* partial, float* sums, cudaStream_t stream) {
   const auto kernel = q.gamma == 2.0f ? mask_loss_fwd_kernel<true> : mask_loss_fwd_kernel<false>;
   const cudaError_t refused = cuda::start(kernel, grid(q), 32 * q.warps, 0, stream, q, partial);
   if (refused != cudaSuccess) return refused;
@@ -46,7 +46,8 @@ cudaError_t forward(const CudaProblem& q, float* partial, float* sums, cudaStrea
                      static_cast<int64_t>(q.tile_rows()) * q.strips, q.classes);
 }
 
-cudaError_t backward(const CudaProblem& q, const Gradients& grad, float* corners, void* out, cudaStream_t stream) {
+cudaError_t start_backward(const CudaProblem& q, const Gradients& grad, float* corners, void* out,
+                           cudaStream_t stream) {
   const auto kernel = q.gamma == 2.0f ? mask_loss_bwd_kernel<true> : mask_loss_bwd_kernel<false>;
   const cudaError_t refused = cuda::start(kernel, grid(q), 32 * q.warps, 0, stream, q, grad, corners);
   if (refused != cudaSuccess) return refused;

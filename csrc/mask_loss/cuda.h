@@ -8,9 +8,9 @@
 namespace zs3fast::mask_loss {
 
 // sums [4, B, C]; partial [4, B, tile_rows * strips, C] is workspace.
-cudaError_t forward(const CudaProblem& q, float* partial, float* sums, cudaStream_t stream);
+cudaError_t start_forward(const CudaProblem& q, float* partial, float* sums, cudaStream_t stream);
 
 // out [B, C, h, w] in the type of the logits; corners [4, B, tile_rows * tile_columns, C] is workspace.
-cudaError_t backward(const CudaProblem& q, const Gradients& grad, float* corners, void* out, cudaStream_t stream);
+cudaError_t start_backward(const CudaProblem& q, const Gradients& grad, float* corners, void* out, cudaStream_t stream);
 
 }  // namespace zs3fast::mask_loss

@@ -52,7 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Ten
   if (images > 0) {
     const CudaProblem q = problem_of(mask_logits, labels, alpha, gamma);
     const auto partial = at::empty({4, images, static_cast<int64_t>(q.tile_rows()) * q.strips, classes}, options);
-    ZS3FAST_LAUNCH(forward(q, partial.data_ptr<float>(), sums.data_ptr<float>(), device.stream()));
+    ZS3FAST_LAUNCH(start_forward(q, partial.data_ptr<float>(), sums.data_ptr<float>(), device.stream()));
   }
   return {sums.select(0, 0), sums.select(0, 1), sums.select(0, 2), sums.select(0, 3)};
 }
@@ -69,7 +69,7 @@ at::Tensor backward(const at::Tensor& grad_focal_sum, const at::Tensor& grad_int
   const int64_t tiles = static_cast<int64_t>(q.tile_rows()) * q.tile_columns();
   const auto corners = at::empty({4, mask_logits.size(0), tiles, mask_logits.size(1)}, focal.options());
   const Gradients grad{focal.const_data_ptr<float>(), overlap.const_data_ptr<float>(), prob.const_data_ptr<float>()};
-  ZS3FAST_LAUNCH(backward(q, grad, corners.data_ptr<float>(), out.mutable_data_ptr(), device.stream()));
+  ZS3FAST_LAUNCH(start_backward(q, grad, corners.data_ptr<float>(), out.mutable_data_ptr(), device.stream()));
   return out;
 }
 

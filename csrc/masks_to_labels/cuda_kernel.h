@@ -101,7 +101,7 @@ inline void plan(CudaRequest& q) {
 
 ZS3FAST_HD float mix(float low, float high, float weight) { return low * (1.0f - weight) + high * weight; }
 
-ZS3FAST_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+ZS3FAST_HD float sigmoid(float x) { return cuda::fast_reciprocal(1.0f + expf(-x)); }
 
 // Larger, NaN being the largest: on equality the class that came first stays.
 ZS3FAST_HD bool beats(float a, float b) { return a > b || (a != a && b == b); }
@@ -274,8 +274,9 @@ ZS3FAST_BODY void find_candidates(const Block& block, const CudaRequest& q, cons
   block.alone([&](int thread) {
     seen_bound[thread] = unseen_bound[thread] = -cuda::kInfinity;
     for (int32_t c = thread % 32; c < q.classes; c += 32) {
-      float& bound = q.is_seen(c) ? seen_bound[thread] : unseen_bound[thread];
-      bound = fmaxf(bound, bounds_of(patches, c, first(thread), last(thread)).least);
+      const float least = bounds_of(patches, c, first(thread), last(thread)).least;
+      seen_bound[thread] = fmaxf(seen_bound[thread], q.is_seen(c) ? least : -cuda::kInfinity);
+      unseen_bound[thread] = fmaxf(unseen_bound[thread], q.is_seen(c) ? -cuda::kInfinity : least);
     }
     seen_ties[thread] = unseen_ties[thread] = 0.0f;
     for (int r = 0; q.weighted() && r < kRows; ++r) {

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(ROOT.glob("csrc/*/cuda*.cu"))
 OPS = sorted({path.parent.name for path in SOURCES})
 ARCHS = {"80": 80, "90a": 90}  # of setup.py's default, and how cuobjdump names them
-KERNEL = re.compile(r"Function .*?zs3fast::(\w+)::(?:\(anonymous namespace\)::|\w+::)*(\w+(?:<[^(]*>)?)\(")
+KERNEL = re.compile(r"Function .*?zs3fast::(\w+)::(?:\(anonymous namespace\)::|\w+::)*(\w+(?:<.*>)?)\(")
 
 
 def could_be_built() -> bool:

@@ -153,7 +153,7 @@ def test_bits_of_soft_masks(case):
     bits.test_soft_masks("cuda", case)
 
 
-@pytest.mark.parametrize("size", [(640, 864), (333, 500)], ids=str)
+@pytest.mark.parametrize("size", [(640, 864), (333, 500), (668, 788)], ids=str)
 def test_bits_of_hard_edges(size):
     bits.test_hard_edges("cuda", size)
 
