@@ -73,7 +73,7 @@ def compiler() -> str | None:
 def cuda_settings(torch: Torch) -> list[str]:
     """CMake settings for the CUDA sources: none if they are not wanted or cannot be built."""
     wanted = choice("ZS3FAST_CUDA")
-    if wanted == "0" or (wanted == "auto" and not list(ROOT.glob("csrc/*/cuda*.cu"))):
+    if wanted == "0":
         return []
     homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
     nvcc = next((str(p) for h in homes if h and (p := Path(h, "bin", "nvcc")).is_file()), None) or shutil.which("nvcc")
@@ -88,13 +88,15 @@ def cuda_settings(torch: Torch) -> list[str]:
         if release is None or release[1] != torch.cuda.split(".")[0]:
             problem = f"nvcc is CUDA {release and release[1]}, torch was built with CUDA {torch.cuda}"
     if problem is None:
-        # the headers a partial toolkit lacks (cublas, cusparse, ...) come with torch's nvidia-* wheels
-        headers = sorted(torch.folder.parent.glob("nvidia/*/include"))
+        # headers and runtime library come with torch's nvidia-* wheels, or else with the toolkit
+        site, toolkit = torch.folder.parent, Path(nvcc).resolve().parents[1]
+        headers = [*sorted(site.glob("nvidia/*/include")), toolkit / "include"]
+        runtimes = [*sorted(site.glob("nvidia/*/lib/libcudart.so*")), toolkit / "lib64" / "libcudart.so"]
         return [
             f"-DZS3FAST_NVCC={nvcc}",
             f"-DZS3FAST_CUDA_ARCHS={os.environ.get('ZS3FAST_CUDA_ARCHS', '80;90a')}",
             f"-DZS3FAST_CUDA_INCLUDES={';'.join(map(str, headers))}",
-            f"-DZS3FAST_CUDART={next(iter(sorted(torch.folder.parent.glob('nvidia/*/lib/libcudart.so*'))), '')}",
+            f"-DZS3FAST_CUDART={runtimes[0]}",
         ]
     if wanted == "1":
         raise RuntimeError(f"ZS3FAST_CUDA=1: {problem}")
@@ -106,8 +108,20 @@ class BuildExtension(build_ext):
     """Runs CMake; a build that fails leaves the package without the extension unless ZS3FAST_EXTENSION=1."""
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self.run_cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
+            torch = Torch.find()
+            if torch is None:
+                raise RuntimeError("torch not found")
+            cuda = cuda_settings(torch)
+            try:
+                self.run_cmake(target, torch, cuda)
+            except subprocess.CalledProcessError as error:
+                if not cuda or choice("ZS3FAST_CUDA") == "1":
+                    raise
+                # a compiler that nvcc does not know, say: the CPU kernels need not suffer for it
+                print(f"zs3fast: WARNING: trying again without the CUDA kernels: {error}", file=sys.stderr)
+                self.run_cmake(target, torch, [])
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if choice("ZS3FAST_EXTENSION") == "1":
                 raise
@@ -119,10 +133,7 @@ class BuildExtension(build_ext):
                 file=sys.stderr,
             )
 
-    def run_cmake(self, target: Path) -> None:
-        torch = Torch.find()
-        if torch is None:
-            raise RuntimeError("torch not found")
+    def run_cmake(self, target: Path, torch: Torch, cuda: list[str]) -> None:
         cxx = compiler()
         if cxx is None:
             raise RuntimeError("no C++ compiler found (CXX, c++, g++, clang++)")
@@ -138,7 +149,7 @@ class BuildExtension(build_ext):
             f"-DZS3FAST_TORCH_VERSION={torch.version}",
             f"-DZS3FAST_PYTHON_INCLUDE={sysconfig.get_path('include')}",
             f"-DZS3FAST_OUTPUT={target}",
-            *cuda_settings(torch),
+            *(cuda or ["-DZS3FAST_NVCC="]),  # CMake remembers the last one
         ]
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)

@@ -44,6 +44,14 @@ ZS3FAST_HD To bits_as(From from) {
   return to;
 }
 
+ZS3FAST_HD int32_t count_bits(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __popc(x);
+#else
+  return __builtin_popcount(x);
+#endif
+}
+
 // 2^x, relative error 2^-22; 0 below -126.
 ZS3FAST_HD float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)

@@ -47,6 +47,7 @@ class Problem:
     call:    the op as a function of `tensors`.
     definition: what `call` should give, within the error budget of tests/ops; or else
     judge:   calls the op on tensors and raises AssertionError if labels or bits are wrong.
+    rest:    arguments of torch.ops.zs3fast.<op> behind the tensors, where a backend's objections look at them.
     roundings: of half types that gradients may have beyond twice what plain torch errs.
     """
 
@@ -55,6 +56,7 @@ class Problem:
     call: Callable[..., Any]
     definition: Callable[..., Any] | None = None
     judge: Callable[..., object] | None = None
+    rest: tuple[Any, ...] = ()
     roundings: int = 1
 
     def check_forward(self, *tensors: Tensor) -> None:
@@ -174,7 +176,10 @@ def make_masks_to_labels(shape: tuple[Any, ...], dtype: torch.dtype, windows: bo
     def judge(logits: Tensor, trusty: Tensor) -> None:
         labels.check(logits, (height, width), seen, 0.1, trusty_logits=trusty, **geometry)
 
-    return Problem("masks_to_labels", tensors, call, judge=judge)
+    size, canvas = (height, width), geometry.get("canvas_size", (height, width))
+    offsets = [n for window in geometry.get("windows", [(0, 0)]) for n in window]
+    rest = (seen, 0.1, "both", size, size, canvas, offsets, 1, torch.int64, True)
+    return Problem("masks_to_labels", tensors, call, judge=judge, rest=rest)
 
 
 def make_proposals_to_labels(shape: tuple[Any, ...], dtype: torch.dtype, logits: bool) -> Problem:
@@ -281,11 +286,12 @@ FAMILIES = {
 
 def backends_of(op: str) -> list[str]:
     """What can run on this device, in the order of `auto`."""
-    return [name for name in _dispatch.BACKENDS if name in _dispatch.registered(op) and (name != "cpp" or not ON_GPU)]
+    elsewhere = "cpp" if ON_GPU else "cuda"
+    return [name for name in _dispatch.BACKENDS if name in _dispatch.registered(op) and name != elsewhere]
 
 
 def skip_if_refused(op: str, backend: str, problem: Problem) -> None:
     """Within `use_backend`: what a backend does not take is skipped with its own words."""
-    reasons = _dispatch.objections(op, backend, *problem.tensors)
+    reasons = _dispatch.objections(op, backend, *problem.tensors, *problem.rest)
     if reasons:
         pytest.skip("; ".join(reasons))

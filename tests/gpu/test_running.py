@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu.device import DEVICE, ON_GPU, busy_stream, capture, far_apart, skip_unless_free, skip_without_gpu
 from tests.gpu.problems import FAMILIES, Family, as_tuple, backends_of, skip_if_refused
-from zs3fast.ops import masks_to_labels, use_backend
+from zs3fast.ops import _dispatch, masks_to_labels, use_backend
 
 skip_without_gpu()
 
@@ -87,6 +87,8 @@ def test_labels_beyond_32_bit_addresses(backend: str) -> None:
     logits = torch.randn(3, 2, 3, 3, device=DEVICE)
     skip_unless_free(6 * side * side)
     with use_backend(backend):
+        if reasons := _dispatch.objections("masks_to_labels", backend, logits):
+            pytest.skip("; ".join(reasons))
         every = masks_to_labels(logits, (side, side), dtype=torch.uint8)
         alone = masks_to_labels(logits[2:], (side, side), dtype=torch.uint8)
     assert torch.equal(every[2:], alone) and alone.any() and not alone.all()

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import zs3fast
-from zs3fast.ops import _dispatch, _extension, masks_to_labels, use_backend
+from zs3fast.ops import _dispatch, _extension, _measured, masks_to_labels, relationship_descriptor, use_backend
 
 LOGITS = torch.zeros(1, 2, 2, 2)
 
@@ -61,8 +62,9 @@ def test_a_named_backend_runs_or_says_why_not():
 
 
 def test_a_backend_not_written_is_an_objection():
+    visual, text, weight = torch.zeros(1, 4), torch.zeros(2, 4), torch.zeros(3, 8)
     with use_backend("cuda"), pytest.raises(RuntimeError, match="cuda: not written for this op"):
-        masks_to_labels(LOGITS, (4, 4))
+        relationship_descriptor(text, visual, weight)
 
 
 def test_auto_never_fails():
@@ -182,7 +184,8 @@ def test_info_of_a_loaded_extension():
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert info["cpu_capability"] in ("default", "avx2", "avx512")
     assert info["threads"] == torch.get_num_threads()
-    assert info["compiler"] and info["cuda_archs"] == []
+    assert info["compiler"]
+    assert all(re.fullmatch(r"\d+[af]?", arch) for arch in info["cuda_archs"])
 
 
 def test_an_extension_older_than_the_op_is_an_objection(monkeypatch):
@@ -196,3 +199,93 @@ def test_an_extension_older_than_the_op_is_an_objection(monkeypatch):
     assert _dispatch.objections("brand_new", "cpp", torch.zeros(1)) == [
         "the extension was built before this op was written: build it again"
     ]
+
+
+# CUDA C++ kernels ----------------------------------------------------------------------------------------------------
+
+
+def on_a_card(monkeypatch, capability=(9, 0), archs="80,90a") -> SimpleNamespace:
+    """What leads a request there: a float32 tensor of a card, to an extension with CUDA kernels of masks_to_bits."""
+    monkeypatch.setattr(_extension, "objections", list)
+    monkeypatch.setattr(_extension, "module", lambda: SimpleNamespace(cuda_archs=archs))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(_dispatch, "_has_kernel", lambda op, key: (op, key) == ("masks_to_bits", "CUDA"))
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "refusal"),
+    [
+        ((9, 0), "80,90a", None),
+        ((8, 0), "80,90a", None),
+        ((8, 6), "80,90a", None),  # code for 8.0 runs on all of 8.x
+        ((10, 0), "80,90a", "built for sm_80, sm_90a, not for this card's sm_100 (ZS3FAST_CUDA_ARCHS)"),
+        ((7, 5), "80,90a", "built for sm_80, sm_90a, not for this card's sm_75 (ZS3FAST_CUDA_ARCHS)"),
+        ((12, 1), "120a", "built for sm_120a, not for this card's sm_121 (ZS3FAST_CUDA_ARCHS)"),
+        ((9, 0), "", "the extension was built without CUDA (ZS3FAST_CUDA=1 says why)"),
+    ],
+)
+def test_cuda_kernels_run_where_they_were_built_for(capability, archs, refusal, monkeypatch):
+    tensor = on_a_card(monkeypatch, capability, archs)
+    assert _dispatch.cuda_objections("masks_to_bits", tensor) == ([] if refusal is None else [refusal])
+
+
+def test_cuda_kernels_of_an_op_written_later_are_an_objection(monkeypatch):
+    tensor = on_a_card(monkeypatch)
+    assert _dispatch.cuda_objections("brand_new", tensor) == [
+        "the extension was built before this op was written: build it again"
+    ]
+
+
+def test_cuda_kernels_want_tensors_of_a_card_and_types_they_know():
+    for op in ("masks_to_bits", "masks_to_labels", "mask_loss"):
+        reasons = _dispatch.objections(op, "cuda", LOGITS.double())
+        assert reasons[:2] == [
+            "runs on cuda tensors, not cpu",
+            "float64 not built (float32, float16, bfloat16)",
+        ]
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="cuda: runs on cuda tensors, not cpu"):
+        masks_to_labels(LOGITS, (4, 4))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch) -> str:
+    """An op with kernels for a card of compute capability 9.0, which here take any tensor."""
+    monkeypatch.setattr(_dispatch, "_implementations", dict(_dispatch._implementations))
+    monkeypatch.setattr(_measured, "SPEEDUP_OVER_TRITON", {})
+    on_a_card(monkeypatch)
+    for backend in ("cuda", "triton", "reference"):
+        _dispatch.register("quick", backend, lambda x, backend=backend: backend, _dispatch.never)
+    return "quick"
+
+
+def test_auto_leaves_out_a_cuda_kernel_that_was_not_measured(unmeasured):
+    with use_backend("auto"):
+        assert _dispatch.call(unmeasured, LOGITS) == "triton"
+        assert _dispatch.objections(unmeasured, "cuda", LOGITS) == [
+            "not measured faster than triton on sm_90: only use_backend('cuda') takes it"
+        ]
+    with use_backend("cuda"):
+        assert _dispatch.objections(unmeasured, "cuda", LOGITS) == []
+        assert _dispatch.call(unmeasured, LOGITS) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("table", "chosen"),
+    [
+        ({"quick": {"sm_90": 1.3}}, "cuda"),
+        ({"quick": {"sm_90": 0.9}}, "triton"),
+        ({"quick": {"sm_80": 1.3}}, "triton"),
+        ({"slow": {"sm_90": 1.3}}, "triton"),
+    ],
+)
+def test_auto_takes_a_cuda_kernel_where_it_was_measured_faster(table, chosen, unmeasured, monkeypatch):
+    monkeypatch.setattr(_measured, "SPEEDUP_OVER_TRITON", table)
+    with use_backend("auto"):
+        assert _dispatch.call(unmeasured, LOGITS) == chosen
+
+
+def test_the_measurements_name_ops_and_architectures():
+    for op, archs in _measured.SPEEDUP_OVER_TRITON.items():
+        assert "cuda" in _dispatch.registered(op)
+        assert archs and all(re.fullmatch(r"sm_\d+", arch) and speedup > 1 for arch, speedup in archs.items())

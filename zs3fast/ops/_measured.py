@@ -1,4 +1,4 @@
-"""Where the CUDA C++ kernels were measured faster than the Triton kernels of the same op: `auto` takes them there alone.
+"""Where CUDA C++ kernels were measured faster than the Triton kernels of the same op: `auto` takes them there alone.
 
 An entry is written from a run of bench/gpu_suite.sh on a card of that architecture, and names the file under
 bench/results that shows it. There is none: no CUDA C++ kernel has run on a card yet.

@@ -359,7 +359,7 @@ def _run_reference(
     return labels, scores, nan_count
 
 
-def _run_cpp(*args):
+def _run_compiled(*args):  # on the CPU or on a GPU, by the device of its tensors
     return torch.ops.zs3fast_cpp.masks_to_labels(*args)
 
 
@@ -369,7 +369,25 @@ def _run_triton(*args):
     return kernel.masks_to_labels(*args)
 
 
+_CUDA_MAX_CLASSES = 8192  # which of them are seen travels as an argument of the kernel
+
+
+def _cuda_objections(
+    logits, _trusty=None, _seen=(), _offset=0.0, _weighting="off", size=(), crop=(), canvas=(), windows=(0, 0), top_k=1,
+    *_,
+):  # fmt: skip
+    reasons = _dispatch.cuda_objections(OP, logits, _KERNEL_DTYPES)
+    if len(windows) > 2 or not tuple(size) == tuple(crop) == tuple(canvas):
+        reasons.append("takes one window of the size of the labels alone")
+    if top_k > 1:
+        reasons.append("takes top_k = 1 alone")
+    if logits.shape[1] > _CUDA_MAX_CLASSES:
+        reasons.append(f"takes {_CUDA_MAX_CLASSES} classes at most")
+    return reasons
+
+
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _dispatch.register(OP, "reference", _run_reference, _dispatch.never)
-_dispatch.register(OP, "cpp", _run_cpp, lambda logits, *_: _dispatch.cpp_objections(logits, _KERNEL_DTYPES))
+_dispatch.register(OP, "cpp", _run_compiled, lambda logits, *_: _dispatch.cpp_objections(logits, _KERNEL_DTYPES))
 _dispatch.register(OP, "triton", _run_triton, lambda logits, *_: _dispatch.triton_objections(logits, _KERNEL_DTYPES))
+_dispatch.register(OP, "cuda", _run_compiled, _cuda_objections)
