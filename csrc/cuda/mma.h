@@ -1,7 +1,7 @@
-// What the tensor-core kernels are written in: registers of a warp, products of 16-bit matrices, a block's shared memory.
+// What tensor-core kernels are written in: registers of a warp, products of 16-bit matrices, shared memory of a block.
 //
-// A body is plain C++ over `Lanes<T>`: what the 32 lanes of one warp hold in one register. nvcc sees Lanes<T> = T and
-// one instruction a call (mma_device.h). Any other compiler sees 32 values in lock step and an exact account of the same
+// A body is plain C++ over `Lanes<T>`: what the 32 lanes of a warp hold in one register. nvcc sees Lanes<T> = T and an
+// instruction a call (mma_device.h). Any other compiler sees 32 values in lock step and an exact account of the same
 // instructions (mma_emulated.h), so that tests run the very body of a kernel where no GPU is. Two rules keep both true:
 // a body branches only on what the whole warp agrees on (sizes, `any`) and says `select` otherwise; and memory is read
 // and written through `load`, `store` and `Block` alone.

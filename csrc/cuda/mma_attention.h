@@ -15,8 +15,8 @@ ZS3FAST_BODY Lanes<int64_t> address(const Rows<T>& rows, Lanes<int> row, Lanes<i
   return cast<int64_t>(row) * rows.stride + cast<int64_t>(column);
 }
 
-// The online softmax of 16 rows: a lane holds rows group and group + 8 of them. `total` is the lane's share of a sum over
-// the group, `sums` a 16 x 8 kTiles matrix of weighted values. Scores are in units of log2.
+// The online softmax of 16 rows: a lane holds rows group and group + 8 of them. `total` is the lane's share of a sum
+// over the group, `sums` a 16 x 8 kTiles matrix of weighted values. Scores are in units of log2.
 template <int kTiles>
 struct Softmax {
   Lanes<float> largest[2], total[2];
@@ -41,7 +41,8 @@ struct Softmax {
       ZS3FAST_UNROLL
       for (int n = 0; n < kKeyTiles; ++n) now = larger(now, larger(scores[n][2 * half], scores[n][2 * half + 1]));
       now = largest_of_group(now);
-      const Lanes<float> base = select(now == kMinusInfinity, Lanes<float>(0.0f), now);  // a row that saw nothing yet
+      // a row that saw nothing yet has no largest score
+      const Lanes<float> base = select(now == kMinusInfinity, Lanes<float>(0.0f), now);
       const Lanes<float> shrink = exp_2(largest[half] - base);
       total[half] = total[half] * shrink;
       ZS3FAST_UNROLL
@@ -60,7 +61,7 @@ struct Softmax {
   }
 };
 
-// Probabilities of 16 keys as the left operand of their product with values: sums of one product are operands of the next.
+// Probabilities of 16 keys as the left operand of their product with values: sums of one product lie as operands do.
 template <class T>
 ZS3FAST_BODY void as_operand(Lanes<uint32_t> (&to)[4], const Lanes<float> (&first)[4],
                                const Lanes<float> (&second)[4]) {
@@ -70,7 +71,7 @@ ZS3FAST_BODY void as_operand(Lanes<uint32_t> (&to)[4], const Lanes<float> (&firs
   to[3] = pack<T>(second[2], second[3]);
 }
 
-// 16 rows, each over itself and the keys that its bits keep --------------------------------------------------------------
+// 16 rows, each over itself and the keys that its bits keep ----------------------------------------------------------
 
 template <class T>
 struct MaskedRows {
@@ -86,10 +87,10 @@ struct MaskedRows {
 template <int kDh, int kWarps>
 constexpr int kMaskedRowsShared = kWarps * (16 * kDh + 2 * 16) * 4;  // bytes
 
-// The keys are dealt to the warps of the block, 32 at a time: a warp reads the bits of all 16 rows, goes on at once if no
-// row keeps any, and else reads keys and values straight into registers, 16 bytes a lane. Nothing that a warp reads is
-// read by another warp of the block, so shared memory would be a detour; it serves at the end, when the warps' softmaxes
-// are added up.
+// The keys are dealt to the warps of the block, 32 at a time: a warp reads the bits of all 16 rows, goes on at once if
+// no row keeps any, and else reads keys and values straight into registers, 16 bytes a lane. Nothing that a warp reads
+// is read by another warp of the block, so shared memory would be a detour; it serves at the end, when the warps'
+// softmaxes are added up.
 //
 // A product's sum may run over the columns, and its result over the columns, in any order as long as both operands
 // agree. So a lane takes 8 neighbouring columns of q and k and calls them the pairs that the fragments of two products
@@ -99,9 +100,9 @@ constexpr int kMaskedRowsShared = kWarps * (16 * kDh + 2 * 16) * 4;  // bytes
 template <class T, int kDh, int kWarps, class Bits>
 ZS3FAST_BODY void masked_rows(Block& block, const MaskedRows<T>& tile, Bits bits) {
   static_assert(kDh % 32 == 0);
-  constexpr int kChunks = kDh / 32;                  // of 32 columns: q, k
-  constexpr int kVector = kDh % 64 == 0 ? 8 : 4;     // columns of v a lane reads at once
-  constexpr int kParts = kDh / (8 * kVector);        // vectors of a row of v
+  constexpr int kChunks = kDh / 32;               // of 32 columns: q, k
+  constexpr int kVector = kDh % 64 == 0 ? 8 : 4;  // columns of v a lane reads at once
+  constexpr int kParts = kDh / (8 * kVector);     // vectors of a row of v that it reads
   constexpr int kTiles = kDh / 8;
   const Lanes<int> lane = lane_index(), group = lane / 4, place = lane % 4;
   const Lanes<int> row[2] = {group, group + 8};
@@ -171,8 +172,8 @@ ZS3FAST_BODY void masked_rows(Block& block, const MaskedRows<T>& tile, Bits bits
                             at < tile.keys);
       }
     };
-    constexpr bool kEarly = kDh <= 64;  // there are registers for them: half now, half when those of the keys are free
-    if constexpr (kEarly) read_values(0);
+    constexpr bool kEarly = kDh <= 64;  // on their way while scores are made, where there are registers for it
+    if constexpr (kEarly) read_values(0), read_values(1);
 
     Lanes<float> scores[4][4];
     const Lanes<uint32_t> keep[2] = {shuffle(word, row[0]) >> cast<uint32_t>(2 * place),
@@ -192,7 +193,6 @@ ZS3FAST_BODY void masked_rows(Block& block, const MaskedRows<T>& tile, Bits bits
       for (int i = 0; i < 4; ++i)
         scores[n][i] = select((keep[i / 2] & (1u << (8 * n + i % 2))) != 0u, scores[n][i] * scale, kMinusInfinity);
     }
-    if constexpr (kEarly) read_values(1);
     softmax.step(scores);
     ZS3FAST_UNROLL
     for (int s = 0; s < 2; ++s) {

@@ -241,7 +241,8 @@ class Block {
  public:
   static inline int64_t matrix_loads = 0, bank_conflicts = 0;
 
-  Block(int warp, Shared& shared, std::function<void()> yield) : warp(warp), shared_(shared), yield_(std::move(yield)) {}
+  Block(int warp, Shared& shared, std::function<void()> yield)
+      : warp(warp), shared_(shared), yield_(std::move(yield)) {}
 
   const int warp;
 

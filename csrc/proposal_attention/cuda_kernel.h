@@ -1,16 +1,16 @@
 // proposal_attention on tensor cores: the body of the kernel, on raw pointers and strides. No torch header here.
 //
-// A block is 16 proposals of one head, its 8 warps (4 where dh is 128) share the patches out and add up their softmaxes at
-// the end (cuda/mma_attention.h). Warp 0 starts at the token itself, so a proposal that keeps nothing needs no case.
+// A block is 16 proposals of one head; its 6 warps (at dh = 64) share the patches out and add up their softmaxes at the
+// end (cuda/mma_attention.h). Warp 0 starts at the token itself, so a proposal that keeps nothing needs no case.
 //
-// Predicted for an H100 (B = 1, heads = 12, dh = 64, Nq = 100, N = 900, 16-bit types):
-//   products   4 heads dh Nq N = 276 MFLOP if every patch is kept, tiles of 16 rows make it 316: 0.5 us at the 600
+// Not yet run on a GPU. Predicted for an H100 (B = 1, heads = 12, dh = 64, Nq = 100, N = 900, 16-bit types):
+//   products   4 heads dh Nq N = 276 MFLOP if every patch is kept, tiles of 16 x 32 make it 319: 0.5 us at the 600
 //              TFLOP/s that mma.sync reaches there
 //   memory     heads dh (4 Nq + 2 N) 2 + 4 Nq N / 32 + 4 heads Nq bytes = 3.4 MB: 1.0 us at 3.35 TB/s; 7 blocks a head
-//              read the same keys, 16 MB out of the L2 cache: 2 to 3 us
-//   latency    84 blocks on 132 multiprocessors are all there is, one wave. A warp takes 4 of 29 key blocks one after
-//              the other, each a read of keys and values (0.6 us from memory, 0.3 from L2), and the merge: 2 to 3 us
-// so 3 to 5 us with the launch, bound by latency; at 10 % kept and scattered the same, in compact masks half of it.
+//              read the same keys, 19 MB out of the L2 cache: 2 to 3 us
+//   latency    84 blocks on 132 multiprocessors are all there is, one wave. A warp takes 5 of 29 key blocks one after
+//              the other, each a read of keys and values (0.6 us from memory, 0.3 from L2), and the merge: 2 to 4 us
+// so 4 to 6 us with the launch, bound by latency; at 10 % kept and scattered the same, in compact masks half of it.
 #pragma once
 
 #include "cuda/mma_attention.h"

@@ -10,7 +10,7 @@ using mma::Heads;
 constexpr int kRows = 16;  // proposals of a block
 
 template <int kDh>
-constexpr int kWarps = kDh > 64 ? 4 : 8;
+constexpr int kWarps = kDh == 32 ? 8 : kDh == 64 ? 6 : 4;  // so that a multiprocessor's registers hold two blocks
 
 template <class T>
 struct Problem {

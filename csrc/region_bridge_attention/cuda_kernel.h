@@ -1,15 +1,15 @@
 // region_bridge_attention on tensor cores: the body of the kernel, on raw pointers and strides. No torch header here.
 //
 // One launch of two kinds of blocks of 4 warps:
-//   regions  16 region rows over the patches of their windows and themselves: masked rows whose bits are worked out from
-//            where patches lie (cuda/mma_attention.h). 16 regions in a row of them cover one band of the grid, so a block
-//            looks at few keys if there are many regions, and at all of them if there are few.
+//   regions  16 region rows over the patches of their windows and themselves: masked rows whose bits are worked out
+//            from where patches lie (cuda/mma_attention.h). The windows of 16 regions in a row lie in a band of the
+//            grid, so a block looks at few keys if there are many regions, and at all of them if there are few.
 //   rows     64 prefix and patch rows, 16 a warp, over all prefix and patch keys: keys and values come through shared
 //            memory, the next 64 while these are worked on. A patch's region token is where its softmax starts.
 // Region blocks come first: with one region they last as long as the others.
 //
-// Predicted for an H100 (B = 1, heads = 12, dh = 64, N = 1024, P = 11, 16-bit types):
-//   products   4 heads dh (P + N)^2 = 3.29 GFLOP, 64 x 64 tiles make it 3.79; the region rows 0.05 at M = 16, 0.06 at
+// Not yet run on a GPU. Predicted for an H100 (B = 1, heads = 12, dh = 64, N = 1024, P = 11, 16-bit types):
+//   products   4 heads dh (P + N)^2 = 3.29 GFLOP, 64 x 64 tiles make it 3.64; the region rows 0.05 at M = 16, 0.10 at
 //              M = 1024 (dense: 0.1 and 9.7). 9 us at the 400 TFLOP/s that mma.sync attention reaches there
 //   exponents  heads (P + N)^2 = 12.9 M of them at 16 a clock and multiprocessor: 3.5 us, beside the products
 //   memory     heads dh (4 (P + N) + 4 M) 2 bytes = 6.5 MB and 12.7 MB: 2 to 4 us, beside the products
@@ -43,7 +43,8 @@ ZS3FAST_BODY Lanes<int> region_of(const Problem<T>& p, Lanes<int> patch) {
 
 template <class T, int kDh>
 ZS3FAST_BODY void attend_regions(mma::Block& block, const Problem<T>& p, int head, int first) {
-  const int b = head / p.heads, a = head % p.heads, end = p.regions() - first < kRegions ? p.regions() : first + kRegions;
+  const int b = head / p.heads, a = head % p.heads;
+  const int end = p.regions() - first < kRegions ? p.regions() : first + kRegions;
   const Rows<const T> q = p.q.of(b, a), k = p.k.of(b, a), v = p.v.of(b, a);
   const int band = p.h / p.rh * p.w;  // patches of a row of regions
   const mma::MaskedRows<T> tile{end - first,

@@ -353,8 +353,8 @@ def test_float32_is_left_to_triton(monkeypatch):
 )
 def test_the_emulation_sees_mistakes(name, error, library):
     conflicts = ctypes.c_int64()
-    data = view(torch.zeros(256, dtype=torch.bfloat16))
-    arguments = (library.mistakes, ctypes.byref(data), name.encode(), ctypes.byref(conflicts))
+    data = torch.zeros(256, dtype=torch.bfloat16)
+    arguments = (library.mistakes, ctypes.byref(view(data)), name.encode(), ctypes.byref(conflicts))
     if error is None:
         call(*arguments)
     else:

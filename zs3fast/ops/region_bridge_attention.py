@@ -290,6 +290,7 @@ def _triton_objections(first: Tensor, *_args: object) -> list[str]:
     return reasons + ([f"heads of width dh = {first.shape[-1]}, at most 128"] if first.shape[-1] > 128 else [])
 
 
+# forward alone: its log-sum-exp is what the other backends' backward passes need
 def _cuda_objections(q, k, v, *_args: object) -> list[str]:
     return _mma.objections(OP, q, k, v)
 
@@ -297,9 +298,7 @@ def _cuda_objections(q, k, v, *_args: object) -> list[str]:
 _dispatch.register("region_bridge_attention", "reference", _reference_run, _dispatch.never)
 _dispatch.register("region_bridge_attention", "cpp", _compiled_run, _cpp_objections)
 _dispatch.register("region_bridge_attention", "triton", _triton_run, _triton_objections)
-_dispatch.register(
-    "region_bridge_attention", "cuda", _compiled_run, _cuda_objections
-)  # forward alone: lse is as Triton's
+_dispatch.register("region_bridge_attention", "cuda", _compiled_run, _cuda_objections)
 _dispatch.register("region_bridge_attention_backward", "reference", _reference_backward_run, _dispatch.never)
 _dispatch.register("region_bridge_attention_backward", "cpp", _cpp_backward_run, _cpp_objections)
 _dispatch.register("region_bridge_attention_backward", "triton", _triton_backward_run, _triton_objections)

@@ -42,15 +42,18 @@ bool guarded(const Tensor* tensors, int count, char* error, int64_t length, Body
 
 }  // namespace zs3fast
 
-#define ZS3FAST_ENTRY(NAME)                                                                                        \
-  extern "C" bool NAME(const zs3fast::Tensor* tensors, int count, const int64_t* sizes, int dh, bool bf16,         \
-                       float scale, int64_t* conflicts, char* error, int64_t length) {                             \
-    const Entry entry{tensors};                                                                                    \
-    return guarded(tensors, count, error, length, [&] {                                                            \
-      bf16 ? dh == 32 ? run<mma::BFloat16, 32>(entry, sizes, scale)                                                    \
-             : dh == 64 ? run<mma::BFloat16, 64>(entry, sizes, scale) : run<mma::BFloat16, 128>(entry, sizes, scale)       \
-           : dh == 32 ? run<mma::Half, 32>(entry, sizes, scale)                                                     \
-             : dh == 64 ? run<mma::Half, 64>(entry, sizes, scale) : run<mma::Half, 128>(entry, sizes, scale);        \
-      *conflicts = mma::Block::bank_conflicts;                                                                     \
-    });                                                                                                            \
+// run<T, kDh>(entry, sizes, scale) of the type and head width asked for, as a function for ctypes.
+#define ZS3FAST_ENTRY(NAME)                                                                                  \
+  extern "C" bool NAME(const zs3fast::Tensor* tensors, int count, const int64_t* sizes, int dh, bool bf16,   \
+                       float scale, int64_t* conflicts, char* error, int64_t length) {                       \
+    const Entry entry{tensors};                                                                              \
+    return guarded(tensors, count, error, length, [&] {                                                      \
+      bf16 ? dh == 32   ? run<mma::BFloat16, 32>(entry, sizes, scale)                                        \
+             : dh == 64 ? run<mma::BFloat16, 64>(entry, sizes, scale)                                        \
+                        : run<mma::BFloat16, 128>(entry, sizes, scale)                                       \
+      : dh == 32 ? run<mma::Half, 32>(entry, sizes, scale)                                                   \
+      : dh == 64 ? run<mma::Half, 64>(entry, sizes, scale)                                                   \
+                 : run<mma::Half, 128>(entry, sizes, scale);                                                 \
+      *conflicts = mma::Block::bank_conflicts;                                                               \
+    });                                                                                                      \
   }
