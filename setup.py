@@ -1,7 +1,7 @@
 """Builds the optional C++/CUDA extension `zs3fast._C` with CMake and ships `kernels/` inside the package.
 
 ZS3FAST_EXTENSION  auto (default): build if possible, else install without; 0: never; 1: a failed build is an error.
-ZS3FAST_CUDA       auto (default): build csrc/*/cuda*.cu if nvcc fits torch; 0: never; 1: or fail.
+ZS3FAST_CUDA       auto (default): build csrc/*/cuda*.cu if nvcc fits torch and compiles them; 0: never; 1: or fail.
 ZS3FAST_CUDA_ARCHS 80;90a (default): compute capabilities, separated by semicolons.
 """
 

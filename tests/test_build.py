@@ -172,3 +172,51 @@ def test_cuda_wants_an_nvcc_of_torchs_major_version(tmp_path, monkeypatch):
         setup.cuda_settings(setup.Torch(tmp_path, "2.99.0+cpu", None))
     monkeypatch.setenv("ZS3FAST_CUDA", "0")
     assert setup.cuda_settings(torch) == []
+
+
+def test_cuda_runtime_comes_with_torch_or_with_the_toolkit(tmp_path, monkeypatch):
+    setup, _ = load_setup(monkeypatch)
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parents[1]))
+    torch = setup.Torch(tmp_path / "site" / "torch", "2.99.0", "13.2")
+    assert f"-DZS3FAST_CUDART={tmp_path}/toolkit/lib64/libcudart.so" in setup.cuda_settings(torch)
+    wheel = tmp_path / "site" / "nvidia" / "cu13"
+    (wheel / "include").mkdir(parents=True)
+    (wheel / "lib").mkdir()
+    (wheel / "lib" / "libcudart.so.13").touch()
+    settings = setup.cuda_settings(torch)
+    assert f"-DZS3FAST_CUDART={wheel}/lib/libcudart.so.13" in settings
+    assert f"-DZS3FAST_CUDA_INCLUDES={wheel}/include;{tmp_path}/toolkit/include" in settings
+    assert "-DZS3FAST_CUDA_ARCHS=80;90a" in settings
+
+
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_cuda_kernels_that_do_not_compile_leave_the_cpu_kernels(wanted, tmp_path, monkeypatch, capsys):
+    """nvcc refuses compilers newer than itself: that is no reason to go without a CPU kernel, unless one says so."""
+    setup, _ = load_setup(monkeypatch)
+    monkeypatch.setenv("ZS3FAST_CUDA", wanted)
+    monkeypatch.setenv("ZS3FAST_EXTENSION", "1")
+    monkeypatch.setattr(setup.Torch, "find", lambda: setup.Torch(tmp_path, "2.99.0", "13.2"))
+    monkeypatch.setattr(setup, "cuda_settings", lambda torch: ["-DZS3FAST_NVCC=nvcc"])
+    tried = []
+
+    def run_cmake(self, target, torch, cuda):
+        tried.append(cuda)
+        if cuda:
+            raise subprocess.CalledProcessError(1, "cmake --build")
+
+    monkeypatch.setattr(setup.BuildExtension, "run_cmake", run_cmake)
+    monkeypatch.setattr(setup.BuildExtension, "get_ext_fullpath", lambda self, name: str(tmp_path / "_C.so"))
+    build = setup.BuildExtension.__new__(setup.BuildExtension)
+    extension = setup.Extension("zs3fast._C", sources=[])
+    if wanted == "1":
+        with pytest.raises(subprocess.CalledProcessError):
+            build.build_extension(extension)
+        assert tried == [["-DZS3FAST_NVCC=nvcc"]]
+    else:
+        build.build_extension(extension)
+        assert tried == [["-DZS3FAST_NVCC=nvcc"], []]
+        assert "WARNING: trying again without the CUDA kernels" in capsys.readouterr().err

@@ -1,5 +1,5 @@
-// One axis of a bilinear upsampling, align_corners = False, in integers: pixel x lies at (2x + 1) points / (2 pixels) - 1/2
-// grid points. Band k, 0 <= k <= points, holds the pixels between grid points k - 1 and k.
+// One axis of a bilinear upsampling, align_corners = False, in integers: pixel x lies at (2x + 1) points / (2 pixels) -
+// 1/2 grid points. Band k, 0 <= k <= points, holds the pixels between grid points k - 1 and k.
 #pragma once
 
 #include "cuda/host_device.h"
@@ -10,9 +10,9 @@ struct Axis {
   int32_t points, pixels;
 };
 
-// Whether every product of this file fits an int32.
+// Whether every product of this file fits an int32, for pixels somewhat behind the last too.
 inline bool fits(int64_t points, int64_t pixels) {
-  return points < (1 << 30) && pixels < (1 << 30) && 2 * (points + 2) * (pixels + 1) <= INT32_MAX;
+  return points < (1 << 30) && pixels < (1 << 30) && 2 * (points + 2) * (pixels + 64) <= INT32_MAX;
 }
 
 // First pixel of band k, 0 <= k <= points + 1: the band behind the last begins behind the last pixel.

@@ -1,5 +1,5 @@
-// Floats of three widths, read as fp32. The type of a tensor is a value (Element), not a template parameter, where reads
-// are few beside the arithmetic: one kernel instead of three.
+// Floats of three widths, read as fp32. The type of a tensor is a value (Element), not a template parameter, where
+// reads are few beside the arithmetic: one kernel instead of three.
 #pragma once
 
 #include "cuda/host_device.h"

@@ -11,11 +11,16 @@
 #include <cuda_runtime.h>
 #define ZS3FAST_HD __host__ __device__ __forceinline__
 #define ZS3FAST_BODY __device__ __forceinline__  // bodies of kernels: on the GPU here, on the CPU where nvcc is not
-#define ZS3FAST_UNROLL _Pragma("unroll")
 #else
 #define ZS3FAST_HD inline
 #define ZS3FAST_BODY inline
+#endif
+#if defined(__CUDA_ARCH__)
+#define ZS3FAST_UNROLL _Pragma("unroll")
+#define ZS3FAST_ONE_BY_ONE _Pragma("unroll 1")
+#else
 #define ZS3FAST_UNROLL
+#define ZS3FAST_ONE_BY_ONE
 #endif
 
 namespace zs3fast::cuda {

@@ -1,5 +1,5 @@
-// What the binding of a CUDA kernel (csrc/<op>/cuda_binding.cpp) needs of torch. The kernels themselves, and the functions
-// that start them, are in csrc/<op>/cuda.cu and know no torch:
+// What the binding of a CUDA kernel (csrc/<op>/cuda_binding.cpp) needs of torch. The kernels themselves, and the
+// functions that start them, are in csrc/<op>/cuda.cu and know no torch:
 //
 //   cuda::Device device(x);                                        // x's device is current from here on
 //   auto out = at::empty(...);                                     // the one way to allocate: graphs can capture it

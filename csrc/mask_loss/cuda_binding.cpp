@@ -24,9 +24,9 @@ Label label_of(const at::Tensor& labels) {
 
 CudaProblem problem_of(const at::Tensor& mask_logits, const at::Tensor& labels, double alpha, double gamma) {
   const auto sizes = mask_logits.sizes();
-  TORCH_CHECK(cuda::fits(sizes[2], labels.size(1)) && cuda::fits(sizes[3], labels.size(2)) && sizes[0] < 16384 &&
-                  sizes[1] < (1 << 20) && sizes[2] * sizes[3] <= INT32_MAX && sizes[2] + labels.size(1) / kTile < 65000,
-              "mask_loss: too large for one launch: mask_logits ", sizes, ", labels ", labels.sizes());
+  const bool fits = cuda::fits(sizes[2], labels.size(1)) && cuda::fits(sizes[3], labels.size(2)) && sizes[0] < 16384 &&
+                    sizes[1] < (1 << 20) && sizes[2] * sizes[3] <= INT32_MAX;
+  TORCH_CHECK(fits, "mask_loss: too large for one launch: mask_logits ", sizes, ", labels ", labels.sizes());
   CudaProblem q{};
   q.logits = mask_logits.const_data_ptr(), q.labels = labels.const_data_ptr();
   q.element = cuda::element_of(mask_logits), q.label = label_of(labels);
@@ -38,6 +38,7 @@ CudaProblem problem_of(const at::Tensor& mask_logits, const at::Tensor& labels, 
   q.columns = {static_cast<int32_t>(sizes[3]), static_cast<int32_t>(labels.size(2))};
   q.alpha = static_cast<float>(alpha), q.gamma = static_cast<float>(gamma);
   gpu::plan(q);
+  TORCH_CHECK(q.tile_rows() < 65536, "mask_loss: too many rows for one launch: labels ", labels.sizes());
   return q;
 }
 

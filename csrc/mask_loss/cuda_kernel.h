@@ -3,18 +3,19 @@
 //   z = (1-u)(1-v) a00 + (1-u) v a01 + u (1-v) a10 + u v a11        s = label == c ? -z : z
 //   focal = (label == c ? alpha : 1 - alpha) sigmoid(s)^gamma softplus(s)
 //
-// Between four neighbouring grid points lies one cell of pixels, those at the border with their outer corners clamped. A
-// tile is at most 16 x 16 pixels of a cell; a block goes along a strip of tiles of one image, with its labels in shared
-// memory, and a thread is a class: the four corners and the sums are registers, no value crosses threads, and at four
-// pixels with no label among the warp's classes, which is nearly all of them, the target's terms are not computed. Fewer
-// than 17 classes leave lanes free: they take other rows of the tile, and their sums are added once a strip.
-// A strip leaves 4 sums a class (forward), a tile 4 corners a class (backward); a second kernel adds them in a fixed order.
-// Nothing is atomic, and equal inputs give equal bits.
+// Between four neighbouring grid points lies one cell of pixels, those at the border with their outer corners clamped.
+// A tile is at most 16 x 16 pixels of a cell; a block goes along a strip of tiles of one image, with its labels in
+// shared memory. A thread is a class: the four corners and the sums are registers, no value crosses threads, and where
+// no label of four pixels is among the warp's classes, which is mostly so, the target's terms are not computed. Fewer
+// than 17 classes leave lanes free: those take other rows of the tile, and their sums are added once a strip.
+// A strip leaves 4 sums a class (forward), a tile 4 corners a class (backward); a second kernel adds them in a fixed
+// order. Nothing is atomic, and equal inputs give equal bits.
 //
-// Prediction for an H100, B = 4, C = 156, 32 x 32 -> 512 x 512, int64 labels. Forward: 1.6e8 pixels and classes, 24
-// instructions each of which two are exponential and reciprocal, 3.9e9 of 28e12 a second: 0.14 ms (Triton's kernel: 37,
-// 0.21 ms). Backward: 29 instructions, 0.17 ms. Memory: 2.6 MB of logits, 8.4 MB of labels, read once a strip, and
-// backward 11 MB of corners written and read: 0.01 ms of 3 TB/s, behind the arithmetic. Not yet run on a GPU.
+// Prediction for an H100, B = 4, C = 156, 32 x 32 -> 512 x 512, int64 labels. Forward: 1.6e8 pixels and classes of 27
+// instructions (counted in the sm_90a code), two of them exponential and reciprocal: 4.4e9 at 28e12 a second, 0.16 ms
+// (the Triton kernel counts 37, 0.2 ms). Backward: 35 instructions, 0.2 ms. Memory: 2.6 MB of logits, 8.4 MB of labels,
+// read once a group of 256 classes, and backward 11 MB of corners written and read: 0.01 ms at 3 TB/s, behind the
+// arithmetic. Not yet run on a GPU.
 #pragma once
 
 #include "cuda/bands.h"
@@ -112,6 +113,7 @@ ZS3FAST_HD Terms terms(float z, bool target, float gamma) {
 // A tile as all threads of a block see it.
 struct Tile {
   int32_t labels[kTile * kTile];  // class, or -1
+  uint8_t owners[kTile * kTile / 4];  // bit w: one of four pixels has a label among the classes of warp w
   float left[kTile], right[kTile], above[kTile], below[kTile];  // weights of the corners: of columns and of rows
 };
 
@@ -136,13 +138,21 @@ ZS3FAST_HD Span span_of(const cuda::Axis& axis, int32_t tile, int32_t tiles) {
   return {band, first, cuda::at_least(cuda::at_most(cuda::first_pixel(axis, band + 1) - first, kTile), 0)};
 }
 
-ZS3FAST_HD void stage(const CudaProblem& q, const Span& y, const Span& x, int32_t image, int thread, int threads,
+ZS3FAST_HD void stage(const CudaProblem& q, const Place& at, const Span& y, const Span& x, int thread, int threads,
                       Tile& tile) {
-  for (int i = thread; i < kTile * kTile; i += threads) {
-    const int row = i / kTile, column = i % kTile;
-    if (row < y.count && column < x.count) {
-      tile.labels[i] = read_label(q, image * q.labels_b + (y.first + row) * q.labels_y + (x.first + column) * q.labels_x);
+  for (int four = thread; four < kTile * kTile / 4; four += threads) {
+    const int row = four * 4 / kTile, first = four * 4 % kTile;
+    uint32_t owners = 0;
+    ZS3FAST_UNROLL
+    for (int column = first; column < first + 4; ++column) {
+      if (row >= y.count || column >= x.count) continue;
+      const int32_t label =
+          read_label(q, at.image * q.labels_b + (y.first + row) * q.labels_y + (x.first + column) * q.labels_x);
+      const int32_t warp = label / q.lanes - at.group * q.warps;
+      if (label >= 0 && warp >= 0 && warp < q.warps) owners |= 1u << warp;
+      tile.labels[row * kTile + column] = label;
     }
+    tile.owners[four] = static_cast<uint8_t>(owners);
   }
   if (thread < kTile) {
     tile.below[thread] = cuda::distance(q.rows, y.band, y.first + thread);
@@ -154,12 +164,12 @@ ZS3FAST_HD void stage(const CudaProblem& q, const Span& y, const Span& x, int32_
 
 // The class of a thread, and which rows of the tile it takes: row, row + rows, ...
 struct Lane {
-  int32_t c, first_class, row, rows;
+  int32_t c, warp, row, rows;
 };
 
 ZS3FAST_HD Lane lane_of(const CudaProblem& q, int32_t group, int thread) {
-  const int32_t first = (group * q.warps + thread / 32) * q.lanes;
-  return {first + thread % 32 % q.lanes, first, thread % 32 / q.lanes, 32 / q.lanes};
+  const int32_t warp = thread / 32, lane = thread % 32;
+  return {(group * q.warps + warp) * q.lanes + lane % q.lanes, warp, lane / q.lanes, 32 / q.lanes};
 }
 
 struct Corners {
@@ -177,29 +187,28 @@ ZS3FAST_HD Corners corners_of(const CudaProblem& q, int32_t image, int32_t c, in
           cuda::read(q.logits, q.element, below + left), cuda::read(q.logits, q.element, below + right)};
 }
 
-// Calls visit.template run<kTargets>(z, x) for the pixels of a tile that a lane takes, four at a time; kTargets is false
-// where none of the four can be the target of any class of the warp. next_row(y) comes before the pixels of a row.
+// Calls visit(z, x, target) for the pixels of a tile that a lane takes, four at a time; target is a constant false
+// where none of the four can be the target of any class of the warp. next_row(y) comes behind the pixels of a row.
 template <class NextRow, class Visit>
 ZS3FAST_HD void for_each_pixel(const Tile& tile, const Lane& lane, const Corners& a, int32_t height, int32_t width,
-                               int32_t lanes, NextRow next_row, Visit visit) {
+                               NextRow next_row, Visit visit) {
   for (int32_t y = lane.row; y < height; y += lane.rows) {
     const float left = a.a00 * tile.above[y] + a.a10 * tile.below[y];
     const float right = a.a01 * tile.above[y] + a.a11 * tile.below[y];
     const int32_t* labels = tile.labels + y * kTile;
-    for (int32_t x = 0; x < width; x += 4) {
-      const int32_t count = cuda::at_most(width - x, 4);
-      bool targets = false;
-      for (int i = 0; i < count; ++i) {
-        targets |= static_cast<uint32_t>(labels[x + i] - lane.first_class) < static_cast<uint32_t>(lanes);
-      }
-      const auto z = [&](int i) { return left * tile.left[x + i] + right * tile.right[x + i]; };
-      if (count < 4 || targets) {
-        for (int i = 0; i < count; ++i) visit(z(i), x + i, labels[x + i] == lane.c);
+    const auto z = [&](int32_t x) { return left * tile.left[x] + right * tile.right[x]; };
+    int32_t x = 0;
+    for (; x + 4 <= width; x += 4) {
+      if (tile.owners[(y * kTile + x) / 4] >> lane.warp & 1) {
+        ZS3FAST_UNROLL
+        for (int i = 0; i < 4; ++i) visit(z(x + i), x + i, labels[x + i] == lane.c);
       } else {
         ZS3FAST_UNROLL
-        for (int i = 0; i < 4; ++i) visit(z(i), x + i, false);
+        for (int i = 0; i < 4; ++i) visit(z(x + i), x + i, false);
       }
     }
+    ZS3FAST_ONE_BY_ONE
+    for (; x < width; ++x) visit(z(x), x, labels[x] == lane.c);
     next_row(y);
   }
 }
@@ -213,14 +222,14 @@ ZS3FAST_BODY void forward(const Block& block, const CudaProblem& q, Tile& tile, 
   block.alone([&](int thread) { focal[thread] = overlap[thread] = prob[thread] = count[thread] = 0.0f; });
   for (int32_t column = at.first; column < at.last; ++column) {
     const Span x = span_of(q.columns, column, q.tiles_x);
-    block.each([&](int thread) { stage(q, y, x, at.image, thread, block.threads(), tile); });
+    block.each([&](int thread) { stage(q, at, y, x, thread, block.threads(), tile); });
     block.each([&](int thread) {
       const Lane lane = lane_of(q, at.group, thread);
       if (lane.c >= q.classes) return;
       const Corners corners = corners_of(q, at.image, lane.c, y.band, x.band);
       float negatives = 0.0f, positives = 0.0f, probs = 0.0f, overlaps = 0.0f;  // of a row: short sums of short sums
       for_each_pixel(
-          tile, lane, corners, y.count, x.count, q.lanes,
+          tile, lane, corners, y.count, x.count,
           [&](int32_t) {
             focal[thread] += (1.0f - q.alpha) * negatives + q.alpha * positives;
             prob[thread] += probs, overlap[thread] += overlaps;
@@ -242,7 +251,8 @@ ZS3FAST_BODY void forward(const Block& block, const CudaProblem& q, Tile& tile, 
     const Lane lane = lane_of(q, at.group, thread);
     if (lane.c >= q.classes || lane.row != 0) return;
     const int64_t rows = static_cast<int64_t>(q.tile_rows()) * q.strips;
-    const int64_t row = static_cast<int64_t>(at.row) * q.strips + at.first / q.strip, step = q.images * rows * q.classes;
+    const int64_t row = static_cast<int64_t>(at.row) * q.strips + at.first / q.strip;
+    const int64_t step = q.images * rows * q.classes;
     float* out = partial + (at.image * rows + row) * q.classes + lane.c;
     out[0] = focal[thread], out[step] = overlap[thread], out[2 * step] = prob[thread], out[3 * step] = count[thread];
   });
@@ -271,14 +281,15 @@ ZS3FAST_BODY void add_rows(const Block& block, const float* partial, float* sums
 
 // corners [4, B, tile_rows * tile_columns, C]: what each tile gives to its cell's corners 00, 01, 10, 11.
 template <bool kSquare, class Block>
-ZS3FAST_BODY void backward(const Block& block, const CudaProblem& q, const Gradients& grad, Tile& tile, float* corners) {
+ZS3FAST_BODY void backward(const Block& block, const CudaProblem& q, const Gradients& grad, Tile& tile,
+                           float* corners) {
   const Place at = place_of(block, q);
   const Span y = span_of(q.rows, at.row, q.tiles_y);
   const int64_t tiles = static_cast<int64_t>(q.tile_rows()) * q.tile_columns(), step = q.images * tiles * q.classes;
   cuda::PerThread<Block, float> d00(block), d01(block), d10(block), d11(block);
   for (int32_t column = at.first; column < at.last; ++column) {
     const Span x = span_of(q.columns, column, q.tiles_x);
-    block.each([&](int thread) { stage(q, y, x, at.image, thread, block.threads(), tile); });
+    block.each([&](int thread) { stage(q, at, y, x, thread, block.threads(), tile); });
     block.each([&](int thread) {
       d00[thread] = d01[thread] = d10[thread] = d11[thread] = 0.0f;
       const Lane lane = lane_of(q, at.group, thread);
@@ -289,7 +300,7 @@ ZS3FAST_BODY void backward(const Block& block, const CudaProblem& q, const Gradi
       const Corners a = corners_of(q, at.image, lane.c, y.band, x.band);
       float to_left = 0.0f, to_right = 0.0f;  // of a row
       for_each_pixel(
-          tile, lane, a, y.count, x.count, q.lanes,
+          tile, lane, a, y.count, x.count,
           [&](int32_t row) {
             d00[thread] += tile.above[row] * to_left, d01[thread] += tile.above[row] * to_right;
             d10[thread] += tile.below[row] * to_left, d11[thread] += tile.below[row] * to_right;
@@ -331,8 +342,8 @@ ZS3FAST_HD float cell_sum(const CudaProblem& q, const float* corners, int which,
   return total;
 }
 
-// grad [B, C, h, w] contiguous, in the type of the logits: a grid point is a corner of the cells before and behind it, and
-// at the border of the outermost cell twice. A block takes one grid point, a thread a class.
+// grad [B, C, h, w] contiguous, in the type of the logits: a grid point is a corner of the cells before and behind it,
+// and at the border of the outermost cell twice. A block takes one grid point, a thread a class.
 template <class Block>
 ZS3FAST_BODY void gather(const Block& block, const CudaProblem& q, const float* corners, void* grad) {
   const int32_t y = block.x() / q.columns.points, x = block.x() % q.columns.points, image = block.z();

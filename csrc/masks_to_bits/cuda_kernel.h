@@ -1,13 +1,13 @@
 // masks_to_bits on the GPU: a thread makes a bit, a warp the word that its 32 threads vote for. Neither torch nor CUDA
 // headers here: tests run this very code on the CPU.
 //
-// A bit is a mean of four pixels of the padded size, and of logits each pixel a sigmoid of a mean of four. The 16 reads do
-// not depend on each other, so a thread has all of them in flight; the sizes of both resizes are arithmetic on arguments,
-// and no table is made or copied.
+// A bit is a mean of four pixels of the padded size, and of logits each pixel a sigmoid of a mean of four. The 16 reads
+// do not depend on each other, so a thread has all of them in flight; the sizes of both resizes are arithmetic on
+// arguments, and no table is made or copied.
 //
-// Prediction for an H100, 100 masks of 160 x 216 fp32 logits to 30 x 30 patches: the rows that a patch reads are 4 of every
-// 5.3, all of their 32-byte sectors are touched, 10 MB at 3 TB/s are 3.5 us; 90,000 bits of some 250 instructions are
-// 1 us of the 132 x 128 lanes. A launch is 3 us: the smallest of the three decides nothing. Not yet run on a GPU.
+// Prediction for an H100, 100 masks of 160 x 216 fp32 logits to 30 x 30 patches: the rows that a patch reads are 4 of
+// every 5.3, all of their 32-byte sectors are touched, 10 MB at 3 TB/s are 3.5 us; 90,000 bits of some 250 instructions
+// are 1 us of the 132 x 128 lanes. A launch takes as long. Not yet run on a GPU.
 #pragma once
 
 #include "cuda/block.h"
@@ -50,8 +50,8 @@ struct Source {
   float weight;
 };
 
-// torch's own fp32 coordinates, rounding included (one fused multiply-add): a mask with hard edges changes a patch's mean
-// by as much as its coordinate is off.
+// torch's own fp32 coordinates, rounding included (one fused multiply-add): a mask with hard edges changes a patch's
+// mean by as much as its coordinate is off.
 ZS3FAST_HD Source source(const Resize& axis, int32_t i) {
   const float place = static_cast<float>(i);
   const float at = axis.in == axis.out    ? place
@@ -84,9 +84,9 @@ template <class T, bool kLogits>
 ZS3FAST_HD bool keeps(const CudaRequest& q, int32_t mask, int32_t n) {
   const T* map = static_cast<const T*>(q.masks) + mask / q.proposals * q.stride_b + mask % q.proposals * q.stride_q;
   const Source rows = source(q.grid_y, n / q.grid_w), columns = source(q.grid_x, n % q.grid_w);
-  const float a = pixel<T, kLogits>(q, map, rows.low, columns.low), b = pixel<T, kLogits>(q, map, rows.low, columns.high);
-  const float c = pixel<T, kLogits>(q, map, rows.high, columns.low), d = pixel<T, kLogits>(q, map, rows.high, columns.high);
-  return blend(a, b, c, d, rows.weight, columns.weight) >= 0.5f;
+  const auto at = [&](int32_t y, int32_t x) { return pixel<T, kLogits>(q, map, y, x); };
+  return blend(at(rows.low, columns.low), at(rows.low, columns.high), at(rows.high, columns.low),
+               at(rows.high, columns.high), rows.weight, columns.weight) >= 0.5f;
 }
 
 template <class T, bool kLogits, class Block>

@@ -1,4 +1,5 @@
-// masks_to_labels, CUDA: one window at its native size and the best class; zs3fast/ops/masks_to_labels.py refuses the rest.
+// masks_to_labels, CUDA: one window at its native size and the best class; zs3fast/ops/masks_to_labels.py refuses the
+// rest.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>

@@ -1,20 +1,21 @@
-// masks_to_labels on the GPU: one window at its native size, the best class. Neither torch nor CUDA headers here: tests run
-// this very code on the CPU.
+// masks_to_labels on the GPU: one window at its native size, the best class. Neither torch nor CUDA headers here: tests
+// run this very code on the CPU.
 //
-// A block takes 128 columns of pixels of one band (the rows between two rows of patches), a thread 8 pixels of a column.
-// The patches that the block reads, of all classes, lie in shared memory as pairs (row above, row below): a class costs a
-// thread two 8-byte reads, one interpolation across for all 8 pixels and one down for each.
+// A block takes 128 columns of pixels of one band (the rows between two rows of patches), a thread 8 pixels of a
+// column. The patches that the block reads, of all classes, lie in shared memory as pairs (row above, row below): a
+// class costs a thread two 8-byte reads, one interpolation across for all 8 pixels and one down for each.
 //
-// Scores grow with logits inside the seen and inside the unseen group. So a warp first leaves out the classes whose largest
-// patch is below another's smallest in its group; over the others a pixel takes two walks: the largest logit of each group,
-// and then the scores, exact, of the classes within rounding of it, of which there is one but for ties. No class is left out
-// whose score can be equal, so ties go to the lowest index as they do in argmax of all scores.
+// Scores grow with logits inside the seen and inside the unseen group. So a warp first leaves out the classes whose
+// largest patch is below another's smallest in its group; over the others a pixel takes two walks: the largest logit of
+// each group, and then the scores, exact, of the classes within rounding of it, of which there is one but for ties. No
+// class is left out whose score can be equal, so ties go to the lowest index as they do in argmax of all scores.
 //
-// Prediction for an H100, C = 171, 32 x 32 -> 512 x 512, int64 labels, B = 1: 4.5e7 pixels and classes. Both walks over all
-// classes are 9.4 instructions each, 4.2e8 of 28e12 a second: 15 us (Triton's kernel: 35, two of them exponential and
-// division, 60 us); over the 20 that maps of real images leave, with 900 instructions a thread for bounds and thresholds,
-// 3 us. Memory: 0.7 MB of logits from L2, 2.1 MB of labels out: 1 us. At less than 8 pixels a patch, lanes idle by as much.
-// Not yet run on a GPU.
+// Prediction for an H100, C = 171, 32 x 32 -> 512 x 512, int64 labels, B = 1: 4.5e7 pixels and classes. Both walks
+// together are 12 instructions (counted in the sm_90a code), over all classes 5.4e8 at 28e12 a second: 19 us (the
+// Triton kernel: some 35, two exponential and division); over the 20 that maps of real images leave, with 1,500
+// instructions a thread for bounds and limits, 4 us, if 8 warps a multiprocessor hide their latency. Memory: 0.7 MB of
+// logits from L2, 2.1 MB of labels out, 1 us. At less than 8 pixels a patch, lanes idle by as much. Not yet run on a
+// GPU.
 #pragma once
 
 #include "cuda/bands.h"
@@ -62,8 +63,8 @@ struct alignas(8) Pair {
 
 namespace gpu {
 
-// Where pixel x reads: two neighbours and the weight of the second. At the same size the mean of a value with itself, exact
-// for infinities too.
+// Where pixel x reads: two neighbours and the weight of the second. At the same size the mean of a value with itself,
+// exact for infinities too.
 struct Source {
   int32_t low, high;
   float weight;
@@ -74,6 +75,13 @@ ZS3FAST_HD Source source(const cuda::Axis& axis, int32_t x) {
   const int32_t at = cuda::at_least((2 * x + 1) * axis.points - axis.pixels, 0), low = at / (2 * axis.pixels);
   const float weight = static_cast<float>(at - low * 2 * axis.pixels) / static_cast<float>(2 * axis.pixels);
   return {low, cuda::at_most(low + 1, axis.points - 1), weight};
+}
+
+// The weight alone, of a pixel whose `low` is known.
+ZS3FAST_HD float weight_above(const cuda::Axis& axis, int32_t low, int32_t x) {
+  if (axis.points == axis.pixels) return 0.5f;
+  const int32_t at = cuda::at_least((2 * x + 1) * axis.points - axis.pixels, 0);
+  return static_cast<float>(at - low * 2 * axis.pixels) * (0.5f / static_cast<float>(axis.pixels));
 }
 
 inline int64_t shared_bytes(const CudaRequest& q) {
@@ -101,11 +109,11 @@ ZS3FAST_HD bool beats(float a, float b) { return a > b || (a != a && b == b); }
 // What a score can be wrong by, relative to its terms.
 constexpr float kRounding = 2e-6f;
 
-// A logit below this has a strictly smaller score than `logit`, rounding included, however flat the sigmoid or coarse the
-// subtraction.
+// A logit below this has a strictly smaller score than `logit`, rounding included, however flat the sigmoid or coarse
+// the subtraction.
 ZS3FAST_HD float threshold_of(float logit, float offset) {
-  const float x = fminf(logit, 12.0f), power = expf(x), size = fabsf(offset);
-  const float away = kRounding * (1.0f + (1.0f + size) * power + 2.0f * size / power);
+  const float x = fminf(logit, 12.0f), power = cuda::fast_exp2(x * 1.44269504f), size = fabsf(offset);
+  const float away = kRounding * (1.0f + (1.0f + size) * power + 2.0f * size * cuda::fast_reciprocal(power));
   return x < -40.0f || !(away <= 1.0f) ? -cuda::kInfinity : x - away;
 }
 
@@ -213,10 +221,19 @@ struct Best {
   int32_t label[kRows];
 };
 
+// A class in a list: its index, and whether it is seen in the highest bit.
+struct Candidate {
+  int32_t c;
+  bool is_seen;
+};
+
+ZS3FAST_HD uint16_t packed(int32_t c, bool is_seen) { return static_cast<uint16_t>(c | (is_seen ? 0x8000 : 0)); }
+ZS3FAST_HD Candidate unpacked(uint16_t entry) { return {entry & 0x7fff, (entry & 0x8000) != 0}; }
+
 // Takes the class where its score is the best so far; only pixels whose value reaches their group's limit are asked.
-ZS3FAST_HD void challenge(const CudaRequest& q, int32_t c, const Rows& v, const Rows& seen_limit,
+ZS3FAST_HD void challenge(const CudaRequest& q, const Candidate& candidate, const Rows& v, const Rows& seen_limit,
                           const Rows& unseen_limit, const Rows& unseen, Best& best) {
-  const bool is_seen = q.is_seen(c);
+  const auto [c, is_seen] = candidate;
   bool any = false;
   if (is_seen) {  // the same for the whole warp
     ZS3FAST_UNROLL
@@ -246,14 +263,13 @@ ZS3FAST_HD void store_label(void* labels, int32_t bytes, int64_t at, int32_t lab
 
 // Writes the classes that can win in a warp's columns, in order, to that warp's list; the number of them to `count`.
 template <class Block>
-ZS3FAST_BODY void find_candidates(const Block& block, const CudaRequest& q, const Place& at, const Patches<true>& patches,
-                                  cuda::PerThread<Block, Rows>& unseen, uint16_t* lists,
+ZS3FAST_BODY void find_candidates(const Block& block, const CudaRequest& q, const Place& at,
+                                  const Patches<true>& patches, cuda::PerThread<Block, Rows>& unseen, uint16_t* lists,
                                   cuda::PerThread<Block, int32_t>& count) {
   // per thread: the first and the last column of patches of its warp
-  const auto first = [&](int thread) { return source(q.masks.columns, cuda::at_most(at.x + thread / 32 * 32, q.width - 1)).low; };
-  const auto last = [&](int thread) {
-    return source(q.masks.columns, cuda::at_most(at.x + thread / 32 * 32 + 31, q.width - 1)).high;
-  };
+  const auto read_by = [&](int32_t x) { return source(q.masks.columns, cuda::at_most(x, q.width - 1)); };
+  const auto first = [&](int thread) { return read_by(at.x + thread / 32 * 32).low; };
+  const auto last = [&](int thread) { return read_by(at.x + thread / 32 * 32 + 31).high; };
   cuda::PerThread<Block, float> seen_bound(block), unseen_bound(block), seen_ties(block), unseen_ties(block);
   block.alone([&](int thread) {
     seen_bound[thread] = unseen_bound[thread] = -cuda::kInfinity;
@@ -288,7 +304,8 @@ ZS3FAST_BODY void find_candidates(const Block& block, const CudaRequest& q, cons
       const uint32_t mine = 1u << (thread % 32);
       if (kept[thread] & mine) {
         const int32_t place = count[thread] + cuda::count_bits(kept[thread] & (mine - 1));
-        lists[thread / 32 * q.classes + place] = static_cast<uint16_t>(base + thread % 32);
+        const int32_t c = base + thread % 32;
+        lists[thread / 32 * q.classes + place] = packed(c, q.is_seen(c));
       }
       count[thread] += cuda::count_bits(kept[thread]);
     });
@@ -329,13 +346,17 @@ ZS3FAST_BODY void one_window(const Block& block, const CudaRequest& q, void* sha
     Rows down, seen_limit, unseen_limit;
     ZS3FAST_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      down.x[r] = source(q.masks.rows, at.y + cuda::at_most(r, at.rows - 1)).weight;
+      down.x[r] = weight_above(q.masks.rows, at.above, at.y + cuda::at_most(r, at.rows - 1));
       seen_limit.x[r] = unseen_limit.x[r] = -cuda::kInfinity;
     }
+    const auto candidate = [&](int32_t i) { return kStaged ? unpacked(list[i]) : Candidate{i, q.is_seen(i)}; };
+    const auto values = [&](int32_t c) {
+      return values_of(patches(c, column.low), patches(c, column.high), column.weight, down);
+    };
     for (int32_t i = 0; i < count[thread]; ++i) {
-      const int32_t c = kStaged ? list[i] : i;
-      const Rows v = values_of(patches(c, column.low), patches(c, column.high), column.weight, down);
-      q.is_seen(c) ? raise(seen_limit, v) : raise(unseen_limit, v);
+      const auto [c, is_seen] = candidate(i);
+      const Rows v = values(c);
+      is_seen ? raise(seen_limit, v) : raise(unseen_limit, v);
     }
     Best best;
     ZS3FAST_UNROLL
@@ -347,9 +368,7 @@ ZS3FAST_BODY void one_window(const Block& block, const CudaRequest& q, void* sha
       best.score.x[r] = -cuda::kInfinity, best.label[r] = 0;
     }
     for (int32_t i = 0; i < count[thread]; ++i) {
-      const int32_t c = kStaged ? list[i] : i;
-      const Rows v = values_of(patches(c, column.low), patches(c, column.high), column.weight, down);
-      challenge(q, c, v, seen_limit, unseen_limit, unseen[thread], best);
+      challenge(q, candidate(i), values(candidate(i).c), seen_limit, unseen_limit, unseen[thread], best);
     }
     int64_t nan = 0;
     ZS3FAST_UNROLL

@@ -1,5 +1,6 @@
-// The bodies of the CUDA kernels, run on the CPU block by block for tests/ops/test_cuda_kernels.py: what a launch is given
-// and how its grid is cut is what csrc/<op>/cuda.cu and cuda_binding.cpp do. No torch, so that it builds in seconds.
+// The bodies of the CUDA kernels, run on the CPU block by block for tests/ops/test_cuda_kernels.py: what a launch is
+// given and how its grid is cut is what csrc/<op>/cuda.cu and cuda_binding.cpp do. No torch, so that it builds in
+// seconds.
 #include <memory>
 #include <vector>
 
@@ -61,7 +62,8 @@ void run_masks_to_bits(View masks, int32_t element, int64_t grid_h, int64_t grid
                        bool align_corners, bool logits, uint32_t* out) {
   masks_to_bits::CudaRequest q{};
   q.masks = masks.data;
-  q.stride_b = masks.stride[0], q.stride_q = masks.stride[1], q.stride_y = masks.stride[2], q.stride_x = masks.stride[3];
+  q.stride_b = masks.stride[0], q.stride_q = masks.stride[1];
+  q.stride_y = masks.stride[2], q.stride_x = masks.stride[3];
   q.count = static_cast<int32_t>(masks.size[0] * masks.size[1]), q.proposals = static_cast<int32_t>(masks.size[1]);
   q.grid_w = static_cast<int32_t>(grid_w), q.patches = static_cast<int32_t>(grid_h * grid_w);
   q.words = cuda::ceil_div(q.patches, 32);
@@ -93,8 +95,8 @@ void run_mask_loss(View logits, int32_t element, View labels, int32_t label, flo
                        });
 }
 
-void run_mask_loss_backward(const float* focal, const float* intersection, const float* prob, View logits, int32_t element,
-                            View labels, int32_t label, float alpha, float gamma, void* grad) {
+void run_mask_loss_backward(const float* focal, const float* intersection, const float* prob, View logits,
+                            int32_t element, View labels, int32_t label, float alpha, float gamma, void* grad) {
   const auto q = problem_of(logits, element, labels, label, alpha, gamma);
   const mask_loss::Gradients gradients{focal, intersection, prob};
   std::vector<float> corners(4 * static_cast<int64_t>(q.images) * q.tile_rows() * q.tile_columns() * q.classes, NAN);
@@ -124,11 +126,12 @@ int32_t run_masks_to_labels(View masks, const View* trusty, int32_t element, con
   masks_to_labels::gpu::plan(q);
   if (no_shared) q.span = 0;
   std::vector<float> shared(masks_to_labels::gpu::shared_bytes(q) / sizeof(float) + 1, NAN);
-  cuda::for_each_block(cuda::ceil_div(q.width, masks_to_labels::kThreads), (q.masks.rows.points + 1) * q.chunks, q.images,
-                       masks_to_labels::kThreads, [&](const cuda::HostBlock& block) {
-                         q.span ? masks_to_labels::gpu::one_window<true>(block, q, shared.data())
-                                : masks_to_labels::gpu::one_window<false>(block, q, shared.data());
-                       });
+  const int32_t across = cuda::ceil_div(q.width, masks_to_labels::kThreads);
+  const int32_t down = (q.masks.rows.points + 1) * q.chunks;
+  cuda::for_each_block(across, down, q.images, masks_to_labels::kThreads, [&](const cuda::HostBlock& block) {
+    q.span ? masks_to_labels::gpu::one_window<true>(block, q, shared.data())
+           : masks_to_labels::gpu::one_window<false>(block, q, shared.data());
+  });
   return q.span;
 }
 
