@@ -290,6 +290,13 @@ def backends_of(op: str) -> list[str]:
     return [name for name in _dispatch.BACKENDS if name in _dispatch.registered(op) and name != elsewhere]
 
 
+def passes_of(family: Family, backend: str) -> tuple[str, ...]:
+    """The backward pass too, where the op has one and the backend did not leave it to others."""
+    op = f"{family.op}_backward"
+    forward_alone = op in _dispatch.registered() and backend not in _dispatch.registered(op)
+    return ("forward", "backward") if family.differentiable and not forward_alone else ("forward",)
+
+
 def skip_if_refused(op: str, backend: str, problem: Problem) -> None:
     """Within `use_backend`: what a backend does not take is skipped with its own words."""
     reasons = _dispatch.objections(op, backend, *problem.tensors, *problem.rest)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.gpu.device import skip_unless_free, skip_without_gpu
-from tests.gpu.problems import FAMILIES, Family, backends_of, skip_if_refused
+from tests.gpu.problems import FAMILIES, Family, backends_of, passes_of, skip_if_refused
 from zs3fast.ops import use_backend
 
 skip_without_gpu()
@@ -37,7 +37,7 @@ def cases() -> list[object]:
                 for backend in backends_of(family.op):
                     if published and backend == "reference":
                         continue
-                    for pass_ in ("forward", "backward") if family.differentiable else ("forward",):
+                    for pass_ in passes_of(family, backend):
                         values = (family, label, precision, backend, pass_)
                         marks = pytest.mark.xdist_group(f"large{number % 2}") if published else ()
                         identity = "-".join((name, *values[1:]))

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zs3fast.ops import _dispatch, _matmul
+from zs3fast.ops import _dispatch, _matmul, _mma
 
 OP = "region_bridge_attention"
 
@@ -258,7 +258,7 @@ def _reference_backward_run(grad_output, q, k, v, output, lse, num_prefix, grid,
     return tuple(_as_heads(x.to(dtype)) for x in (ds @ k, ds.mT @ q, probabilities.mT @ grad_output))
 
 
-def _cpp_run(*args):
+def _compiled_run(*args):  # on the CPU or on a GPU, by the device of its tensors
     return torch.ops.zs3fast_cpp.region_bridge_attention(*args)
 
 
@@ -290,9 +290,15 @@ def _triton_objections(first: Tensor, *_args: object) -> list[str]:
     return reasons + ([f"heads of width dh = {first.shape[-1]}, at most 128"] if first.shape[-1] > 128 else [])
 
 
+# forward alone: its log-sum-exp is what the other backends' backward passes need
+def _cuda_objections(q, k, v, *_args: object) -> list[str]:
+    return _mma.objections(OP, q, k, v)
+
+
 _dispatch.register("region_bridge_attention", "reference", _reference_run, _dispatch.never)
-_dispatch.register("region_bridge_attention", "cpp", _cpp_run, _cpp_objections)
+_dispatch.register("region_bridge_attention", "cpp", _compiled_run, _cpp_objections)
 _dispatch.register("region_bridge_attention", "triton", _triton_run, _triton_objections)
+_dispatch.register("region_bridge_attention", "cuda", _compiled_run, _cuda_objections)
 _dispatch.register("region_bridge_attention_backward", "reference", _reference_backward_run, _dispatch.never)
 _dispatch.register("region_bridge_attention_backward", "cpp", _cpp_backward_run, _cpp_objections)
 _dispatch.register("region_bridge_attention_backward", "triton", _triton_backward_run, _triton_objections)

@@ -1,0 +1,39 @@
+// The kernel of cuda_kernel.h, for each type and head width.
+#include "region_bridge_attention/cuda.h"
+
+#include "cuda/start.h"
+#include "region_bridge_attention/cuda_kernel.h"
+
+namespace zs3fast::region_bridge_attention {
+namespace {
+
+template <class T, int kDh>
+__global__ __launch_bounds__(32 * kWarps, kDh > 64 ? 2 : 3) void
+region_bridge_attention_fwd_kernel(const __grid_constant__ Problem<T> problem) {
+  __shared__ __align__(16) unsigned char shared[kShared<kDh>];
+  mma::Block block(shared);
+  attend<T, kDh>(block, problem, blockIdx.x);
+}
+
+template <class T, int kDh>
+cudaError_t start(const Problem<T>& problem, cudaStream_t stream) {
+  return cuda::start(region_bridge_attention_fwd_kernel<T, kDh>, dim3(problem.blocks()), 32 * kWarps, 0, stream,
+                     problem);
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t forward(const Problem<T>& problem, int dh, cudaStream_t stream) {
+  switch (dh) {
+    case 32: return start<T, 32>(problem, stream);
+    case 64: return start<T, 64>(problem, stream);
+    case 128: return start<T, 128>(problem, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template cudaError_t forward(const Problem<cuda::Half>&, int, cudaStream_t);
+template cudaError_t forward(const Problem<cuda::BFloat16>&, int, cudaStream_t);
+
+}  // namespace zs3fast::region_bridge_attention
