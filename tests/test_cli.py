@@ -263,6 +263,15 @@ def test_a_users_mistakes_are_one_line_and_exit_code_2(place, tiny, options, mes
     assert not list(place.glob("out/*"))
 
 
+def test_compile_without_a_compiler_is_a_usage_error(place, tiny):
+    from torch._inductor import config
+
+    save_photo(place / "x.png")
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        output = run("segment", "x.png", "-w", tiny, "--compile", code=2)
+    assert output.startswith("error compile: torch.compile needs a C++ compiler on a CPU and found none")
+
+
 def test_nothing_to_segment(place, tiny):
     (place / "empty").mkdir()
     assert run("segment", "empty", "-w", tiny, code=2) == "error INPUT: no pictures in empty"
