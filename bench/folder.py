@@ -86,8 +86,8 @@ def make_contenders(args: argparse.Namespace, setting: Setting, folder: Path) ->
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print and write `bench/results/<device>/folder.json`; the rows."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=ONE_STAGE, default="zegclip")
     parser.add_argument("--classes", type=int, default=20, help="length C of the class list")
@@ -102,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a toy network: exercises this script, measures nothing")
     parser.add_argument("--json", type=Path, help="where to write (bench/results/<device>/folder.json)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print and write `bench/results/<device>/folder.json`; the rows."""
+    args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     setting = Setting(args.model, args.classes, dtype=args.dtype)
     setting = setting.tiny() if args.tiny else setting

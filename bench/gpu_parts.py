@@ -34,7 +34,7 @@ BENCH = (*LIBRARY, "rich", "yaml")
 TESTS = (*BENCH, "pytest")
 ORDER = (
     "build environment tests models-bf16 memcheck ops-bf16 compiled-bf16 kernels training models-fp32 racecheck"
-    " counters ops-fp32 clsclip maft largest-batch"
+    " counters ops-fp32 clsclip maft folder largest-batch"
 ).split()
 DRY_RUN_LIMIT = 3000.0  # seconds
 PUBLISHED = "coco171 or ade847 or maft or M16 or M1024"  # sizes of tests/gpu/problems.py
@@ -241,6 +241,11 @@ def later_parts(dry_run: bool, device: str) -> list[Part]:
         Part("training", [python("bench/training.py", *step)], 75, 25, BENCH),
         Part("clsclip", [clsclip], 60, 20, BENCH),
     ]
+    folder = ("--tiny", "--threads", "1", "--rounds", "1")
+    if not dry_run:
+        folder = ("--dtype", "bfloat16", "--workers", "1", "8", "--batch-size", "1", "4")
+    folder = python("bench/folder.py", *folder, "--device", device, "--json", "{work}/folder.json")
+    parts.append(Part("folder", [folder], 60, 20, BENCH))
     if not dry_run:  # maft.py knows no toy network
         maft = python("bench/maft.py", *side, "--device", device, "--json", "{work}/maft.json")
         parts.append(Part("maft", [maft], 60, 20, BENCH))

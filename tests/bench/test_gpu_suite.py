@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import all_ops, clsclip, gpu_suite, op_script, run, training
+from bench import all_ops, clsclip, folder, gpu_suite, op_script, run, training
 from bench.gpu_parts import OPS, ORDER, ROOT, Part, make_parts
 from bench.gpu_suite import Suite
 
@@ -173,6 +173,7 @@ PARSERS = {
     "bench/training.py": training.parse_arguments,
     "bench/all_ops.py": all_ops.parse_arguments,
     "bench/clsclip.py": lambda argv: op_script.parse(clsclip.SCRIPT, argv),
+    "bench/folder.py": folder.parse_arguments,
     "bench/maft.py": lambda argv: op_script.parse(all_ops.declared(ROOT / "bench" / "maft.py"), argv),
 }
 
