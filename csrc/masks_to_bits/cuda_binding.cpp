@@ -12,7 +12,7 @@ namespace {
 at::Tensor masks_to_bits(const at::Tensor& masks, at::IntArrayRef grid, at::IntArrayRef padded, bool align_corners,
                          bool logits) {
   const cuda::Device device(masks);
-  const int64_t patches = grid[0] * grid[1], words = cuda::ceil_div(patches, 32);
+  const int64_t patches = grid[0] * grid[1], words = (patches + 31) / 32;
   auto bits = at::empty({masks.size(0), masks.size(1), words}, masks.options().dtype(at::kInt));
   if (bits.numel() == 0) return bits;
   const int64_t count = masks.size(0) * masks.size(1);
