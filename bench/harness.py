@@ -11,6 +11,7 @@ taken over rounds. A contender with a check is checked first: what fails its err
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -30,6 +31,20 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 KEY = ("name", "backend", "shape", "dtype", "pass")  # what makes two rows measurements of the same thing
+
+
+def _memory_of_processes() -> Any:
+    """The package's own measure of memory, read from its file: the process of a baseline imports no zs3fast."""
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "zs3fast" / "training" / "memory.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_memory = _memory_of_processes()
+available_bytes, limit_memory, out_of_memory = _memory.available_bytes, _memory.limit_memory, _memory.out_of_memory
+resident_bytes, reset_peak_resident = _memory.resident_bytes, _memory.reset_peak_resident
+peak_resident_bytes = _memory.peak_resident_bytes
 
 
 class OverBudget(AssertionError):
@@ -139,62 +154,6 @@ def measure(
         for contender in contenders:
             samples[contender.name].append(sample(contender.run, repeats[contender.name]))
     return {name: Timing(samples[name], peaks[name]) for name in names}
-
-
-# Peak memory on CPU --------------------------------------------------------------------------------------------------
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    return _status_bytes("VmRSS")
-
-
-def available_bytes() -> int | None:
-    """Memory that new processes can take without swapping; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
-    return int(found[1]) * 1024 if found else None
-
-
-def limit_memory(limit: int) -> None:
-    """Let this process's own data grow to `limit` bytes: allocations beyond it fail (Linux; elsewhere no limit)."""
-    if sys.platform == "linux":
-        import resource  # not on every system
-
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(s in str(error) for s in ("allocate memory", "bad_alloc"))
-
-
-def reset_peak_resident() -> None:
-    """Start a new measurement of `peak_resident_bytes` (Linux; elsewhere it stays the peak of the whole process)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def peak_resident_bytes() -> int:
-    """Highest resident memory of this process since `reset_peak_resident`, or since its start.
-
-    Read from VmHWM, not ru_maxrss: a child's ru_maxrss starts at its parent's peak.
-    """
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(rf"^{key}:\s+(\d+) kB", status.read_text(), re.MULTILINE)[1]) * 1024
-    import resource  # not on every system
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # What was measured on what -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Training: the largest batch in a memory budget, the whole step with its optimiser, and 1 against N processes.
+"""Training: the largest batch in a memory budget, the whole step, 1 against N processes, what activations take.
 
-    python bench/training.py                                   # all three, ZegCLIP, TagCLIP and CLIP-RC, C = 20 and 171
+    python bench/training.py                                   # all four, ZegCLIP, TagCLIP and CLIP-RC, C = 20 and 171
     python bench/training.py largest --memory-gib 8 --classes 20
     python bench/training.py scaling --processes 1 2 --batch 4 --models tagclip
     python bench/training.py step --device cuda --precision bf16 --batch 16
@@ -9,7 +9,8 @@ largest: the most images a training step takes before memory runs out, each try 
 limited (CPU) or that has the GPU to itself. Contenders: the official structure in eager PyTorch, zs3fast, and zs3fast
 that recomputes its frozen encoder blocks. step: what `zs3fast train` runs an iteration (forward, backward, AdamW), on
 prepared images, for each precision and with recomputation. scaling: the same step over processes that share the
-machine's threads (CPU) or take a GPU each; the batch of an iteration stays the same. `bench/run.py --pass training`
+machine's threads (CPU) or take a GPU each; the batch of an iteration stays the same. activations: the bytes that each
+image adds to what autograd keeps from forward to backward, counted and not sampled. `bench/run.py --pass training`
 times forward and backward against the official structure.
 """
 
@@ -37,7 +38,7 @@ from torch import nn  # noqa: E402
 from bench import contenders, harness  # noqa: E402
 from bench.setting import ONE_STAGE, Setting, make_inputs, make_labels  # noqa: E402
 
-PARTS = ("largest", "step", "scaling")
+PARTS = ("largest", "step", "scaling", "activations")
 CONTENDERS = ("official", "zs3fast", "zs3fast recompute")
 
 
@@ -46,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="largest, step, scaling (all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="largest, step, scaling, activations (all)")
     parser.add_argument("--models", nargs="+", choices=ONE_STAGE, default=list(ONE_STAGE))
     parser.add_argument("--classes", nargs="+", type=int, default=[20, 171])
     parser.add_argument("--memory-gib", type=float, default=8.0, help="budget of `largest` on the CPU (8)")
@@ -91,6 +92,8 @@ def make_model(contender: str, setting: Setting, device: str) -> nn.Module:
 
 def measure_largest(args: argparse.Namespace, method: str, classes: int) -> list[dict[str, Any]]:
     """A row a contender: how many images a training step takes at most in the budget."""
+    from zs3fast.training.batch_size import largest_batch  # not at the top: the official contender runs without us
+
     rows = []
     for contender in CONTENDERS:
         setting = make_setting(args, method, classes, 1)
@@ -102,22 +105,6 @@ def measure_largest(args: argparse.Namespace, method: str, classes: int) -> list
         shape = setting.shape.rpartition("-")[0]
         rows.append(row(args, setting, contender, shape, "largest batch", None, peak_bytes=peak, **extra))
     return rows
-
-
-def largest_batch(fits: Any, most: int) -> tuple[int, int | None]:
-    """The largest batch up to `most` for which `fits(batch)` gives peak bytes and not None: doubling, then halving."""
-    low, peak, high = 0, None, 1
-    while high <= most and (found := fits(high)) is not None:
-        low, peak, high = high, found, high * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = fits(middle)
-        if found is None:
-            high = middle
-        else:
-            low, peak = middle, found
-    return low, peak
 
 
 def probe(args: argparse.Namespace, contender: str, setting: Setting, batch: int) -> int | None:
@@ -239,6 +226,30 @@ def train_steps(
             Path(out).write_text(json.dumps({"samples": samples[1:], "peak_bytes": peak}))
 
 
+# What autograd keeps --------------------------------------------------------------------------------------------------
+
+
+def measure_activations(args: argparse.Namespace, method: str, classes: int) -> list[dict[str, Any]]:
+    """Rows: bytes an image of the official structure and of ours, from steps of one and of two images."""
+    rows = []
+    for contender in CONTENDERS[:2]:
+        kept = [kept_bytes(contender, make_setting(args, method, classes, batch), args.device) for batch in (1, 2)]
+        setting = make_setting(args, method, classes, 1)
+        print(f"activations {setting.name} C={classes} {contender}: {(kept[1] - kept[0]) / 2**20:.1f} MiB an image")
+        rows.append(row(args, setting, contender, setting.shape, "activations", None, peak_bytes=kept[1] - kept[0]))
+    return rows
+
+
+def kept_bytes(contender: str, setting: Setting, device: str) -> int:
+    """Bytes that autograd keeps of one forward pass with its loss; weights apart."""
+    from zs3fast.training.memory import kept_for_backward
+
+    model = make_model(contender, setting, device)
+    side = "official" if contender == "official" else "zs3fast"
+    call = contenders.make_call(side, "training", setting, model, device)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept_for_backward(call).values())
+
+
 def row(
     args: argparse.Namespace, setting: Setting, backend: str, shape: str, pass_: str, timing: Any, **extra: Any
 ) -> Any:
@@ -261,6 +272,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             for method in args.models:
                 if part == "largest":
                     rows += measure_largest(args, method, classes)
+                elif part == "activations":
+                    rows += measure_activations(args, method, classes)
                 else:
                     rows += measure_processes(args, method, classes, part)
     if args.json is not None:

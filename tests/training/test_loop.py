@@ -326,3 +326,11 @@ def test_command_line(tmp_path: Path) -> None:
     assert "clip_rc_voc20_inductive" in CliRunner().invoke(app, []).stdout
     shown = CliRunner().invoke(app, ["maft_voc20_inductive", "--show", "--data", "it's here"]).stdout
     assert from_dict(yaml.safe_load(shown)).data.root == "it's here"
+
+
+def test_compiling_without_a_compiler_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.check_compiler(torch.device("cpu"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="compile: torch.compile needs a compiler, 'no-such-compiler' is not on PATH"):
+        train(tiny_run.config(tmp_path, compile=True))
+    assert not checkpoints.list_checkpoints(tmp_path / "run")

@@ -21,8 +21,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
-    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+    """x * sigmoid(1.702 x), OpenAI's activation, as silu(1.702 x) / 1.702: one tensor is kept for its gradient."""
+    return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
 
 
 class Attention(nn.Module):
@@ -39,10 +39,18 @@ class Attention(nn.Module):
 
     def context_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B or 1, K, heads, dh] of tokens that are only looked at."""
-        width = context.shape[-1]
-        kv = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:])
-        k, v = kv.unflatten(-1, (2, self.heads, width // self.heads)).unbind(2)
+        kv = self.in_proj(context, slice(context.shape[-1], None))
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)
         return k, v
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries [B, heads, T, dh] of tokens [B, T, width], where nobody asks for their keys and values."""
+        q = self.in_proj(x, slice(0, x.shape[-1]))
+        return q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def in_proj(self, x: Tensor, rows: slice) -> Tensor:
+        """The part of the packed projection in these rows of its weight: queries, or keys and values."""
+        return F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
     def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None, attend: Attend | None = None) -> Tensor:
         """[B, T, width] -> [B, T, width]; `context` puts keys and values before those of `x`.
@@ -53,6 +61,8 @@ class Attention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         if context is not None:
             k, v = (torch.cat([new.expand(x.shape[0], -1, -1, -1), own], 1) for new, own in zip(context, (k, v)))
+            if torch.is_grad_enabled():
+                q = q.contiguous()  # a view would keep all of qkv for the backward pass
         attend = attend or F.scaled_dot_product_attention
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.out_proj(out.transpose(1, 2).flatten(2))

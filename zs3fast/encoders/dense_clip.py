@@ -51,7 +51,7 @@ class DenseClipViT(ClipViT):
             tokens = block(tokens)
         k, v = (part.transpose(1, 2) for part in last.context(tokens))  # [B, heads, 1 + N, dh]
         asking = tokens if self.attention == "self-self" else tokens[:, :1]
-        q = _queries(last, asking)
+        q = last.attn.queries(last.ln_1(asking))
         token = tokens[:, :1] + _attended(last, F.scaled_dot_product_attention(q[:, :, :1], k, v))
         token = token + last.mlp(last.ln_2(token))
         if self.attention == "value":
@@ -64,13 +64,6 @@ class DenseClipViT(ClipViT):
             patches = tokens[:, 1:] + patches
             patches = patches + last.mlp(last.ln_2(patches))
         return ImageFeatures(self.project(token)[:, 0], self.project(patches), grid)
-
-
-def _queries(block: Block, tokens: Tensor) -> Tensor:
-    """Queries [B, heads, T, dh] of tokens [B, T, width]."""
-    attn, width = block.attn, tokens.shape[-1]
-    q = F.linear(block.ln_1(tokens), attn.in_proj_weight[:width], attn.in_proj_bias[:width])
-    return q.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def _attended(block: Block, heads: Tensor) -> Tensor:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.markup import escape
+from rich.table import Table
 
-from zs3fast._console import USAGE_ERROR, one_line_errors, stdout
+from zs3fast._console import RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
+
+if TYPE_CHECKING:
+    from zs3fast.training.config import TrainConfig
 
 EPILOG = (
     "**Example**: `zs3fast train zegclip_voc20_inductive --data VOCdevkit/VOC2012`, or "
@@ -38,6 +43,14 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the run's folder.")
     ] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the training step.")] = False,
+    find_batch_size: Annotated[
+        bool, typer.Option("--find-batch-size", help="Try batch sizes until memory is full, print them and stop.")
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Budget of --find-batch-size (the GPU's, or most of what is free)."),
+    ] = None,
+    most: Annotated[int | None, typer.Option(help="Largest size that --find-batch-size tries (1024).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; cuda if there is one.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the whole configuration and stop.")] = False,
 ) -> None:
@@ -63,6 +76,15 @@ def train(
 
         stdout.print(yaml.safe_dump(loaded.to_dict(), sort_keys=False), markup=False)
         return
+    if find_batch_size:
+        with one_line_errors(USAGE_ERROR):
+            if resume:
+                raise ValueError("--resume: --find-batch-size trains nothing that could go on")
+            _find_batch_size(loaded, memory, most)
+        return
+    with one_line_errors(USAGE_ERROR):
+        if memory is not None or most is not None:
+            raise ValueError("--memory, --most: expected with --find-batch-size alone")
     from zs3fast.training.loop import train as run
 
     with one_line_errors(USAGE_ERROR):
@@ -71,6 +93,37 @@ def train(
         best = result.best
         text = f", best {best['metric']} {best['value']:.2f} at {best['iteration']}" if best else ""
         stdout.print(f"{result.iterations} iterations done, weights in {escape(str(result.weights))}{text}")
+
+
+def _find_batch_size(config: TrainConfig, memory: float | None, most: int | None) -> None:
+    """Search, with a line for each size as it ends, then say what it means for this configuration."""
+    from zs3fast.training.batch_size import MOST, find_batch_size, micro_batch
+
+    with stderr.status("a training step of 1 image") as status:
+        found = find_batch_size(
+            config, memory, MOST if most is None else most, lambda trial: status.update(f"{trial.batch} tried, next")
+        )
+    table = Table(box=box.SIMPLE)
+    for column in ("batch", "peak MiB", "MiB an image", "images/s"):
+        table.add_column(column, justify="right")
+    for trial in sorted(found.trials, key=lambda trial: trial.batch):
+        if trial.peak_bytes is None:
+            table.add_row(str(trial.batch), "does not fit", "", "")
+            continue
+        slope = found.bytes_an_image(trial)
+        each = "" if slope is None else f"{slope / 2**20:.1f}"
+        speed = f"{trial.batch / trial.seconds:.2f}"
+        table.add_row(str(trial.batch), f"{trial.peak_bytes / 2**20:.0f}", each, speed)
+    stdout.print(table)
+    room = "the GPU's memory" if found.budget is None else f"{found.budget / 2**30:.2f} GiB"
+    if not found.largest:
+        stderr.print(f"[red]error[/] not one image fits in {room}; checkpoint_activations=true takes less")
+        raise typer.Exit(RUN_ERROR)
+    more = "" if found.complete else ", the largest size tried"
+    stdout.print(f"largest: {found.largest} images a forward and backward pass in {room}{more}", highlight=False)
+    share = micro_batch(config.batch_size, found.largest)
+    advice = "fits in one pass" if share == config.batch_size else f"fits with --set micro_batch={share}"
+    stdout.print(f"batch_size {config.batch_size}, on one process, {advice}")
 
 
 def _quoted(value: object) -> str:

@@ -80,10 +80,6 @@ def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
     tensors, facts = _read(previous, config, frozen, source) if previous else ({}, {"iteration": 0, "best": None})
 
     step = setup.build_step(config, dataset, model, text, group.device)
-    if config.checkpoint_activations:
-        setup.checkpoint_blocks(model)
-    if config.compile:
-        step.compile()
     spread = distributed.spread(step, config.parallel, group)
     optimizer = make_optimizer(model, config.optimizer)
     if previous:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import logging
+import os
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,14 @@ from zs3fast.training.proposing import build_proposal_step
 from zs3fast.training.steps import OneStageStep, PairStep, Step
 
 logger = logging.getLogger("zs3fast")
+
+
+class Vocabulary(Protocol):
+    """What a model and its training step need to know of a dataset."""
+
+    class_names: list[str]
+    seen: list[int]
+    ignore_index: int
 
 
 @dataclass(frozen=True)
@@ -117,9 +128,7 @@ def _collated(items: list[Any]) -> Any:
 
 def build_model(config: TrainConfig, dataset: SegmentationDataset) -> nn.Module:
     """The model of the method with the dataset's vocabulary, on the CPU, seeded; weights of `init_from` in place."""
-    options = _model_options(config, dataset)
-    torch.manual_seed(config.seed)
-    model = create_model(config.method, **options)
+    model = new_model(config, dataset)
     if config.init_from is not None:
         _load_initial(model, Path(config.init_from))
     elif config.setting == "transductive":
@@ -130,6 +139,13 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset) -> nn.Module:
     elif not model.weights_loaded:
         logger.warning("model.pretrained is not set: the image encoder starts from random weights")
     return model
+
+
+def new_model(config: TrainConfig, dataset: Vocabulary) -> nn.Module:
+    """The model of the method with the dataset's vocabulary, on the CPU, seeded; of `model.pretrained` or random."""
+    options = _model_options(config, dataset)
+    torch.manual_seed(config.seed)
+    return create_model(config.method, **options)
 
 
 def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn.Module) -> Tensor:
@@ -161,10 +177,8 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn
     return rows.cpu()
 
 
-def build_step(
-    config: TrainConfig, dataset: SegmentationDataset, model: nn.Module, text: Tensor, device: torch.device
-) -> Step:
-    """The training step of the method, on its device."""
+def build_step(config: TrainConfig, dataset: Vocabulary, model: nn.Module, text: Tensor, device: torch.device) -> Step:
+    """The training step of the method, on its device, recomputing and compiled where the configuration says so."""
     common = {"ignore_index": dataset.ignore_index, "precision": config.precision}
     if config.method in ONE_STAGE:
         step = OneStageStep(model, text, setting=config.setting, **common)
@@ -172,7 +186,26 @@ def build_step(
         step = PairStep(model, text, **common)
     else:
         step = build_proposal_step(config, model, text, device, common)
+    if config.checkpoint_activations:
+        checkpoint_blocks(model)
+    if config.compile:
+        check_compiler(device)
+        step.compile()
     return step.to(device).train()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise where torch.compile would find no compiler, before anything is trained."""
+    cuda = device.type == "cuda"
+    if cuda and importlib.util.find_spec("triton") is None:
+        raise ValueError("compile: torch.compile needs triton on a GPU (pip install triton), or compile=false")
+    variable, usual = ("CC", "gcc") if cuda else ("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get(variable, usual)
+    if shutil.which(compiler) is None and not (cuda and shutil.which("clang")):
+        raise ValueError(
+            f"compile: torch.compile needs a compiler, {compiler!r} is not on PATH; install it, name another in "
+            f"{variable}, or train with compile=false"
+        )
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
@@ -195,7 +228,7 @@ def _recomputed(forward: Any) -> Any:
     return run
 
 
-def _model_options(config: TrainConfig, dataset: SegmentationDataset) -> dict[str, Any]:
+def _model_options(config: TrainConfig, dataset: Vocabulary) -> dict[str, Any]:
     known = _known_options(config.method)
     for key in config.model:
         if key not in known:

@@ -1,0 +1,186 @@
+"""CLIP's image tower in 8 bits, for inference: its linear layers through torchao, everything else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zs3fast.encoders.clip_vit import QUICK_GELU_SLOPE, Attention, ClipViT, Mlp
+
+KINDS = ("int8", "int8-weights", "fp8")
+FP8_CAPABILITY = (8, 9)  # the first GPUs that multiply float8
+INSTALL = "pip install 'zs3fast[quantize]'"
+Quantize = Callable[[Tensor], nn.Parameter]
+
+
+@torch.no_grad()
+def quantize_encoder(model: nn.Module, kind: str = "int8") -> nn.Module:
+    """Put the linear layers of a model's CLIP image tower into 8 bits, in place; the tower runs forward only after.
+
+    Of every block these are the query, key and value projection, the output projection and both layers of the MLP:
+
+        y = s_x s_W (q_x q_W^T) + b,   q = round(x / s),   s = max |x| / 127, one a token and one a row of W
+
+    Patch embedding, norms, attention, prompts, decoder and text stay as they are.
+
+    Args:
+        model: of any method, on its device and in eval mode. It is changed, and frozen altogether.
+        kind: "int8": activations and weights, the scales of activations found as they come;
+            "int8-weights": weights alone, which saves memory and no time;
+            "fp8": activations and weights in float8 (e4m3), on GPUs of compute capability 8.9 and later. Scales are
+            one a token and one a row for a bfloat16 model, one a tensor for others. Tested on the float8 products that
+            torch has for the CPU; it has not run on a GPU.
+    Returns:
+        The model, with `model.quantized` = kind. It refuses `train()`, gradients, `state_dict()` (so
+        `zs3fast.weights.save` too) and `load_state_dict()`: save or load before.
+    Raises:
+        TypeError: not a model.  ValueError: an unknown kind, a model in training mode or quantised before, a tower
+        that is a ResNet, a device that does not do it.  ImportError: without torchao.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    encoder = getattr(model, "encoder", None)
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"model: expected one of create_model or load_official, got {type(model).__name__}")
+    if getattr(model, "quantized", None):
+        raise ValueError(f"model: its image tower is {model.quantized} already, expected one that is not quantised")
+    if not isinstance(encoder, ClipViT):
+        raise ValueError(f"model: expected a ViT as image tower, {type(encoder).__name__} is made of convolutions")
+    if model.training:
+        raise ValueError("model: expected eval mode, since a quantised tower cannot train; call model.eval() first")
+    quantize = _quantizer(kind, encoder.proj)
+    replaced = [  # all of them before the first is put in place: an error leaves the model whole
+        (QuantizedAttention(block.attn, quantize), QuantizedMlp(block.mlp, quantize))
+        for block in encoder.transformer.resblocks
+    ]
+    for block, (block.attn, block.mlp) in zip(encoder.transformer.resblocks, replaced):
+        block.eval()
+        block.ln_1.register_forward_pre_hook(_forward_only)  # whatever enters a block's layers passes this norm
+    model.requires_grad_(False)
+    model.quantized = kind
+    model.train = partial(_stay_in_eval_mode, model)
+    model.register_state_dict_pre_hook(_refuse_state)
+    model.register_load_state_dict_pre_hook(_refuse_state)
+    return model
+
+
+class QuantizedAttention(Attention):
+    """The same attention on 8-bit projections. Parts of the packed one are cut once: torchao's weights cannot be cut
+    in inference mode. They share its memory as long as the model stays on its device."""
+
+    def __init__(self, attn: Attention, quantize: Quantize):
+        nn.Module.__init__(self)
+        self.heads = attn.heads
+        width = attn.out_proj.in_features
+        self.in_proj_weight = quantize(attn.in_proj_weight)
+        self.in_proj_bias = attn.in_proj_bias
+        self.query_weight, self.key_value_weight = (
+            nn.Parameter(part, requires_grad=False)
+            for part in (self.in_proj_weight[:width], self.in_proj_weight[width:])
+        )
+        self.out_proj = _linear(attn.out_proj.weight, attn.out_proj.bias, quantize)
+
+    def in_proj(self, x: Tensor, rows: slice) -> Tensor:
+        weight = self.key_value_weight if rows.start else self.query_weight
+        return F.linear(x, weight, self.in_proj_bias[rows])
+
+
+class QuantizedMlp(nn.Module):
+    """The MLP on 8-bit weights: c_proj(silu(c_fc(x))), QuickGELU's factors inside the weights, where scales take them.
+
+    x sigmoid(a x) = silu(a x) / a.
+    """
+
+    def __init__(self, mlp: Mlp, quantize: Quantize):
+        super().__init__()
+        a = QUICK_GELU_SLOPE if mlp.quick else 1.0
+        bias = nn.Parameter(a * mlp.c_fc.bias)
+        self.c_fc = _linear(a * mlp.c_fc.weight, bias, quantize)
+        self.c_proj = _linear(mlp.c_proj.weight / a, mlp.c_proj.bias, quantize)
+        self.activation = F.silu if mlp.quick else F.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+def _quantizer(kind: str, like: Tensor) -> Quantize:
+    """What turns a weight [out, in] into its 8-bit form, for towers on the device and of the type of `like`."""
+    try:
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            Int8WeightOnlyConfig,
+            PerRow,
+            PerTensor,
+            quantize_,
+        )
+        from torchao.utils import should_reduce_range
+    except ImportError as error:
+        raise ImportError(f"quantize_encoder needs torchao 0.18 or later: {INSTALL} ({error})") from None
+    # torchao would set options of the compiler and the precision of matrix products for the whole process.
+    alone = {"set_inductor_config": False}
+    if kind == "int8":
+        config = Int8DynamicActivationInt8WeightConfig(reduce_range=should_reduce_range(like.device), **alone)
+    elif kind == "int8-weights":
+        config = Int8WeightOnlyConfig(**alone)
+    else:
+        _check_fp8(like.device)
+        scales = PerRow() if like.dtype == torch.bfloat16 else PerTensor()
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=scales, **alone)
+
+    def quantize(weight: Tensor) -> nn.Parameter:
+        holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        holder.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        quantize_(holder, config)
+        if type(holder.weight) is nn.Parameter:  # left as it was
+            raise ValueError(f"kind: {kind} takes weights with sides of a multiple of 16, got {list(weight.shape)}")
+        return holder.weight
+
+    return quantize
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"kind: fp8 runs on CUDA GPUs, the model is on {device}; int8 runs everywhere")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise ValueError(
+            f"kind: fp8 needs compute capability 8.9 or later, {torch.cuda.get_device_name(device)} has "
+            f"{capability[0]}.{capability[1]}; int8 runs everywhere"
+        )
+
+
+def _linear(weight: Tensor, bias: nn.Parameter, quantize: Quantize) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = quantize(weight), bias
+    return linear
+
+
+def _forward_only(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Before the first norm of a block: torchao's products have no gradient, and take no empty input."""
+    x = inputs[0]
+    if norm.training:
+        raise ValueError("model: its quantised image tower is in training mode; call model.eval()")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("images: no gradient goes through a quantised image tower, got inputs that require one")
+    if not x.numel():
+        raise ValueError("images: expected at least one for a quantised image tower, got an empty batch")
+
+
+def _stay_in_eval_mode(model: nn.Module, mode: bool = True) -> nn.Module:
+    """In the place of `model.train`."""
+    if mode:
+        raise ValueError(f"model: its image tower is quantised ({model.quantized}), which is for inference only")
+    return type(model).train(model, False)
+
+
+def _refuse_state(model: nn.Module, *_: Any) -> None:
+    raise ValueError(
+        f"model: its image tower is quantised ({model.quantized}), weights of it are neither saved nor loaded; "
+        "save before quantising, and quantise after loading"
+    )
