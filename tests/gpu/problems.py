@@ -219,12 +219,12 @@ _descriptor = shapes(
 )
 _loss = shapes((3, 3, 2, 3, 9, 14), loss.SMALL + loss.LARGE, {"coco171": (2, 171, 32, 32, 512, 512)})
 _proposals = shapes(
-    (3, 2, 16, 18, 35),
+    (3, 2, 32, 18, 35),
     proposals.SMALL + proposals.LARGE,
     {"maft-100": (2, 12, 64, 100, 900), "maft-300": (1, 12, 64, 300, 1024)},
 )
 _bridge = shapes(
-    (3, 1, 16, 2, (5, 6), (2, 3)),
+    (3, 1, 32, 2, (5, 6), (2, 3)),
     bridge.SMALL + bridge.LARGE,
     {"M16": (2, 12, 64, 11, (32, 32), (4, 4)), "M1024": (2, 12, 64, 101, (32, 32), (32, 32))},
 )

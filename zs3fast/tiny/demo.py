@@ -35,7 +35,7 @@ def demo(
         Path | None, typer.Option(help="Folder of models that `zs3fast.tiny.build --output` packed.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture.")] = Path("zs3fast_demo"),
-    scenes: Annotated[int, typer.Option(help="Scenes to score on, of 1,000 that no model has seen.")] = 60,
+    scenes: Annotated[int, typer.Option(help="Scenes to score on, of 1,000 that no model has seen.")] = 40,
 ) -> None:
     """Segment scenes of the procedural world with every method, print scores, draw a picture.
 
