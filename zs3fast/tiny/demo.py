@@ -68,14 +68,14 @@ def _entries(models: Path | None, scenes: int) -> list[Entry]:
     found = packed_models(models or bundled())
     if not found:
         raise FileNotFoundError(f"--models: {models} holds no packed models; `python -m zs3fast.tiny.build` makes them")
-    dataset = WorldDataset("test", length=scenes)
+    dataset = WorldDataset("test")
     entries = []
     with stderr.status("Segmenting") as status:
         for method, path in found.items():
             status.update(f"Segmenting with {method}")
             label = world_labeller(world_segmenter(path, dataset), dataset)
             name = f"{method} (true regions)" if method == "maft" else method
-            entries.append(Entry(name, label, score(label, dataset)))
+            entries.append(Entry(name, label, score(label, dataset, limit=scenes)))
     return entries
 
 
