@@ -223,8 +223,8 @@ def _triton_objections(first: Tensor, *_args: object) -> list[str]:
 
 
 # forward alone: its log-sum-exp is what the other backends' backward passes need
-def _cuda_objections(q, k_self, v_self, k, v, *_args: object) -> list[str]:
-    return _mma.objections(OP, q, k_self, v_self, k, v)
+def _cuda_objections(q: Tensor, *args: object) -> list[str]:
+    return _mma.objections(OP, q, *args[:4])  # k_self, v_self, k, v
 
 
 _dispatch.register("proposal_attention", "reference", _reference_run, _dispatch.never)

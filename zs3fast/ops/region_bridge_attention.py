@@ -291,8 +291,8 @@ def _triton_objections(first: Tensor, *_args: object) -> list[str]:
 
 
 # forward alone: its log-sum-exp is what the other backends' backward passes need
-def _cuda_objections(q, k, v, *_args: object) -> list[str]:
-    return _mma.objections(OP, q, k, v)
+def _cuda_objections(q: Tensor, *args: object) -> list[str]:
+    return _mma.objections(OP, q, *args[:2])  # k, v
 
 
 _dispatch.register("region_bridge_attention", "reference", _reference_run, _dispatch.never)
