@@ -19,7 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from zs3fast._open_clip import create_open_clip
-from zs3fast.data.world import ALL_STUFF, ALL_THINGS, CLASS_NAMES, CaptionSet, arrange, draw
+from zs3fast.data.world import ALL_STUFF, ALL_THINGS, CLASS_NAMES, VERSION, CaptionSet, arrange, draw
 from zs3fast.data.world.captions import caption
 from zs3fast.text import TextEncoder
 from zs3fast.training import checkpoints
@@ -137,7 +137,7 @@ def test_a_run_leaves_everything_behind(reference):
     assert [p.name for p in checkpoints.list_checkpoints(folder)][-1] == "iteration_00000004.safetensors"
     assert not list(folder.rglob(".*.safetensors"))
     with safetensors.safe_open(reference.weights, framework="pt") as file:
-        assert json.loads(file.metadata()[METADATA_KEY]) == {"clip": CLIP, "world": 1, "seed": 3}
+        assert json.loads(file.metadata()[METADATA_KEY]) == {"clip": CLIP, "world": VERSION, "seed": 3}
 
 
 def test_resume_is_bit_exact(reference, tmp_path):
