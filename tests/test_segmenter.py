@@ -354,9 +354,8 @@ def test_from_pretrained_official(tmp_path):
 
 def test_from_pretrained_of_what_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("ZS3FAST_CACHE", str(tmp_path))
-    with pytest.raises(
-        FileNotFoundError, match="no file zegclip, no such name among the weights .*nor in the package .zs3fast-tiny, .*zs3fast convert"
-    ):
+    message = "no file zegclip, no such name among the weights .*nor in the package .zs3fast-tiny, .*zs3fast convert"
+    with pytest.raises(FileNotFoundError, match=message):
         Segmenter.from_pretrained("zegclip")
     weights.save(make_model(), tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:1000])
