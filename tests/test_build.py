@@ -72,6 +72,8 @@ def test_a_wheel_has_one_metadata_and_no_sources(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    models = {path.name for path in ROOT.glob("zs3fast/weights/bundled/*")}
+    assert {name.split("/")[-1] for name in names if "/bundled/" in name} == models and len(models) == 7
     assert {name.split("/")[0] for name in names} == {"zs3fast", "zs3fast-0.1.0.dist-info"}
     assert not [name for name in names if name.startswith(("tests/", "bench/", "csrc/"))]
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
