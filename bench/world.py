@@ -55,6 +55,7 @@ VARIANTS = {
     "closed-set": Variant("zegclip", "ZegCLIP's network on class vectors without meaning", ("text.embeddings=CODES",)),
     "zegclip": Variant("zegclip", "ZegCLIP"),
     "tagclip": Variant("tagclip", "TagCLIP"),
+    "tagclip-offset": Variant("tagclip", "TagCLIP with ZegCLIP's offset of 0.03", ("model.seen_offset=0.03",)),
     "tagclip-no-trusty": Variant(
         "tagclip", "TagCLIP without its trusty map", ("model.trusty_token=false", "model.trusty_weighting='off'")
     ),

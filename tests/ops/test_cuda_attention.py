@@ -8,9 +8,6 @@ place of backend "cuda" and are judged as every kernel is. Launches, registers a
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from torch import Tensor
 from tests.ops import test_proposal_attention as proposals
 from tests.ops import test_region_bridge_attention as bridge
 from tests.ops.budget import assert_within_budget
+from tests.ops.cxx import shared_library
 from zs3fast.ops import _dispatch, _mma, proposal_attention, region_bridge_attention, use_backend
 from zs3fast.ops._bits import pack_bits
 from zs3fast.ops.proposal_attention import _reference_backward_run as proposals_backward
@@ -44,17 +42,9 @@ def view(x: Tensor) -> View:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    named = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
-    compiler = next((path for path in map(shutil.which, named) if path), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler (CXX, c++, g++, clang++)")
-    output = tmp_path_factory.mktemp("kernels") / "emulated.so"
     sources = sorted(Path(__file__).with_name("emulated").glob("*.cpp"))
-    options = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
     folders = (f"-I{ROOT / 'csrc'}", f"-I{Path(__file__).parent}")
-    done = subprocess.run([compiler, *options, *folders, *sources, "-o", output], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(output))
+    return shared_library(tmp_path_factory.mktemp("kernels") / "emulated.so", sources, "-O2", *folders)
 
 
 def call(function, *arguments) -> None:

@@ -8,9 +8,6 @@ at a GPU's results.
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from torch import Tensor
 from tests.ops import test_mask_loss as loss
 from tests.ops import test_masks_to_bits as bits
 from tests.ops import test_masks_to_labels as labels
+from tests.ops.cxx import shared_library
 from zs3fast.ops import _dispatch, masks_to_bits, masks_to_labels, use_backend
 
 ROOT = Path(__file__).parents[2]
@@ -43,16 +41,9 @@ def pointer(x: Tensor) -> ctypes.c_void_p:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    named = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
-    compiler = next((path for path in map(shutil.which, named) if path), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler (CXX, c++, g++, clang++)")
-    output = tmp_path_factory.mktemp("kernels") / "cuda_on_cpu.so"
-    options = ("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}")
     source = Path(__file__).with_name("cuda_on_cpu.cpp")
-    done = subprocess.run([compiler, *options, source, "-o", output], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(output))
+    output = tmp_path_factory.mktemp("kernels") / "cuda_on_cpu.so"
+    return shared_library(output, [source], "-O1", f"-I{ROOT / 'csrc'}")
 
 
 class OnCpu:

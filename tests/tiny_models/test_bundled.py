@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+import safetensors.torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,7 +19,9 @@ from zs3fast.data.world import WorldDataset
 from zs3fast.evaluation.scores import Scores
 from zs3fast.segmenter import TINY, TINY_DEFAULT, find_weights
 from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
-from zs3fast.weights.packing import bundled, packed_models
+from zs3fast.training.contrastive import load_contrastive_config
+from zs3fast.training.contrastive.probe import zero_shot_probe
+from zs3fast.weights.packing import BASE, bundled, packed_models, unpack_clip
 
 METHODS = ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")
 SCENES = 24
@@ -37,6 +41,22 @@ def test_all_methods_are_there_and_small() -> None:
     assert Segmenter.from_pretrained(TINY).model.method == TINY_DEFAULT
     with pytest.raises(FileNotFoundError, match="nor in the package .zs3fast-tiny, zs3fast-tiny-clip_rc"):
         find_weights("zs3fast-tiny-nothing")
+
+
+@pytest.mark.parametrize("method", ["zegclip", "tagclip"])
+def test_unseen_classes_are_found(method: str) -> None:
+    found, plain = scores(method).headline(), scores("maskclip").headline()
+    assert found["mIoU(U)"] > 0.6 * found["mIoU(S)"] and found["pAcc"] > 50
+    assert found["hIoU"] > 3 * plain["hIoU"]
+
+
+def test_the_clip_names_things_and_stuff() -> None:
+    clip = open_clip.CLIP(**load_contrastive_config().clip)
+    clip.load_state_dict(unpack_clip(safetensors.torch.load_file(bundled() / BASE)))
+    tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
+    found = zero_shot_probe(clip, tokenizer, size=64, number=4)
+    assert found["things"] == pytest.approx(0.625, abs=0.02) and found["stuff"] == pytest.approx(0.78, abs=0.02)
+    assert found["colour"] == 1 and found["pattern"] > 0.98 and found["shape"] > 0.6
 
 
 def test_the_default_on_one_scene() -> None:
