@@ -35,7 +35,7 @@ def test_demo(packed: Path, tmp_path: Path) -> None:
     assert set(packed_models(packed)) == {"maskclip", "tagclip"}
     done = CliRunner().invoke(app, ["demo", "--models", str(packed), "-o", str(tmp_path), "--scenes", "2"])
     assert done.exit_code == 0, done.output
-    assert all(word in done.output for word in ("maskclip", "tagclip", "mIoU(U)", "hIoU"))
+    assert all(word in done.output for word in ("2 scenes,", "maskclip", "tagclip", "mIoU(U)", "hIoU"))
     with Image.open(tmp_path / "demo.png") as picture:
         scene = np.asarray(picture.convert("RGB"))[30:200, 4:170]
         assert picture.width > 900 and len(np.unique(scene.reshape(-1, 3), axis=0)) > 500

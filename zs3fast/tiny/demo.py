@@ -47,7 +47,7 @@ def demo(
             raise ValueError(f"--scenes: expected 1..1000, got {scenes}")
         output.mkdir(parents=True, exist_ok=True)
         entries = _entries(models, scenes)
-    table = Table(title=f"{scenes} scenes, 48 seen and 16 unseen classes, percent")
+    table = Table(title=f"{entries[0].report.images} scenes, 48 seen and 16 unseen classes, percent")
     table.add_column("method")
     for column in COLUMNS:
         table.add_column(column, justify="right")
