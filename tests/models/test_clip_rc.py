@@ -190,6 +190,15 @@ def test_official_initialisation_starts_layers_as_copies_and_intent_does_not() -
     assert all((layer.linear2.weight == 0).all() and layer.linear1.weight.std() < 0.03 for layer in intent)
 
 
+def test_output_gain_squared_scales_the_first_logits_and_nothing_else() -> None:
+    """The last norms' biases start at 0, so both factors of the masks are proportional to the gain."""
+    published, small = (
+        tiny_model("clip_rc", init="intent", output_gain=gain)(*tiny_inputs()) for gain in (1.0, 0.25)
+    )
+    torch.testing.assert_close(small.mask_logits, published.mask_logits / 16)
+    torch.testing.assert_close(small.patch_tokens, published.patch_tokens)
+
+
 def test_published_size_has_the_published_trainable_weights() -> None:
     """Spec section 11: 36.94M trainable, 8.41M of them in modules the forward pass never uses, which are not built."""
     model = zs3fast.create_model("clip_rc", clip="ViT-B-16", num_prompts=10, seen=range(15), num_classes=20)
@@ -215,6 +224,7 @@ def test_checkpoint_of_another_number_of_regions_can_be_repeated() -> None:
         ({"prompt_depth": 1}, "prompt_depth: CLIP-RC gives every layer its prompts, got 1"),
         ({"alignment": "all"}, "alignment: expected one of region_global, region, global, none, got 'all'"),
         ({"init": "jittor"}, "init: expected one of official, intent"),
+        ({"output_gain": 0}, "output_gain: expected a number above 0, got 0"),
         ({"decoder_heads": 5}, "decoder_heads: 5 does not divide"),
     ],
 )

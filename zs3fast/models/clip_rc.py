@@ -39,6 +39,8 @@ class ClipRC(SegmentationModel):
         recovery_layers: two-way layers of the recovery decoder (table 8: 0 to 3); None leaves it out (table 5).
         init: "official": torch's defaults with decoder layers that start as copies, as the official training has it;
             "intent": truncated normal 0.02 and zero `decoder_v` output layers, which its unused initialiser describes.
+        output_gain: gains of the decoder's two last norms before training; published: 1. Masks are products of what
+            these norms put out, so its square scales the first mask logits, whose deviation is near sqrt(D) at 1.
         decoder_layers, decoder_heads, decoder_width: depth, heads and FFN width (None: 4 D) of the decoder.
         query_chunk: rows of queries at a time in inference.
         options: see `SegmentationModel`.
@@ -55,6 +57,7 @@ class ClipRC(SegmentationModel):
         query_regions: bool = True,
         recovery_layers: int | None = 1,
         init: str = "official",
+        output_gain: float = 1.0,
         decoder_layers: int = 3,
         decoder_heads: int = 8,
         decoder_width: int | None = None,
@@ -63,6 +66,8 @@ class ClipRC(SegmentationModel):
     ):
         if options.get("prompt_depth") is not None:
             raise ValueError(f"prompt_depth: CLIP-RC gives every layer its prompts, got {options['prompt_depth']}")
+        if not (isinstance(output_gain, (int, float)) and 0 < output_gain < float("inf")):
+            raise ValueError(f"output_gain: expected a number above 0, got {output_gain!r}")
         self._regions = regions if isinstance(regions, int) else tuple(regions)
         self._update_regions = update_regions
         super().__init__(**options)
@@ -73,6 +78,7 @@ class ClipRC(SegmentationModel):
             query_regions=query_regions,
             recovery_layers=recovery_layers,
             init=one_of("init", init, ("official", "intent")),
+            output_gain=output_gain,
             decoder_layers=decoder_layers,
             decoder_heads=decoder_heads,
             decoder_width=decoder_width,
@@ -84,6 +90,8 @@ class ClipRC(SegmentationModel):
         self.alignment = FeatureAlignment(dim, ALIGNMENTS[alignment])
         self.decoder = TwoWayDecoder(dim, decoder_heads, decoder_layers, width, query_chunk)
         self._init_head(init)
+        for half in (self.decoder.decoder_q, self.decoder.decoder_v):
+            nn.init.constant_(half.layers[-1].norm3.weight, output_gain)
         self.recovery = None if recovery_layers is None else RecoveryDecoder(dim, decoder_heads, recovery_layers, width)
 
     def _make_encoder(self, vision: ClipVisionConfig, image_size: int, options: dict[str, Any]) -> PromptedClipViT:
