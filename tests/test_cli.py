@@ -246,6 +246,7 @@ def test_untrained_weights_work_and_say_so_once(place):
         (["--weights", "tiny", "--trained-on", "voc20"], "--trained-on is for official checkpoints"),
         (["--weights", "tiny", "--templates", "photo"], "templates: expected 'single', 'multi'"),
         (["--weights", "tiny", "--background", "sky, sky"], "background: 'sky' is given twice"),
+        (["--weights", "tiny", "--quantize", "int4"], "kind: expected one of int8, int8-weights, fp8, got 'int4'"),
         (["--weights", "tiny", "--min-score", "nan"], "min_score: expected a finite number"),
         ([], "expected class names: give --classes, --classes-file or --dataset"),
         (["-c", "cat", "--clip", "ViT-B16"], "clip: open_clip has no model 'ViT-B16'; close names: "),
@@ -270,6 +271,25 @@ def test_compile_without_a_compiler_is_a_usage_error(place, tiny):
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         output = run("segment", "x.png", "-w", tiny, "--compile", code=2)
     assert output.startswith("error compile: torch.compile needs a C++ compiler on a CPU and found none")
+
+
+def test_an_image_tower_in_8_bits(place, tiny):
+    pytest.importorskip("torchao", reason="needs torchao (pip install 'zs3fast[quantize]')")
+    save_photo(place / "x.png")
+    run("segment", "x.png", "-w", tiny, "-c", "cat, moon, sky", "--quantize", "int8", "-o", "out")
+    results = [
+        Segmenter.from_pretrained(tiny, quantize=kind)("x.png", ["cat", "moon", "sky"]) for kind in ("int8", None)
+    ]
+    saved = json.loads((place / "out" / "x.json").read_text())
+    assert saved["classes"] == results[0].to_dict()["classes"]
+    assert not np.array_equal(results[0].scores, results[1].scores), "8 bits leave a trace"
+
+
+def test_quantize_without_torchao_is_a_usage_error(place, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    save_photo(place / "x.png")
+    output = run("segment", "x.png", "-w", tiny, "--quantize", "int8", code=2)
+    assert output.startswith("error quantize_encoder needs torchao 0.18 or later: pip install 'zs3fast[quantize]'")
 
 
 def test_nothing_to_segment(place, tiny):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 USAGE_ERROR, RUN_ERROR = 2, 1
+QUANTIZE_HELP = "Run the image tower in 8 bits: int8, int8-weights or fp8; needs zs3fast[quantize]."
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 stdout = Console(soft_wrap=True, highlight=False)
 
@@ -22,7 +23,7 @@ def one_line_errors(code: int) -> Iterator[None]:
         yield
     except typer.Exit:  # a RuntimeError too: an inner block has said all
         raise
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         stderr.print(f"[red]error[/] {escape(first_line(error))}")
         raise typer.Exit(code) from None
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zs3fast._console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
+from zs3fast._console import QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.segmenter import Segmenter
@@ -115,6 +115,7 @@ def segment(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Run the model through torch.compile; pays off for many pictures.")
     ] = False,
+    quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
 ) -> None:
     """Segment pictures into classes given by name.
 
@@ -145,6 +146,7 @@ def segment(
             device=_device(device),
             seed=seed,
             compile_=compile_,
+            quantize=quantize,
         )
         workers = default_workers(segmenter.device) if workers is None else workers
         failures: dict[Path, Exception] = {}  # one bad picture does not end the run
@@ -284,6 +286,7 @@ def _segmenter(
     device: str,
     seed: int,
     compile_: bool,
+    quantize: str | None,
 ) -> Segmenter:
     import torch
 
@@ -298,6 +301,7 @@ def _segmenter(
         "device": device,
         "crops": crops,
         "compile": compile_,
+        "quantize": quantize,
     }
     options["proposer"] = None if proposer is None else load_mask_proposer(proposer, device)
     options["boxes"] = None if boxes is None else load_box_proposer(boxes, device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zs3fast import weights
 from zs3fast.compiled import CompiledModel
+from zs3fast.encoders.quantize import quantize_encoder
 from zs3fast.images import read_image
 from zs3fast.pipeline import default_workers, overlapped
 from zs3fast.proposals import BoxProposer, MaskProposer
@@ -87,6 +88,8 @@ class Segmenter:
         boxes: what finds boxes for ClsCLIP to zoom into (ClsCLIP+).
         compile: run ZegCLIP, TagCLIP, CLIP-RC or MaskCLIP through torch.compile, see `zs3fast.compiled`; the first
             pictures then take a minute or more. The other methods' work has too many shapes.
+        quantize: put the image tower of `model` into 8 bits, in place: "int8", "int8-weights" or "fp8", see
+            `zs3fast.encoders.quantize`, which needs torchao.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Segmenter:
         crops: str | None = None,
         boxes: BoxProposer | None = None,
         compile: bool = False,
+        quantize: str | None = None,
     ):
         if window_batch < 1:
             raise ValueError(f"window_batch: expected at least 1, got {window_batch}")
@@ -111,6 +115,8 @@ class Segmenter:
             raise ValueError("text_embeddings: give these or a text_encoder, not both")
         self.model = (model if device is None else model.to(device)).eval()
         self._recipe = recipe_for(model, window_batch, proposer, crops, boxes)
+        if quantize is not None:
+            quantize_encoder(self.model, quantize)
         if compile:
             if not self._recipe.compiles:
                 raise ValueError(f"compile: expected a method that works in windows, got {model.method}")
@@ -143,6 +149,7 @@ class Segmenter:
         crops: str | None = None,
         boxes: BoxProposer | None = None,
         compile: bool = False,
+        quantize: str | None = None,
         official: Mapping[str, Any] | None = None,
     ) -> Segmenter:
         """A segmenter from a weight file: one of ours, or an official checkpoint.
@@ -184,6 +191,7 @@ class Segmenter:
             crops=crops,
             boxes=boxes,
             compile=compile,
+            quantize=quantize,
         )
 
     @property

@@ -104,6 +104,21 @@ def test_settings_limit_split_and_denominator(tree):
     assert any("trained on the classes of voc20 itself" in note for note in crossed["notes"])
 
 
+def test_an_image_tower_in_8_bits(tree):
+    """Its counts are its own, the weights' name and digest those of the file."""
+    pytest.importorskip("torchao", reason="needs torchao (pip install 'zs3fast[quantize]')")
+    run(*common(output="float", worst=0))
+    run(*common(output="int8", worst=0, quantize="int8"))
+    settings = report("int8")["settings"]
+    assert settings.pop("quantize") == "int8" and settings == report("float")["settings"]
+    segmenter = Segmenter.from_pretrained(
+        tree / "tiny.safetensors", text_embeddings=np.load("rows.npy"), class_names=VOC, quantize="int8"
+    )
+    data = open_dataset("voc20", tree, "val")
+    pairs = [(segmenter(s.image, VOC, seen=range(15)).labels, s.labels) for s in (data[i] for i in range(len(data)))]
+    assert np.array_equal(np.load("int8/counts.npy"), brute_force_table(pairs, 20))
+
+
 def test_the_setting_is_that_of_the_weights(tree):
     names = {"class_names": VOC, "num_classes": 20}
     weights.save(tiny_model("zegclip", **names, seen=range(20)), "supervised.safetensors")

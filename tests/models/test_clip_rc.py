@@ -192,9 +192,7 @@ def test_official_initialisation_starts_layers_as_copies_and_intent_does_not() -
 
 def test_output_gain_squared_scales_the_first_logits_and_nothing_else() -> None:
     """The last norms' biases start at 0, so both factors of the masks are proportional to the gain."""
-    published, small = (
-        tiny_model("clip_rc", init="intent", output_gain=gain)(*tiny_inputs()) for gain in (1.0, 0.25)
-    )
+    published, small = (tiny_model("clip_rc", init="intent", output_gain=gain)(*tiny_inputs()) for gain in (1.0, 0.25))
     torch.testing.assert_close(small.mask_logits, published.mask_logits / 16)
     torch.testing.assert_close(small.patch_tokens, published.patch_tokens)
 

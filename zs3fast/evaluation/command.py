@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zs3fast._console import RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
+from zs3fast._console import QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.evaluation.evaluate import Report
@@ -71,6 +71,7 @@ def evaluate(
     denominator: Annotated[
         str, typer.Option(help="Classes in a mean of IoU: gt_or_pred (truth or prediction) or gt (truth).")
     ] = "gt_or_pred",
+    quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images (of a fold: pairs).")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("zs3fast_eval"),
     worst: Annotated[int, typer.Option(help="How many of the worst images to show in the report.")] = 10,
@@ -106,6 +107,7 @@ def evaluate(
             episodes=episodes,
             threshold=threshold,
             denominator=denominator,
+            quantize=quantize,
             device=where,
         )
         main = place()[0] == 0

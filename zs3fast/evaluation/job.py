@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zs3fast.data import SegmentationDataset, open_dataset, test_pairs
 from zs3fast.data.datasets import ids_digest
+from zs3fast.encoders.quantize import quantize_encoder
 from zs3fast.evaluation.evaluate import ItemScore, Report, evaluate, evaluate_pairs
 from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
 from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, learned_setting, published_items, resolve_setting
@@ -61,6 +62,7 @@ def prepare(
     episodes: str = "all",
     threshold: float = 0.5,
     denominator: str = "gt_or_pred",
+    quantize: str | None = None,
     device: str = "cpu",
 ) -> Job:
     """Open everything and check that it fits together; see `zs3fast eval --help` for the arguments."""
@@ -91,6 +93,9 @@ def prepare(
         "proposer": proposer,
         "text": " | ".join(segmenter.templates) if rows is None else text_embeddings.name,
     }
+    if quantize is not None:
+        quantize_encoder(segmenter.model, quantize)  # after the digest, which is of the weights that were given
+        settings["quantize"] = quantize
     if fold is not None:
         if settings["method"] != "clsclip":
             raise ValueError(f"weights: {dataset} is for clsclip, these are {settings['method']}'s")
