@@ -1,32 +1,20 @@
-// Vectors of one instruction set, for the files that are compiled once for each: loads and stores, exp, blocked products.
+// Vectors of one instruction set, for the files that are compiled once for each: exp and blocked products.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+
+#include "vectors.h"
 
 namespace zs3fast {
 namespace {  // every translation unit has its own: their instructions differ
 
+constexpr int kRows = 6;  // of a product's tile
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 6, kVectors = 4;  // 24 accumulators, 4 of B, 1 of A: 29 of 32 registers
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kRows = 6, kVectors = 2;  // 12 accumulators, 2 of B, 1 of A: 15 of 16 registers
+constexpr int kVectors = 4;  // 24 accumulators, 4 of B, 1 of A: 29 of 32 registers
 #else
-constexpr int kBytes = 16, kRows = 6, kVectors = 2;
+constexpr int kVectors = 2;  // 12 accumulators, 2 of B, 1 of A: 15 of 16 registers
 #endif
-constexpr int kLanes = kBytes / 4;
-
-typedef float Float __attribute__((vector_size(kBytes)));
-typedef int32_t Int __attribute__((vector_size(kBytes)));
-
-inline Float load(const float* p) {
-  Float x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-inline void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
-inline Float all(float x) { return x - Float{}; }
 
 // exp for x up to about 88, 2 ulp; below -87.3 the smallest normal number, NaN stays NaN.
 inline Float exponential(Float x) {

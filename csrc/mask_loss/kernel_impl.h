@@ -1,34 +1,15 @@
 // The kernels of kernel.h, compiled once an instruction set: the including file names it in ZS3FAST_ISA.
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "mask_loss/kernel.h"
+#include "vectors.h"
 
 namespace zs3fast::mask_loss {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-constexpr int kLanes = kBytes / 4;
 constexpr int64_t kRows = 32;  // rows summed in one fp32 accumulator
 
-typedef float Float __attribute__((vector_size(kBytes)));
-typedef int32_t Int __attribute__((vector_size(kBytes)));
-
-template <class V>
-inline V load(const void* p) {
-  V x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-inline void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
-inline Float all(float x) { return x - Float{}; }
 inline Float larger(Float x, Float y) { return x > y ? x : y; }   // y if either is NaN
 inline Float smaller(Float x, Float y) { return x < y ? x : y; }  // y if either is NaN
 
@@ -100,7 +81,7 @@ void widen(const Axis& axis, const float* grid, float* wide) {
   for (int64_t k = 0; k <= axis.in; ++k) {
     const float lower = grid[std::max<int64_t>(k - 1, 0)], upper = grid[std::min(k, axis.in - 1)];
     for (int64_t x = axis.begin[k]; x < axis.begin[k + 1]; x += kLanes)
-      store(wide + x, lower * load<Float>(axis.lower + x) + upper * load<Float>(axis.upper + x));
+      store(wide + x, lower * load(axis.lower + x) + upper * load(axis.upper + x));
   }
   for (int64_t x = axis.out; x < axis.padded; ++x) wide[x] = -1e30f;
 }
@@ -111,8 +92,8 @@ void contract(const Axis& axis, const float* wide, float* grid) {
     const float* pixels = wide + axis.begin[j];
     Float total{};
     for (int64_t i = axis.support[j]; i < axis.support[j + 1]; i += kLanes, pixels += kLanes) {
-      const Float weight = load<Float>(axis.gather + i);
-      total += weight != 0.0f ? weight * load<Float>(pixels) : Float{};  // a neighbour's NaN stays with the neighbour
+      const Float weight = load(axis.gather + i);
+      total += weight != 0.0f ? weight * load(pixels) : Float{};  // a neighbour's NaN stays with the neighbour
     }
     grid[j] = static_cast<float>(sum(total));
   }
@@ -149,11 +130,11 @@ void forward_rows(const Problem& problem, const float* above, const float* below
   const float *lower = problem.rows.lower, *upper = problem.rows.upper;
   Float focal{}, intersection{}, prob{};
   for (int64_t x = 0; x < width; x += kLanes) {
-    const Float a = load<Float>(above + x), b = load<Float>(below + x);
+    const Float a = load(above + x), b = load(below + x);
     Float strip_focal{}, strip_intersection{}, strip_prob{};  // short sums of short sums keep fp32 exact enough
     for (int64_t y = begin; y < end; ++y) {
       Int target{};
-      if constexpr (kTargets) target = load<Int>(labels + y * width + x) == c;
+      if constexpr (kTargets) target = load(labels + y * width + x) == c;
       const Pixel pix = pixel<kTargets, kSquare>(a * lower[y] + b * upper[y], target, problem.alpha, problem.gamma);
       const Float term = pix.power * pix.softplus;
       strip_focal += kTargets ? pix.weight * term : term;
@@ -197,11 +178,11 @@ void backward_rows(const Problem& problem, const float* above, const float* belo
   const int64_t width = problem.columns.padded;
   const float *lower = problem.rows.lower, *upper = problem.rows.upper;
   for (int64_t x = 0; x < width; x += kLanes) {
-    const Float a = load<Float>(above + x), b = load<Float>(below + x);
+    const Float a = load(above + x), b = load(below + x);
     Float to_above{}, to_below{};
     for (int64_t y = begin; y < end; ++y) {
       Int target{};
-      if constexpr (kTargets) target = load<Int>(labels + y * width + x) == c;
+      if constexpr (kTargets) target = load(labels + y * width + x) == c;
       const Pixel pix = pixel<kTargets, kSquare>(a * lower[y] + b * upper[y], target, problem.alpha, problem.gamma);
       const Float slope = pix.power * (problem.gamma * pix.right * pix.softplus + pix.wrong);
       Float of_prob = all(g.prob);
@@ -210,8 +191,8 @@ void backward_rows(const Problem& problem, const float* above, const float* belo
       to_above += lower[y] * dz;
       to_below += upper[y] * dz;
     }
-    store(grad_above + x, load<Float>(grad_above + x) + to_above);
-    store(grad_below + x, load<Float>(grad_below + x) + to_below);
+    store(grad_above + x, load(grad_above + x) + to_above);
+    store(grad_below + x, load(grad_below + x) + to_below);
   }
 }
 

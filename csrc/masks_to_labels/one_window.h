@@ -6,6 +6,7 @@
 // its group cannot win there, and only the few classes left are evaluated at every pixel.
 #pragma once
 
+#include "carver.h"
 #include "score.h"
 
 namespace zs3fast::masks_to_labels::ZS3FAST_ISA {

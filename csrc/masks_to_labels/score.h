@@ -82,22 +82,5 @@ inline int64_t count_nan(const float* values, int64_t count) {
   return total;
 }
 
-// Hands out pieces of one block of scratch memory; with a null block it only measures.
-class Carver {
- public:
-  explicit Carver(unsigned char* block) : block_(block) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(block_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* block_;
-  int64_t used_ = 0;
-};
-
 }  // namespace
 }  // namespace zs3fast::masks_to_labels::ZS3FAST_ISA

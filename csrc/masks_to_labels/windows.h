@@ -6,6 +6,7 @@
 // out, and the others are computed on the canvas pixels the block needs, averaged, resized and compared.
 #pragma once
 
+#include "carver.h"
 #include "score.h"
 
 namespace zs3fast::masks_to_labels::ZS3FAST_ISA {

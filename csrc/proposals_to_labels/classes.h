@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "proposals_to_labels/request.h"
-#include "proposals_to_labels/vectors.h"
+#include "proposals_to_labels/arithmetic.h"
 
 namespace zs3fast::proposals_to_labels {
 namespace {

@@ -5,7 +5,9 @@
 // is done without a single mask value. Otherwise the masks that tell the remaining classes apart are evaluated at its pixels
 // and multiplied with their weights; a mask that is constant up to rounding goes into the start of the sums.
 #include <cstdint>
+#include <cstring>
 
+#include "carver.h"
 #include "proposals_to_labels/classes.h"
 #include "proposals_to_labels/masks.h"
 

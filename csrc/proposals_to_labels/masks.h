@@ -2,7 +2,7 @@
 #pragma once
 
 #include "proposals_to_labels/request.h"
-#include "proposals_to_labels/vectors.h"
+#include "proposals_to_labels/arithmetic.h"
 
 namespace zs3fast::proposals_to_labels {
 namespace {

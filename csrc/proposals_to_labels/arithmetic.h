@@ -1,8 +1,5 @@
-// Vectors of floats on each instruction set, and the pieces of arithmetic the kernel needs on them.
+// The pieces of arithmetic on vectors that the kernel needs.
 #pragma once
-
-#include <cstdint>
-#include <cstring>
 
 #if defined(__SSE2__)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -11,38 +8,19 @@
 #include <immintrin.h>
 #endif
 
+#include "vectors.h"
+
 namespace zs3fast::proposals_to_labels {
 namespace {
 
+constexpr int kGroup = 6;  // classes of a product's tile
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kGroup = 6, kVectors = 4;  // 24 accumulators, 4 of masks, 1 weight: 29 of 32 registers
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kGroup = 6, kVectors = 2;  // 12 accumulators, 2 of masks, 1 weight: 15 of 16 registers
+constexpr int kVectors = 4;  // 24 accumulators, 4 of masks, 1 weight: 29 of 32 registers
 #else
-constexpr int kBytes = 16, kGroup = 6, kVectors = 2;
+constexpr int kVectors = 2;  // 12 accumulators, 2 of masks, 1 weight: 15 of 16 registers
 #endif
-constexpr int kLanes = kBytes / 4;
 constexpr float kInf = __builtin_inff();
 
-typedef float Float __attribute__((vector_size(kBytes)));
-typedef int32_t Int __attribute__((vector_size(kBytes)));
-
-inline Float load(const float* p) {
-  Float x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-inline Int load(const int32_t* p) {
-  Int x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-template <typename Vector, typename T>
-inline void store(T* p, Vector x) {
-  std::memcpy(p, &x, sizeof x);
-}
-inline Float all(float x) { return x - Float{}; }
-inline Int all(int32_t x) { return x - Int{}; }
 // a < b ? a : b and a > b ? a : b, so b where either is NaN.
 inline Float min(Float a, Float b) {
 #if defined(__AVX512F__)
@@ -111,23 +89,6 @@ inline Float sigmoid(Float x) {
   p = p * f + 1.0f;
   return 1.0f / (1.0f + p * (Float)(((Int)shifted - 0x4B400000 + 127) << 23));
 }
-
-// Hands out pieces of one block of scratch memory, each on its own cache lines; with a null block it only measures.
-class Carver {
- public:
-  explicit Carver(unsigned char* block) : block_(block) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(block_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* block_;
-  int64_t used_ = 0;
-};
 
 }  // namespace
 }  // namespace zs3fast::proposals_to_labels
