@@ -33,7 +33,7 @@ from zs3fast.weights.packing import bundled, packed_models
 
 logger = logging.getLogger("zs3fast")
 
-TINY, TINY_DEFAULT = "zs3fast-tiny", "tagclip"  # the small models in the package, and the best of them
+TINY, TINY_DEFAULT = "zs3fast-tiny", "clip_rc"  # the small models in the package, and the best of them
 
 Classes = str | Iterable[str | Sequence[str]]
 _Read = tuple[np.ndarray, str | None]  # a picture's pixels [H, W, 3] and its path
