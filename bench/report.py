@@ -17,11 +17,17 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK = re.compile(r"(?P<open><!-- bench:(?P<name>[\w./-]+) -->\n).*?(?P<close><!-- /bench -->)", re.DOTALL)
+# Rows of a pass without a time, known by a key: what to show of them.
+COUNTS = {
+    ("peak_mib", "activations"): {"peak_mib": "MiB an image"},
+    ("largest_batch", "largest batch"): {"largest_batch": "images", "budget_gib": "in GiB", "peak_mib": "peak MiB"},
+    ("agreement", "scores"): {"pacc": "pAcc", "miou": "mIoU", "hiou": "hIoU", "agreement": "same labels, %"},
+}
 FLOORS = {"floor: products": "/ products", "floor: products + attention": "/ products + attention"}
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown of a results file: a table of times, one of start-up and memory where measured, and what they ran on."""
+    """Markdown of a results file: tables of times, counts, start-up and memory where measured; what they ran on."""
     if not rows:
         raise ValueError("rows: the results file is empty")
     floors = {floor_key(r, r["backend"]): r["p50_ms"] for r in rows if r["backend"] in FLOORS}
@@ -45,6 +51,12 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         parts.append(
             table(header, [[*(r[k] for k in header[:4]), *map(number, map(r["stages"].get, names))] for r in staged], 4)
         )
+    for (key, pass_), columns in COUNTS.items():
+        counted = [r for r in rows if key in r and r["pass"] == pass_]
+        if counted:
+            header = ["shape", "pass", "dtype", "name", "backend", *columns.values()]
+            cells = [[*(r[k] for k in header[:5]), *(number(r[column]) for column in columns)] for r in counted]
+            parts.append(table(header, cells, 5))
     started = [r for r in rows if "import_s" in r or "outcome" in r]
     if started:
         header = [
@@ -66,7 +78,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
                 4,
             )
         )
-    elif any(r["peak_mib"] is not None for r in rows):
+    elif any(r["peak_mib"] is not None and r["rounds"] for r in rows):
         header = ["shape", "pass", "dtype", "name", "backend", "peak MiB"]
         parts.append(table(header, [[*(r[k] for k in header[:5]), number(r["peak_mib"])] for r in rows], 5))
     return "\n\n".join([*parts, *sorted({machine(r) for r in rows})]) + "\n"

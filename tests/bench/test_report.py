@@ -45,6 +45,26 @@ def test_tables_are_filled_from_the_results_file(tmp_path):
     assert report.fill(after, tmp_path) == after
 
 
+def test_counts_have_tables_of_their_own():
+    described = {"device": "Some GPU", "versions": {"torch": "2.10"}, "commit": "0123456789abcdef"}
+    shape = {"described": described, "shape": "voc20-512"}
+    rows = [
+        harness.row("zegclip", "zs3fast", timing=None, pass_="activations", peak_bytes=3 * 2**20, **shape),
+        harness.row("zegclip", "zs3fast", timing=None, pass_="largest batch", peak_bytes=2**30, largest_batch=7,
+                    budget_gib=8.0, **shape),
+        harness.row("tiny", "int8", timing=None, pass_="scores", pacc=50.0, miou=30.5, hiou=20.25, agreement=99.5,
+                    **shape),
+    ]  # fmt: skip
+    text = report.render(rows)
+    assert "| backend | MiB an image |" in text
+    assert "| voc20-512 | activations | float32 | zegclip | zs3fast | 3 |" in text
+    assert "| backend | images | in GiB | peak MiB |" in text
+    assert "| voc20-512 | largest batch | float32 | zegclip | zs3fast | 7 | 8 | 1024 |" in text
+    assert "| backend | pAcc | mIoU | hIoU | same labels, % |" in text
+    assert "| voc20-512 | scores | float32 | tiny | int8 | 50 | 30.5 | 20.2 | 99.5 |" in text
+    assert text.count("| peak MiB |") == 1 and "median" not in text
+
+
 def test_a_missing_results_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="bench:nowhere/models"):
         report.fill("<!-- bench:nowhere/models -->\n<!-- /bench -->", tmp_path)
