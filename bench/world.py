@@ -57,7 +57,9 @@ VARIANTS = {
     "tagclip": Variant("tagclip", "TagCLIP"),
     "tagclip-offset": Variant("tagclip", "TagCLIP with ZegCLIP's offset of 0.03", ("model.seen_offset=0.03",)),
     "tagclip-no-trusty": Variant(
-        "tagclip", "TagCLIP without its trusty map", ("model.trusty_token=false", "model.trusty_weighting='off'")
+        "tagclip",
+        "TagCLIP without its trusty map, ZegCLIP's offset",
+        ("model.trusty_token=false", "model.trusty_weighting='off'", "model.seen_offset=0.03"),
     ),
     "clip_rc-m1": Variant("clip_rc", "CLIP-RC, M = 1", ("model.regions=1",)),
     "clip_rc-m4": Variant("clip_rc", "CLIP-RC, M = 4", ("model.regions=4",)),
