@@ -19,6 +19,7 @@ from zs3fast import ops, weights
 from zs3fast.images import read_image
 from zs3fast.ops import _extension
 from zs3fast.recipes import MAX_WINDOWS, prepare
+from zs3fast.resizing import bilinear
 from zs3fast.segmenter import Segmenter
 from zs3fast.text import MULTI, SINGLE, TextEncoder
 from zs3fast.weights.official import official_keys
@@ -66,8 +67,7 @@ def slow_scores(model, image, text):
     height, width = image.shape[:2]
     short = min(height, width)
     size = [int(side * SIDE / short + 0.5) for side in (height, width)]
-    pixels = torch.tensor(image).permute(2, 0, 1)[None].float()
-    pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0].round() / 255
+    pixels = bilinear(torch.tensor(image), size).permute(2, 0, 1).float() / 255  # see test_resizing.py
     canvas = (pixels - torch.tensor(model.pixel_mean)[:, None, None]) / torch.tensor(model.pixel_std)[:, None, None]
     stride = int(426 / 512 * SIDE)
     starts = [

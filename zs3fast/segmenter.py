@@ -248,8 +248,9 @@ class Segmenter:
     ) -> Generator[tuple[Any, Segmentation], None, None]:
         """Segment many pictures: the next ones are read and resized on threads while the model works.
 
-        On a GPU the copies to and from it overlap with its work as well. At most `workers` + `batch_size` pictures are
-        held beyond the one handed out (on a GPU twice `batch_size`). The arguments are checked at once.
+        A GPU resizes them itself, and the copies to and from it overlap with its work as well. At most `workers` +
+        `batch_size` pictures are held beyond the one handed out (on a GPU twice `batch_size`). The arguments are
+        checked at once.
 
         Args:
             images: any number, each as for a call; drawn from as pictures are asked for, some ahead.
@@ -383,6 +384,7 @@ def _segmentation(
     plan: _Plan, pixels: np.ndarray, source: str | None, labels: np.ndarray, scores: np.ndarray
 ) -> Segmentation:
     """The result from the winners' labels and scores, without what the plan leaves unlabelled."""
+    labels = labels.astype(np.int32)
     unlabelled = np.isin(labels, plan.rejected)
     if plan.min_score is not None:
         unlabelled |= ~(scores >= plan.min_score)
