@@ -391,6 +391,20 @@ def test_nothing_known_is_logged(caplog):
     assert "none of the 2 classes counts as seen" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["zegclip", "tagclip"])
+def test_half_precision(method):
+    """The model's type is the constructor's; labels are those of float32 but for close races."""
+    full = Segmenter(make_model(method), text_embeddings=text_rows(5))
+    half = Segmenter(make_model(method), text_embeddings=text_rows(5), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    image = photo(75, 100)
+    got, expected = half(image), full(image)
+    assert got.scores.dtype == np.float32 and (got.labels == expected.labels).mean() > 0.9
+    np.testing.assert_allclose(got.scores, expected.scores, atol=0.05)
+    with pytest.raises(ValueError, match="dtype: expected one of torch.float32, .*got torch.int8"):
+        Segmenter(make_model(), text_embeddings=text_rows(5), dtype=torch.int8)
+
+
 SIZES = [(64, 64), (75, 100), (31, 97), (130, 90), (64, 64), (100, 75)]
 
 

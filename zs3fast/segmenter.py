@@ -34,6 +34,8 @@ logger = logging.getLogger("zs3fast")
 
 TINY, TINY_DEFAULT = "zs3fast-tiny", "tagclip"  # the small models in the package, and the best of them
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 Classes = str | Iterable[str | Sequence[str]]
 _Read = tuple[np.ndarray, str | None]  # a picture's pixels [H, W, 3] and its path
 
@@ -81,6 +83,8 @@ class Segmenter:
         templates: "single", "multi" or sentences with one {}. None: what was published for training: "single" for a
             vocabulary of 20 (VOC), else "multi"; "multi" for MaskCLIP, which has no training.
         device: move the model there.
+        dtype: torch.float32, bfloat16 or float16: convert the model to it. None: as it is. Half precision is for GPUs;
+            labels differ where classes are close to each other.
         window_batch: windows the model sees at once.
         proposer: what finds mask proposals for MAFT, see `zs3fast.proposals`; it needs one.
         crops: classify MAFT's proposals by a CLIP pass each instead, see `zs3fast.recipes.Proposing`.
@@ -99,6 +103,7 @@ class Segmenter:
         class_names: Classes | None = None,
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         window_batch: int = 8,
         proposer: MaskProposer | None = None,
         crops: str | None = None,
@@ -109,7 +114,9 @@ class Segmenter:
             raise ValueError(f"window_batch: expected at least 1, got {window_batch}")
         if text_encoder is not None and text_embeddings is not None:
             raise ValueError("text_embeddings: give these or a text_encoder, not both")
-        self.model = (model if device is None else model.to(device)).eval()
+        if dtype not in (None, *_DTYPES):
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+        self.model = model.to(device=device, dtype=dtype).eval()
         self._recipe = recipe_for(model, window_batch, proposer, crops, boxes)
         if compile:
             if not self._recipe.compiles:
@@ -138,6 +145,7 @@ class Segmenter:
         class_names: Classes | None = None,
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         window_batch: int = 8,
         proposer: MaskProposer | None = None,
         crops: str | None = None,
@@ -179,6 +187,7 @@ class Segmenter:
             class_names=class_names,
             templates=templates,
             device=device,
+            dtype=dtype,
             window_batch=window_batch,
             proposer=proposer,
             crops=crops,
