@@ -28,7 +28,8 @@ OPS = (
 # A room may import the rooms listed for it (and itself). Left to right is the way data flows.
 FOUNDATION = {"types", "_cache", "_files", "_open_clip", "ops"}
 STAGES = {"text", "encoders", "descriptors", "decoders", "labels", "proposals"}
-SEGMENTER = FOUNDATION | STAGES | {"models", "weights", "images", "rendering", "recipes", "pipeline", "compiled"}
+SEGMENTING_PARTS = {"images", "resizing", "rendering", "recipes", "pipeline", "compiled"}
+SEGMENTER = FOUNDATION | STAGES | {"models", "weights"} | SEGMENTING_PARTS
 SEGMENTING = SEGMENTER | {"_console", "segmenter"}
 ARROWS: dict[str, set[str]] = {
     "types": {"rendering"},  # results draw and save themselves
@@ -42,8 +43,9 @@ ARROWS: dict[str, set[str]] = {
     "models": FOUNDATION | STAGES,
     "weights": FOUNDATION | STAGES | {"models"},
     "images": set(),
+    "resizing": set(),
     "rendering": {"_files"},
-    "recipes": FOUNDATION | STAGES | {"models"},
+    "recipes": FOUNDATION | STAGES | {"models", "resizing"},
     "pipeline": set(),
     "compiled": set(),
     "segmenter": SEGMENTER,

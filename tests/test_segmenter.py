@@ -19,6 +19,7 @@ from zs3fast import ops, weights
 from zs3fast.images import read_image
 from zs3fast.ops import _extension
 from zs3fast.recipes import MAX_WINDOWS, prepare
+from zs3fast.resizing import bilinear
 from zs3fast.segmenter import Segmenter
 from zs3fast.text import MULTI, SINGLE, TextEncoder
 from zs3fast.weights.official import official_keys
@@ -66,8 +67,7 @@ def slow_scores(model, image, text):
     height, width = image.shape[:2]
     short = min(height, width)
     size = [int(side * SIDE / short + 0.5) for side in (height, width)]
-    pixels = torch.tensor(image).permute(2, 0, 1)[None].float()
-    pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0].round() / 255
+    pixels = bilinear(torch.tensor(image), size).permute(2, 0, 1).float() / 255  # see test_resizing.py
     canvas = (pixels - torch.tensor(model.pixel_mean)[:, None, None]) / torch.tensor(model.pixel_std)[:, None, None]
     stride = int(426 / 512 * SIDE)
     starts = [
@@ -389,6 +389,20 @@ def test_nothing_known_is_logged(caplog):
     with caplog.at_level(logging.INFO, "zs3fast"):
         seg(photo(9, 9), ["cat", "dog"])
     assert "none of the 2 classes counts as seen" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["zegclip", "tagclip"])
+def test_half_precision(method):
+    """The model's type is the constructor's; labels are those of float32 but for close races."""
+    full = Segmenter(make_model(method), text_embeddings=text_rows(5))
+    half = Segmenter(make_model(method), text_embeddings=text_rows(5), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    image = photo(75, 100)
+    got, expected = half(image), full(image)
+    assert got.scores.dtype == np.float32 and (got.labels == expected.labels).mean() > 0.9
+    np.testing.assert_allclose(got.scores, expected.scores, atol=0.05)
+    with pytest.raises(ValueError, match="dtype: expected one of torch.float32, .*got torch.int8"):
+        Segmenter(make_model(), text_embeddings=text_rows(5), dtype=torch.int8)
 
 
 SIZES = [(64, 64), (75, 100), (31, 97), (130, 90), (64, 64), (100, 75)]

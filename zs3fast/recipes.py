@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs3fast import ops
@@ -24,6 +23,7 @@ from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.models.clsclip_plus import squash as squash_images
 from zs3fast.proposals import BoxProposer, MaskProposer, clip_input, for_classes, resize_for_proposer, sub_images
 from zs3fast.proposals.class_columns import scores_for_classes
+from zs3fast.resizing import bilinear, resizes_there
 
 # A bound on one picture's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
 MAX_WINDOWS = 1000
@@ -48,7 +48,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """labels: int32 [H, W], -1 = nothing was found there.  scores: float32 [H, W].  Both on the model's device."""
+    """labels: int16 (int32 for more than 32768 classes) [H, W], -1 = nothing was found there.  scores: float32 [H, W].
+
+    Both on the model's device.
+    """
 
     labels: Tensor
     scores: Tensor
@@ -97,8 +100,12 @@ class Windows(Recipe):
         self.run = model
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
-        """The picture resized, uint8 [3, H', W']: the resize rounds to 8 bits anyway, and they are quick to copy."""
-        return fit(pixels, self.model.image_size, self.antialias)
+        """The picture uint8 [H', W', 3], resized; or as it is, where the model's device resizes it."""
+        size = fitted_size(pixels.shape[:2], self.model.image_size)
+        picture = torch.from_numpy(pixels)
+        if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
+            return picture
+        return bilinear(picture, size, self.antialias)
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         model, (part, whole) = self.model, self.stride
@@ -114,10 +121,12 @@ class Windows(Recipe):
         return answers
 
     def _canvas(self, question: Question) -> Tensor:
-        """The normalised picture [3, H', W'] on the model's device."""
+        """The normalised picture [3, H', W'] on the model's device and in its type."""
+        model, like = self.model, next(self.model.parameters())
         prepared = self.prepare(question.pixels) if question.prepared is None else question.prepared
-        values = prepared.to(question.text.device).float()
-        return _normalise(values, self.model.pixel_mean, self.model.pixel_std)
+        size = fitted_size(question.pixels.shape[:2], model.image_size)
+        levels = bilinear(prepared.to(like.device), size, self.antialias)  # nothing to do where it was done
+        return _normalise(_channels_first(levels), model.pixel_mean, model.pixel_std).to(like.dtype)
 
     def _compare(self, masks: Tensor, trusty: Tensor | None, question: Question, **frame: Any) -> Answer:
         """Labels and scores of the picture from the logits of its windows, which lie in `frame`."""
@@ -130,22 +139,22 @@ class Windows(Recipe):
             seen_offset=model.seen_offset,
             trusty_logits=trusty if mixed else None,
             trusty_weighting=model.trusty_weighting if mixed else "off",
-            dtype=torch.int32,
+            dtype=_label_type(question),
             return_details=True,
             **frame,
         )
-        return _answer(result.labels[0], result.scores[0])
+        return _answer(result.labels[0], result.scores[0], question)
 
     def _run(
         self, canvases: Sequence[Tensor], windows: Sequence[list[tuple[int, int]]], text: Tensor
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Mask and trusty logits of every picture's windows. The model's batches run on from picture to picture."""
-        side, like = self.model.image_size, next(self.model.parameters())
+        side = self.model.image_size
         places = [(canvas, y, x) for canvas, corners in zip(canvases, windows, strict=True) for y, x in corners]
         masks, trusty = [], []
         for start in range(0, len(places), self.batch):
             crops = [canvas[:, y : y + side, x : x + side] for canvas, y, x in places[start : start + self.batch]]
-            out = self.run(torch.stack(crops).to(like.dtype), text)
+            out = self.run(torch.stack(crops), text)
             masks.append(out.mask_logits)
             trusty.append(out.trusty_logits)
         counts = [len(corners) for corners in windows]
@@ -164,7 +173,7 @@ class AveragedWindows(Windows):
     antialias = True
 
     def _compare(self, masks: Tensor, trusty: Tensor | None, question: Question, **frame: Any) -> Answer:
-        return _answer(*softmax_labels(masks, question.pixels.shape[:2], **frame))
+        return _answer(*softmax_labels(masks, question.pixels.shape[:2], **frame), question)
 
 
 class Squash(Recipe):
@@ -174,16 +183,24 @@ class Squash(Recipe):
         self.model = model
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
-        """The normalised picture [3, image_size, image_size]."""
+        """The normalised picture [3, image_size, image_size]; or uint8 [H, W, 3] where the model's device makes it."""
+        device = next(self.model.parameters()).device
+        if resizes_there(device, pixels.shape[:2], (self.model.image_size,) * 2):
+            return torch.from_numpy(pixels)
+        return self._squash(pixels)
+
+    def _squash(self, pixels: np.ndarray | Tensor) -> Tensor:
         return squash(pixels, self.model.image_size, self.model.pixel_mean, self.model.pixel_std)
 
     def answer(self, question: Question) -> Answer:
         model, like = self.model, next(self.model.parameters())
         image = self.prepare(question.pixels) if question.prepared is None else question.prepared
-        out = model(image.to(like)[None], question.text)
+        image = image.to(like.device)
+        image = self._squash(image) if image.dtype == torch.uint8 else image
+        out = model(image.to(like.dtype)[None], question.text)
         size = question.pixels.shape[:2]
-        result = ops.masks_to_labels(out.mask_logits, size, dtype=torch.int32, return_details=True)
-        return _answer(result.labels[0], result.scores[0])
+        result = ops.masks_to_labels(out.mask_logits, size, dtype=_label_type(question), return_details=True)
+        return _answer(result.labels[0], result.scores[0], question)
 
 
 class Zooming(Recipe):
@@ -200,10 +217,11 @@ class Zooming(Recipe):
 
     def answer(self, question: Question) -> Answer:
         model = self.plus.model
-        image = normalise(question.pixels, model.pixel_mean, model.pixel_std).to(question.text.device)
-        found = self.boxes(question.pixels, question.source).to(question.text.device)
+        device = question.text.device
+        image = normalise(torch.from_numpy(question.pixels).to(device), model.pixel_mean, model.pixel_std)
+        found = self.boxes(question.pixels, question.source).to(device)
         labels, scores = self.plus.predict_labels(image, question.text, found, question.names, threshold=None)
-        return _answer(labels.int(), scores)
+        return _answer(labels, scores, question)
 
 
 class Proposing(Recipe):
@@ -242,7 +260,7 @@ class Proposing(Recipe):
             )
         seen = question.seen or ()
         labels, scores = model.label_details(out, question.pixels.shape[:2], seen=seen)
-        answer = _answer(labels[0], scores[0])
+        answer = _answer(labels[0], scores[0], question)
         # Pixels that no proposal covers, where all seen classes score -seen_offset and all others 0.
         nothing = 1e-6 - model.seen_offset if model.seen_offset and len(seen) == len(question.text) else 0.0
         return Answer(answer.labels.masked_fill(answer.scores <= nothing, -1), answer.scores)
@@ -270,52 +288,62 @@ def recipe_for(
     return windows(model, window_batch)
 
 
-def _answer(labels: Tensor, scores: Tensor) -> Answer:
-    return Answer(labels, scores.float())
+def _answer(labels: Tensor, scores: Tensor, question: Question) -> Answer:
+    return Answer(labels.to(_label_type(question)), scores.float())
+
+
+def _label_type(question: Question) -> torch.dtype:
+    """What holds an index of the classes, and -1: labels are copied to the host in as few bytes."""
+    return torch.int16 if len(question.text) <= 1 << 15 else torch.int32
 
 
 def prepare(
     pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float], antialias: bool = False
 ) -> Tensor:
     """The normalised picture [3, H', W'] whose short side is `image_size`; see `fit`."""
-    return _normalise(fit(pixels, image_size, antialias).float(), mean, std)
+    return _normalise(_channels_first(fit(pixels, image_size, antialias)), mean, std)
 
 
 def fit(pixels: np.ndarray, image_size: int, antialias: bool = False) -> Tensor:
-    """The picture with a short side of `image_size`, uint8 [3, H', W'].
+    """The picture with a short side of `image_size`, uint8 [H', W', 3].
 
     Resized as the official code does it with OpenCV: bilinear without antialiasing, on 8 bits, rounded back to them.
-    The long side becomes int(x * image_size / short + 0.5).
 
     Args:
         antialias: average what lies between the samples of a picture made smaller, as CLIP's own preprocessing does.
+    """
+    return bilinear(torch.from_numpy(pixels), fitted_size(pixels.shape[:2], image_size), antialias)
+
+
+def fitted_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
+    """(H', W') of a picture whose short side becomes `image_size`, its long side int(x * image_size / short + 0.5).
 
     Raises:
         ValueError: so long a strip that more than `MAX_WINDOWS` windows would be needed.
     """
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    size = tuple(int(side * image_size / short + 0.5) for side in (height, width))
-    if max(size) > MAX_WINDOWS * 426 * image_size // 512:
+    height, width = size
+    fitted = tuple(int(side * image_size / min(size) + 0.5) for side in size)
+    if max(fitted) > MAX_WINDOWS * 426 * image_size // 512:
         raise ValueError(
             f"image: {width} x {height} pixels are too long a strip: resized to a short side of {image_size}, it needs "
             f"more than {MAX_WINDOWS} windows. Cut it into pieces"
         )
-    values = torch.from_numpy(pixels).permute(2, 0, 1)
-    if size == (height, width):
-        return values.contiguous()
-    values = F.interpolate(values[None].float(), size, mode="bilinear", align_corners=False, antialias=antialias)
-    return values[0].round().to(torch.uint8)
+    return fitted
 
 
-def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [H, W, 3] -> float32 [3, H, W], (pixels / 255 - mean) / std."""
-    return _normalise(torch.from_numpy(pixels).permute(2, 0, 1).float(), mean, std)
+def normalise(pixels: np.ndarray | Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, H, W], (pixels / 255 - mean) / std, where the pixels are."""
+    return _normalise(torch.as_tensor(pixels).permute(2, 0, 1).float(), mean, std)
 
 
-def squash(pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def squash(pixels: np.ndarray | Tensor, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The normalised picture [3, image_size, image_size], its aspect ratio lost."""
     return squash_images(normalise(pixels, mean, std)[None], image_size)[0]
+
+
+def _channels_first(levels: Tensor) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, H, W], contiguous."""
+    return levels.permute(2, 0, 1).contiguous().float()
 
 
 def _normalise(values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -35,6 +35,8 @@ logger = logging.getLogger("zs3fast")
 
 TINY, TINY_DEFAULT = "zs3fast-tiny", "clip_rc"  # the small models in the package, and the best of them
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 Classes = str | Iterable[str | Sequence[str]]
 _Read = tuple[np.ndarray, str | None]  # a picture's pixels [H, W, 3] and its path
 
@@ -82,6 +84,8 @@ class Segmenter:
         templates: "single", "multi" or sentences with one {}. None: what was published for training: "single" for a
             vocabulary of 20 (VOC), else "multi"; "multi" for MaskCLIP, which has no training.
         device: move the model there.
+        dtype: torch.float32, bfloat16 or float16: convert the model to it. None: as it is. Half precision is for GPUs;
+            labels differ where classes are close to each other.
         window_batch: windows the model sees at once.
         proposer: what finds mask proposals for MAFT, see `zs3fast.proposals`; it needs one.
         crops: classify MAFT's proposals by a CLIP pass each instead, see `zs3fast.recipes.Proposing`.
@@ -102,6 +106,7 @@ class Segmenter:
         class_names: Classes | None = None,
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         window_batch: int = 8,
         proposer: MaskProposer | None = None,
         crops: str | None = None,
@@ -113,7 +118,9 @@ class Segmenter:
             raise ValueError(f"window_batch: expected at least 1, got {window_batch}")
         if text_encoder is not None and text_embeddings is not None:
             raise ValueError("text_embeddings: give these or a text_encoder, not both")
-        self.model = (model if device is None else model.to(device)).eval()
+        if dtype not in (None, *_DTYPES):
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+        self.model = model.to(device=device, dtype=dtype).eval()
         self._recipe = recipe_for(model, window_batch, proposer, crops, boxes)
         if quantize is not None:
             quantize_encoder(self.model, quantize)
@@ -144,6 +151,7 @@ class Segmenter:
         class_names: Classes | None = None,
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         window_batch: int = 8,
         proposer: MaskProposer | None = None,
         crops: str | None = None,
@@ -186,6 +194,7 @@ class Segmenter:
             class_names=class_names,
             templates=templates,
             device=device,
+            dtype=dtype,
             window_batch=window_batch,
             proposer=proposer,
             crops=crops,
@@ -256,8 +265,9 @@ class Segmenter:
     ) -> Generator[tuple[Any, Segmentation], None, None]:
         """Segment many pictures: the next ones are read and resized on threads while the model works.
 
-        On a GPU the copies to and from it overlap with its work as well. At most `workers` + `batch_size` pictures are
-        held beyond the one handed out (on a GPU twice `batch_size`). The arguments are checked at once.
+        A GPU resizes them itself, and the copies to and from it overlap with its work as well. At most `workers` +
+        `batch_size` pictures are held beyond the one handed out (on a GPU twice `batch_size`). The arguments are
+        checked at once.
 
         Args:
             images: any number, each as for a call; drawn from as pictures are asked for, some ahead.
@@ -391,6 +401,7 @@ def _segmentation(
     plan: _Plan, pixels: np.ndarray, source: str | None, labels: np.ndarray, scores: np.ndarray
 ) -> Segmentation:
     """The result from the winners' labels and scores, without what the plan leaves unlabelled."""
+    labels = labels.astype(np.int32)
     unlabelled = np.isin(labels, plan.rejected)
     if plan.min_score is not None:
         unlabelled |= ~(scores >= plan.min_score)

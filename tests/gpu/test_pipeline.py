@@ -1,6 +1,8 @@
-"""The pipeline on a GPU: pictures normalised there, copies beside kernels, CUDA graphs of whole models."""
+"""The pipeline on a GPU: pictures resized and normalised there, copies beside kernels, CUDA graphs of whole models."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from tests.test_segmenter import SIZES, make_model, photo, text_rows
 from tests.tiny import tiny_inputs, tiny_model
 from zs3fast.compiled import MAX_SHAPES, CompiledModel
 from zs3fast.pipeline import Transfers
-from zs3fast.recipes import Question, Windows
+from zs3fast.recipes import Question, Windows, fitted_size
+from zs3fast.resizing import bilinear
 from zs3fast.segmenter import Segmenter
 
 skip_without_gpu()
@@ -20,12 +23,34 @@ skip_without_gpu()
 PICTURES = [photo(*size, seed=index) for index, size in enumerate(SIZES)]
 
 
-@pytest.mark.parametrize("image", PICTURES[:3])
-def test_a_picture_is_normalised_as_on_a_cpu(image: np.ndarray) -> None:
-    """Bit for bit: every step is one correctly rounded operation."""
-    recipe = Windows(make_model(), 8)
-    canvases = [recipe._canvas(Question(image, text_rows(5).to(device), [], None)) for device in ("cpu", DEVICE)]
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("old", [(375, 500), (31, 97), (512, 512), (130, 90), (1, 7)])
+def test_a_picture_is_resized_to_the_bytes_of_a_cpu(old: tuple[int, int], antialias: bool) -> None:
+    pixels = torch.randint(0, 256, (*old, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for side in (64, 224, 512):
+        size = fitted_size(old, side)
+        assert torch.equal(bilinear(pixels.to(DEVICE), size, antialias).cpu(), bilinear(pixels, size, antialias))
+
+
+def test_a_picture_is_resized_where_the_model_is() -> None:
+    image, large = photo(75, 100), photo(300, 300)
+    recipe = Windows(make_model().to(DEVICE), 8)
+    assert recipe.prepare(image).shape == ((75, 100, 3) if ON_GPU else (64, 85, 3))
+    assert recipe.prepare(large).shape == (64, 64, 3), "more than 4 times its sides: on the host"
+
+
+@pytest.mark.parametrize("image", [*PICTURES[:3], photo(300, 300)])
+def test_a_picture_is_resized_and_normalised_as_on_a_cpu(image: np.ndarray) -> None:
+    """Bit for bit: every step is in whole numbers or one correctly rounded operation. Also through a late stream."""
+    recipes = [Windows(make_model().to(device), 8) for device in ("cpu", DEVICE)]
+    questions = [Question(image, text_rows(5).to(device), [], None) for device in ("cpu", DEVICE)]
+    canvases = [recipe._canvas(question) for recipe, question in zip(recipes, questions, strict=True)]
     assert torch.equal(canvases[0], canvases[1].cpu())
+    transfers = Transfers(torch.device(DEVICE))
+    arriving = transfers.upload(recipes[1].prepare(image))
+    with busy_stream():
+        (got,) = transfers.download(recipes[1]._canvas(replace(questions[1], prepared=arriving())))()
+    np.testing.assert_array_equal(got, canvases[0].numpy())
 
 
 def test_copies_wait_for_what_they_copy() -> None:
