@@ -247,6 +247,8 @@ def test_untrained_weights_work_and_say_so_once(place):
         (["--weights", "tiny", "--templates", "photo"], "templates: expected 'single', 'multi'"),
         (["--weights", "tiny", "--background", "sky, sky"], "background: 'sky' is given twice"),
         (["--weights", "tiny", "--quantize", "int4"], "kind: expected one of int8, int8-weights, fp8, got 'int4'"),
+        (["--weights", "tiny", "--dtype", "half16"], "dtype: expected one of torch.float32, torch.bfloat16, torch.flo"),
+        (["--weights", "tiny", "--dtype", "nn"], "dtype: expected one of torch.float32, torch.bfloat16, torch.float16"),
         (["--weights", "tiny", "--min-score", "nan"], "min_score: expected a finite number"),
         ([], "expected class names: give --classes, --classes-file or --dataset"),
         (["-c", "cat", "--clip", "ViT-B16"], "clip: open_clip has no model 'ViT-B16'; close names: "),
@@ -290,6 +292,14 @@ def test_quantize_without_torchao_is_a_usage_error(place, tiny, monkeypatch):
     save_photo(place / "x.png")
     output = run("segment", "x.png", "-w", tiny, "--quantize", "int8", code=2)
     assert output.startswith("error quantize_encoder needs torchao 0.18 or later: pip install 'zs3fast[quantize]'")
+
+
+def test_a_model_in_half_precision(place, tiny):
+    save_photo(place / "x.png")
+    run("segment", "x.png", "-w", tiny, "-c", "cat, moon, sky", "--dtype", "bfloat16", "-o", "out")
+    expected = Segmenter.from_pretrained(tiny, dtype=torch.bfloat16)("x.png", ["cat", "moon", "sky"])
+    assert np.array_equal(np.asarray(Image.open("out/x_labels.png")), expected.labels)
+    assert not np.array_equal(expected.scores, Segmenter.from_pretrained(tiny)("x.png", ["cat", "moon", "sky"]).scores)
 
 
 def test_nothing_to_segment(place, tiny):

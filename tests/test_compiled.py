@@ -59,6 +59,17 @@ def test_one_graph_for_many_windows_and_class_lists(method):
 
 
 @torch.no_grad()
+def test_a_gpu_records_few_graphs_for_any_number_of_windows():
+    model = tiny_model("tagclip")
+    run = CompiledModel(model, backend=Graphs())
+    run.cuda_graphs = True  # as on a GPU, but for the graphs themselves
+    for windows in range(1, 9):
+        images, text = tiny_inputs(windows)
+        assert_same(run(images, text), model(images, text))
+    assert {shape[0] for shape in run.shapes} == {1, 2, 4, 8}
+
+
+@torch.no_grad()
 def test_new_weights_run_the_same_code():
     model, graphs = tiny_model("tagclip"), Graphs()
     run, (images, text) = CompiledModel(model, backend=graphs), tiny_inputs()

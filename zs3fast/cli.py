@@ -116,6 +116,9 @@ def segment(
         bool, typer.Option("--compile", help="Run the model through torch.compile; pays off for many pictures.")
     ] = False,
     quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Convert the model: float32, bfloat16 or float16; half precision is for GPUs.")
+    ] = None,
 ) -> None:
     """Segment pictures into classes given by name.
 
@@ -147,6 +150,7 @@ def segment(
             seed=seed,
             compile_=compile_,
             quantize=quantize,
+            dtype=dtype,
         )
         workers = default_workers(segmenter.device) if workers is None else workers
         failures: dict[Path, Exception] = {}  # one bad picture does not end the run
@@ -287,6 +291,7 @@ def _segmenter(
     seed: int,
     compile_: bool,
     quantize: str | None,
+    dtype: str | None,
 ) -> Segmenter:
     import torch
 
@@ -302,6 +307,7 @@ def _segmenter(
         "crops": crops,
         "compile": compile_,
         "quantize": quantize,
+        "dtype": None if dtype is None else getattr(torch, dtype, dtype),
     }
     options["proposer"] = None if proposer is None else load_mask_proposer(proposer, device)
     options["boxes"] = None if boxes is None else load_box_proposer(boxes, device)

@@ -27,7 +27,8 @@ class CompiledModel:
     Text embeddings are an input: another list of as many classes runs the same code, and so do new weights.
         - CPU: numbers of images and classes are inputs too, so that it compiles once for several images and classes,
           and again for a single one of either. Another size of images compiles again.
-        - CUDA: "reduce-overhead", a CUDA graph with static buffers for each (images, classes); use it from one thread.
+        - CUDA: "reduce-overhead", a CUDA graph with static buffers for each (images, classes), the images filled up to
+          the next power of two, so that a few graphs serve any number of windows; use it from one thread.
           This branch has not run on a GPU so far; `tests/gpu/test_pipeline.py` is what to run there.
     Beyond `MAX_SHAPES` of these, others run as the plain model; the log says so once.
 
@@ -57,8 +58,9 @@ class CompiledModel:
 
     def __call__(self, images: Tensor, text_embeddings: Tensor) -> Logits:
         """Images [B, 3, H, W] and text embeddings [C, D] -> the logits."""
+        given, images = images, filled_up(images) if self.cuda_graphs else images
         if not self._takes(images, text_embeddings):
-            out = self.model(images, text_embeddings)
+            out = self.model(given, text_embeddings)
             return Logits(out.mask_logits, out.trusty_logits)
         if not self.cuda_graphs:
             for tensor in (images, text_embeddings):
@@ -67,7 +69,7 @@ class CompiledModel:
         torch.compiler.cudagraph_mark_step_begin()
         masks, trusty = self._run(images, text_embeddings)
         # The next call writes to the same memory.
-        return Logits(masks.clone(), None if trusty is None else trusty.clone())
+        return Logits(masks[: len(given)].clone(), None if trusty is None else trusty[: len(given)].clone())
 
     def _takes(self, images: Tensor, text_embeddings: Tensor) -> bool:
         """Whether this shape is compiled, or may still be."""
@@ -82,6 +84,12 @@ class CompiledModel:
             return False
         self.shapes.add(shape)
         return True
+
+
+def filled_up(images: Tensor) -> Tensor:
+    """Images [B, ...] and zeros up to the next power of two."""
+    missing = (1 << (len(images) - 1).bit_length()) - len(images)
+    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
 
 
 def _check_compiler(device: torch.device) -> None:
