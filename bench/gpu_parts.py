@@ -34,7 +34,7 @@ BENCH = (*LIBRARY, "rich", "yaml")
 TESTS = (*BENCH, "pytest")
 ORDER = (
     "build environment tests models-bf16 memcheck ops-bf16 compiled-bf16 kernels training models-fp32 racecheck"
-    " counters ops-fp32 clsclip maft folder largest-batch"
+    " counters ops-fp32 tensor-cores clsclip maft folder largest-batch"
 ).split()
 DRY_RUN_LIMIT = 3000.0  # seconds
 PUBLISHED = "coco171 or ade847 or maft or M16 or M1024"  # sizes of tests/gpu/problems.py
@@ -206,7 +206,7 @@ def checker_parts(dry_run: bool, has_cuda: bool) -> list[Part]:
     asked = [word for name in sections for word in ("--section", name)]
     options = ("--clock-control", "none", "--kernel-name", f"regex:{ours}", "--launch-count", "60", *asked)
     csv = ("--csv", "--page", "details", "--log-file", "{work}/counters.csv")
-    published = f"agrees and ({PUBLISHED}) and ({backends}) and bf16 and not :"
+    published = f"agrees and ({PUBLISHED}) and ({backends}) and bf16 and (not : or cuda:wgmma)"
     command = (ncu or "ncu", *options, *csv, *pytest(published))
     why = absent or (None if ncu else "ncu is not installed: the part kernels has times, without counters")
     return [*parts, Part("counters", [command], 75, 25, (*TESTS, "triton"), skip=why)]
@@ -247,6 +247,16 @@ def later_parts(dry_run: bool, device: str) -> list[Part]:
     folder = python("bench/folder.py", *folder, "--device", device, "--json", "{work}/folder.json")
     parts.append(Part("folder", [folder], 60, 20, BENCH))
     if not dry_run:  # maft.py knows no toy network
+        attention = [  # bf16: the kernels that auto does not take before they were measured, by both kinds of products
+            python(f"bench/ops/{op}.py", "--backend", backend, *side, "--passes", "forward", "--device", device,
+                   "--skip", *others, "--json", f"{{work}}/{backend.replace(':', '-')}-{op}.json")
+            for op, others in (
+                ("region_bridge_attention", ("flex compiled", "xformers bias")),
+                ("proposal_attention", ("flex compiled", "xformers bias", "layer: joint official")),
+            )
+            for backend in ("triton", "cuda", "cuda:wgmma")
+        ]  # fmt: skip
+        parts.append(Part("tensor-cores", attention, 60, 20, BENCH))
         maft = python("bench/maft.py", *side, "--device", device, "--json", "{work}/maft.json")
         parts.append(Part("maft", [maft], 60, 20, BENCH))
         largest = ("largest", "--device", device, "--classes", "171", "--json", "{work}/largest.json")

@@ -3,6 +3,7 @@
     python bench/ops/region_bridge_attention.py                  # all shapes, results in bench/results/<device>/
     python bench/ops/region_bridge_attention.py voc-M16 voc-M1024 --rounds 20
     python bench/ops/region_bridge_attention.py --device cuda --dtype bfloat16
+    python bench/ops/region_bridge_attention.py --device cuda --dtype bfloat16 --passes forward --backend cuda:wgmma
 
 Shapes are CLIP ViT-B/16 at 512 x 512: 12 heads of width 64, 32 x 32 patches, a global token and K = 10 (voc) or 100
 (coco) prompts, M region tokens. "sdpa no regions" is unmasked attention over prefix and patches alone: the floor, less

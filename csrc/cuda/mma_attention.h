@@ -32,9 +32,10 @@ struct Softmax {
     for (int i = 0; i < 4 * kTiles; ++i) sums[i / 4][i % 4] = 0.0f;
   }
 
-  // Scores, -inf where a row does not see a key, become probabilities relative to the largest score so far.
+  // Scores, -inf where a row does not see a key, become probabilities relative to the largest score so far, and
+  // `shrink` what sums so far have to be multiplied by.
   template <int kKeyTiles>
-  ZS3FAST_BODY void step(Lanes<float> (&scores)[kKeyTiles][4]) {
+  ZS3FAST_BODY void weigh(Lanes<float> (&scores)[kKeyTiles][4], Lanes<float> (&shrink)[2]) {
     ZS3FAST_UNROLL
     for (int half = 0; half < 2; ++half) {
       Lanes<float> now = largest[half];
@@ -43,8 +44,8 @@ struct Softmax {
       now = largest_of_group(now);
       // a row that saw nothing yet has no largest score
       const Lanes<float> base = select(now == kMinusInfinity, Lanes<float>(0.0f), now);
-      const Lanes<float> shrink = exp_2(largest[half] - base);
-      total[half] = total[half] * shrink;
+      shrink[half] = exp_2(largest[half] - base);
+      total[half] = total[half] * shrink[half];
       ZS3FAST_UNROLL
       for (int n = 0; n < kKeyTiles; ++n)
         ZS3FAST_UNROLL
@@ -52,12 +53,20 @@ struct Softmax {
           scores[n][i] = exp_2(scores[n][i] - base);
           total[half] = total[half] + scores[n][i];
         }
-      ZS3FAST_UNROLL
-      for (int n = 0; n < kTiles; ++n)
-        ZS3FAST_UNROLL
-        for (int i = 2 * half; i < 2 * half + 2; ++i) sums[n][i] = sums[n][i] * shrink;
       largest[half] = now;
     }
+  }
+
+  ZS3FAST_BODY void scale_sums(const Lanes<float> (&shrink)[2]) {
+    ZS3FAST_UNROLL
+    for (int i = 0; i < 4 * kTiles; ++i) sums[i / 4][i % 4] = sums[i / 4][i % 4] * shrink[i % 4 / 2];
+  }
+
+  template <int kKeyTiles>
+  ZS3FAST_BODY void step(Lanes<float> (&scores)[kKeyTiles][4]) {
+    Lanes<float> shrink[2];
+    weigh(scores, shrink);
+    scale_sums(shrink);
   }
 };
 
@@ -69,6 +78,71 @@ ZS3FAST_BODY void as_operand(Lanes<uint32_t> (&to)[4], const Lanes<float> (&firs
   to[1] = pack<T>(first[2], first[3]);
   to[2] = pack<T>(second[0], second[1]);
   to[3] = pack<T>(second[2], second[3]);
+}
+
+// 16 rows of q as left operands of products over their columns: word i of piece s holds row i % 2 of the lane's two,
+// columns 16 s + 8 (i / 2) + 2 place and one more.
+template <int kDh, class T>
+ZS3FAST_BODY void load_rows(Lanes<uint32_t> (&left)[kDh / 16][4], const Rows<const T>& q, const Lanes<int> (&row)[2],
+                            const Lanes<bool> (&inside)[2]) {
+  const Lanes<int> place = lane_index() % 4;
+  ZS3FAST_UNROLL
+  for (int i = 0; i < kDh / 4; ++i) {
+    Lanes<uint32_t> word[1];
+    load<1>(word, q.data, address(q, row[i % 2], 2 * place + i / 2 * 8), inside[i % 2]);
+    left[i / 4][i % 4] = word[0];
+  }
+}
+
+// The softmax of row `half` of the lane's two starts at key and value `own` of k and v, or empty where that is
+// negative.
+template <class T, int kTiles>
+ZS3FAST_BODY void start_at_own(Softmax<kTiles>& softmax, int half, const Lanes<uint32_t> (&left)[kTiles / 2][4],
+                               const Rows<const T>& k, const Rows<const T>& v, Lanes<int> own, float scale) {
+  const Lanes<int> place = lane_index() % 4;
+  const Lanes<bool> owned = own >= 0;
+  Lanes<float> score = 0.0f;
+  ZS3FAST_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    Lanes<uint32_t> word[1];
+    const Lanes<int> column = 2 * place + 8 * n;
+    load<1>(word, k.data, address(k, own, column), owned);
+    score = dot_pairs<T>(left[n / 2][n % 2 * 2 + half], word[0], score);
+    load<1>(word, v.data, address(v, own, column), owned);
+    unpack<T>(word[0], softmax.sums[n][2 * half], softmax.sums[n][2 * half + 1]);
+  }
+  softmax.largest[half] = select(owned, sum_of_group(score) * scale, kMinusInfinity);
+  softmax.total[half] = select(owned & (place == 0), Lanes<float>(1.0f), 0.0f);
+}
+
+// Scores of keys [key, key + 8 kKeyTiles) become -inf from key `end` on.
+template <int kKeyTiles>
+ZS3FAST_BODY void cut_off(Lanes<float> (&scores)[kKeyTiles][4], int key, int end) {
+  const Lanes<int> place = lane_index() % 4;
+  ZS3FAST_UNROLL
+  for (int i = 0; i < 4 * kKeyTiles; ++i) {
+    const Lanes<int> at = 2 * place + (key + i / 4 * 8 + i % 2);
+    scores[i / 4][i % 4] = select(at < end, scores[i / 4][i % 4], kMinusInfinity);
+  }
+}
+
+// The lane's two rows of the result and their log-sum-exp.
+template <class T, int kTiles>
+ZS3FAST_BODY void write_rows(const Softmax<kTiles>& softmax, const Rows<T>& output, float* lse_of_rows,
+                             const Lanes<int> (&row)[2], const Lanes<bool> (&inside)[2]) {
+  const Lanes<int> place = lane_index() % 4;
+  ZS3FAST_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const Lanes<float> total = sum_of_group(softmax.total[half]), inverse = Lanes<float>(1.0f) / total;
+    const Lanes<uint32_t> lse[1] = {as_bits((softmax.largest[half] + log_2(total)) * kLn2)};
+    store<1>(lse_of_rows, cast<int64_t>(row[half]), lse, inside[half] & (place == 0));
+    ZS3FAST_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      const Lanes<uint32_t> word[1] = {
+          pack<T>(softmax.sums[n][2 * half] * inverse, softmax.sums[n][2 * half + 1] * inverse)};
+      store<1>(output.data, address(output, row[half], 2 * place + 8 * n), word, inside[half]);
+    }
+  }
 }
 
 // 16 rows, each over itself and the keys that its bits keep ----------------------------------------------------------

@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
-#include "cuda/element.h"
+#include <tuple>
+
+#include "cuda/launch.h"
 #include "cuda/mma_rows.h"
 
 namespace zs3fast::mma {
@@ -45,6 +47,21 @@ void with_half_type(const char* op, const at::Tensor& x, Call call) {
 inline int int_of(const char* op, int64_t n) {
   TORCH_CHECK(n <= INT32_MAX, op, ": too large for one launch: ", n);
   return static_cast<int>(n);
+}
+
+// Output, shaped like q, and log-sum-exp of attention. problem(T{}, output, lse) is the request in elements of type T,
+// forward(request, dh, stream) starts it.
+template <class MakeProblem, class Forward>
+std::tuple<at::Tensor, at::Tensor> attention(const char* op, const at::Tensor& q, MakeProblem problem,
+                                             Forward forward) {
+  const cuda::Device device(q);
+  auto output = empty_heads(q);
+  auto lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  with_half_type(op, q, [&](auto type) {
+    const auto request = problem(type, output_heads_of<decltype(type)>(output), lse.mutable_data_ptr<float>());
+    if (int_of(op, request.blocks()) > 0) ZS3FAST_LAUNCH(forward(request, int_of(op, q.size(3)), device.stream()));
+  });
+  return {output, lse};
 }
 
 }  // namespace zs3fast::mma

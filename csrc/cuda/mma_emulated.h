@@ -324,35 +324,48 @@ class Block {
   std::vector<std::vector<Copy>> groups_;
 };
 
-// Runs body(Block&) for every warp of a block: each up to the barrier, then the next.
-class Launch {
+// Runs body(warp) for every warp of a block, in turns: each as far as it can get, then the next.
+class Warps {
  public:
-  Launch(int warps, int shared_bytes, std::function<void(Block&)> body)
-      : shared_(shared_bytes), body_(std::move(body)), fibers_(warps) {
-    for (int warp = 0; warp < warps; ++warp) {
+  using Ready = std::function<bool()>;
+
+  Warps(int count, std::function<void(int)> body) : body_(std::move(body)), fibers_(count) {
+    for (int warp = 0; warp < count; ++warp) {
       Fiber& fiber = fibers_[warp];
-      fiber.launch = this;
-      fiber.warp = warp;
+      fiber.warps = this;
       fiber.stack = std::make_unique_for_overwrite<unsigned char[]>(kStack);
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
       fiber.context.uc_link = &scheduler_;
       const auto self = reinterpret_cast<uintptr_t>(&fiber);
-      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Launch::enter), 2, static_cast<unsigned>(self >> 32),
+      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Warps::enter), 2, static_cast<unsigned>(self >> 32),
                   static_cast<unsigned>(self));
     }
   }
 
-  void run() {
+  // From within the body of a warp: it goes on once `ready` says so.
+  void wait(int warp, Ready ready) {
+    fibers_[warp].ready = std::move(ready);
+    swapcontext(&fibers_[warp].context, &scheduler_);
+  }
+
+  // free(): every warp that is not done waits; does something that they may wait for, or throws.
+  void run(const std::function<void()>& free) {
     for (;;) {
-      for (Fiber& fiber : fibers_) swapcontext(&scheduler_, &fiber.context);
-      for (Fiber& fiber : fibers_)
-        if (!fiber.error.empty()) fail("warp " + std::to_string(fiber.warp) + ": " + fiber.error);
-      const auto done = std::count_if(fibers_.begin(), fibers_.end(), [](const Fiber& fiber) { return fiber.done; });
-      if (done == static_cast<std::ptrdiff_t>(fibers_.size())) return;
-      if (done != 0) fail("a barrier that not every warp reaches");
-      shared_.barrier();
+      bool any_ran = false, any_left = false;
+      for (size_t warp = 0; warp < fibers_.size(); ++warp) {
+        Fiber& fiber = fibers_[warp];
+        if (fiber.done) continue;
+        any_left = true;
+        if (fiber.ready && !fiber.ready()) continue;
+        any_ran = true;
+        fiber.ready = nullptr;
+        swapcontext(&scheduler_, &fiber.context);
+        if (!fiber.error.empty()) fail("warp " + std::to_string(warp) + ": " + fiber.error);
+      }
+      if (!any_left) return;
+      if (!any_ran) free();
     }
   }
 
@@ -362,8 +375,8 @@ class Launch {
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<unsigned char[]> stack;
-    Launch* launch;
-    int warp;
+    Warps* warps;
+    Ready ready;  // null: it can run
     bool done = false;
     std::string error;
   };
@@ -371,19 +384,65 @@ class Launch {
   static void enter(unsigned high, unsigned low) {
     auto& fiber = *reinterpret_cast<Fiber*>(static_cast<uintptr_t>(high) << 32 | low);
     try {
-      Block block(fiber.warp, fiber.launch->shared_,
-                  [&] { swapcontext(&fiber.context, &fiber.launch->scheduler_); });
-      fiber.launch->body_(block);
+      fiber.warps->body_(static_cast<int>(&fiber - fiber.warps->fibers_.data()));
     } catch (const std::exception& error) {
       fiber.error = error.what();
     }
     fiber.done = true;
   }
 
-  Shared shared_;
-  std::function<void(Block&)> body_;
+  std::function<void(int)> body_;
   std::vector<Fiber> fibers_;
   ucontext_t scheduler_;
+};
+
+// A barrier that all warps of a block reach, or none.
+class Barrier {
+ public:
+  Barrier(Warps& warps, int count) : warps_(warps), count_(count) {}
+
+  void wait(int warp) {
+    ++waiting_;
+    warps_.wait(warp, [this, mine = turn_] { return turn_ != mine; });
+  }
+
+  // Whether warps wait here, who go on now.
+  bool open() {
+    if (waiting_ == 0) return false;
+    if (waiting_ != count_) fail("a barrier that not every warp reaches");
+    waiting_ = 0;
+    ++turn_;
+    return true;
+  }
+
+ private:
+  Warps& warps_;
+  int count_, waiting_ = 0, turn_ = 0;
+};
+
+// Runs body(Block&) for every warp of a block: each up to the barrier, then the next.
+class Launch {
+ public:
+  Launch(int warps, int shared_bytes, std::function<void(Block&)> body)
+      : shared_(shared_bytes),
+        warps_(warps,
+               [this, body = std::move(body)](int warp) {
+                 Block block(warp, shared_, [this, warp] { barrier_.wait(warp); });
+                 body(block);
+               }),
+        barrier_(warps_, warps) {}
+
+  void run() {
+    warps_.run([this] {
+      barrier_.open();
+      shared_.barrier();
+    });
+  }
+
+ private:
+  Shared shared_;
+  Warps warps_;
+  Barrier barrier_;
 };
 
 }  // namespace zs3fast::mma

@@ -25,12 +25,7 @@ cudaError_t start(const Problem<T>& problem, cudaStream_t stream) {
 
 template <class T>
 cudaError_t forward(const Problem<T>& problem, int dh, cudaStream_t stream) {
-  switch (dh) {
-    case 32: return start<T, 32>(problem, stream);
-    case 64: return start<T, 64>(problem, stream);
-    case 128: return start<T, 128>(problem, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return cuda::with_one_of<32, 64, 128>(dh, [&](auto width) { return start<T, width>(problem, stream); });
 }
 
 template cudaError_t forward(const Problem<cuda::Half>&, int, cudaStream_t);

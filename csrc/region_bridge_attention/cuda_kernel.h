@@ -41,7 +41,7 @@ ZS3FAST_BODY Lanes<int> region_of(const Problem<T>& p, Lanes<int> patch) {
   return mma::select((patch >= 0) & (patch < p.patches()) & (y < p.rh) & (x < p.rw), y * p.rw + x, -1);
 }
 
-template <class T, int kDh>
+template <class T, int kDh, int kWarps>
 ZS3FAST_BODY void attend_regions(mma::Block& block, const Problem<T>& p, int head, int first) {
   const int b = head / p.heads, a = head % p.heads;
   const int end = p.regions() - first < kRegions ? p.regions() : first + kRegions;
@@ -105,36 +105,16 @@ ZS3FAST_BODY void attend_rows(mma::Block& block, const Problem<T>& p, int head, 
   };
   fetch(0, 0);
 
-  const Lanes<int> lane = mma::lane_index(), group = lane / 4, place = lane % 4;
+  const Lanes<int> lane = mma::lane_index(), group = lane / 4;
   const Lanes<int> row[2] = {group + (first + 16 * block.warp), group + (first + 16 * block.warp + 8)};
   const Lanes<bool> inside[2] = {row[0] < rows, row[1] < rows};
   const float scale = p.scale * mma::kLog2e;
-  Lanes<uint32_t> left[kDh / 16][4];  // word i: row i % 2, columns 16 s + 8 (i / 2) + 2 place and one more
-  ZS3FAST_UNROLL
-  for (int i = 0; i < kDh / 4; ++i) {
-    Lanes<uint32_t> word[1];
-    mma::load<1>(word, q.data, mma::address(q, row[i % 2], 2 * place + i / 2 * 8), inside[i % 2]);
-    left[i / 4][i % 4] = word[0];
-  }
-
+  Lanes<uint32_t> left[kDh / 16][4];
+  mma::load_rows<kDh>(left, q, row, inside);
   mma::Softmax<kTiles> softmax;
   ZS3FAST_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const Lanes<int> region = region_of(p, row[half] - p.prefix_q);
-    const Lanes<bool> owned = region >= 0;
-    Lanes<float> start = 0.0f;
-    ZS3FAST_UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      Lanes<uint32_t> word[1];
-      const Lanes<int> column = 2 * place + 8 * n;
-      mma::load<1>(word, k.data, mma::address(k, region + keys, column), owned);
-      start = mma::dot_pairs<T>(left[n / 2][n % 2 * 2 + half], word[0], start);
-      mma::load<1>(word, v.data, mma::address(v, region + keys, column), owned);
-      mma::unpack<T>(word[0], softmax.sums[n][2 * half], softmax.sums[n][2 * half + 1]);
-    }
-    softmax.largest[half] = mma::select(owned, mma::sum_of_group(start) * scale, mma::kMinusInfinity);
-    softmax.total[half] = mma::select(owned & (place == 0), Lanes<float>(1.0f), 0.0f);
-  }
+  for (int half = 0; half < 2; ++half)
+    mma::start_at_own<T>(softmax, half, left, k.from(keys), v.from(keys), region_of(p, row[half] - p.prefix_q), scale);
 
   const Lanes<int> matrix = lane / 8, line = lane % 8;
   for (int key = 0, stage = 0; key < keys; key += kStep, stage ^= 1) {
@@ -159,12 +139,7 @@ ZS3FAST_BODY void attend_rows(mma::Block& block, const Problem<T>& p, int head, 
       ZS3FAST_UNROLL
       for (int i = 0; i < 8; ++i) scores[n + i / 4][i % 4] = scores[n + i / 4][i % 4] * scale;
     }
-    if (key + kStep > keys)  // the last step
-      ZS3FAST_UNROLL
-      for (int i = 0; i < kStep / 2; ++i) {
-        const Lanes<int> at = 2 * place + (key + i / 4 * 8 + i % 2);
-        scores[i / 4][i % 4] = mma::select(at < keys, scores[i / 4][i % 4], mma::kMinusInfinity);
-      }
+    if (key + kStep > keys) mma::cut_off(scores, key, keys);  // the last step
     softmax.step(scores);
     ZS3FAST_UNROLL
     for (int s = 0; s < kStep / 16; ++s) {
@@ -181,19 +156,7 @@ ZS3FAST_BODY void attend_rows(mma::Block& block, const Problem<T>& p, int head, 
     }
   }
 
-  const Rows<T> output = p.output.of(b, a);
-  ZS3FAST_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const Lanes<float> total = mma::sum_of_group(softmax.total[half]), inverse = Lanes<float>(1.0f) / total;
-    const Lanes<uint32_t> lse[1] = {mma::as_bits((softmax.largest[half] + mma::log_2(total)) * mma::kLn2)};
-    mma::store<1>(p.lse_of(head), mma::cast<int64_t>(row[half]), lse, inside[half] & (place == 0));
-    ZS3FAST_UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      const Lanes<uint32_t> word[1] = {
-          mma::pack<T>(softmax.sums[n][2 * half] * inverse, softmax.sums[n][2 * half + 1] * inverse)};
-      mma::store<1>(output.data, mma::address(output, row[half], 2 * place + 8 * n), word, inside[half]);
-    }
-  }
+  mma::write_rows<T>(softmax, p.output.of(b, a), p.lse_of(head), row, inside);
 }
 
 // Block `program` of p.blocks().
@@ -201,7 +164,7 @@ template <class T, int kDh>
 ZS3FAST_BODY void attend(mma::Block& block, const Problem<T>& p, int program) {
   const int region_programs = p.images * p.heads * p.region_blocks();
   if (program < region_programs) {
-    attend_regions<T, kDh>(block, p, program / p.region_blocks(), program % p.region_blocks() * kRegions);
+    attend_regions<T, kDh, kWarps>(block, p, program / p.region_blocks(), program % p.region_blocks() * kRegions);
   } else {
     program -= region_programs;
     attend_rows<T, kDh>(block, p, program / p.row_blocks(), program % p.row_blocks() * kRows);

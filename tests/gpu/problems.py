@@ -219,12 +219,12 @@ _descriptor = shapes(
 )
 _loss = shapes((3, 3, 2, 3, 9, 14), loss.SMALL + loss.LARGE, {"coco171": (2, 171, 32, 32, 512, 512)})
 _proposals = shapes(
-    (3, 2, 32, 18, 35),
+    (3, 2, 64, 18, 35),
     proposals.SMALL + proposals.LARGE,
     {"maft-100": (2, 12, 64, 100, 900), "maft-300": (1, 12, 64, 300, 1024)},
 )
 _bridge = shapes(
-    (3, 1, 32, 2, (5, 6), (2, 3)),
+    (3, 1, 64, 2, (5, 6), (2, 3)),
     bridge.SMALL + bridge.LARGE,
     {"M16": (2, 12, 64, 11, (32, 32), (4, 4)), "M1024": (2, 12, 64, 101, (32, 32), (32, 32))},
 )
@@ -287,7 +287,14 @@ FAMILIES = {
 def backends_of(op: str) -> list[str]:
     """What can run on this device, in the order of `auto`."""
     elsewhere = "cpp" if ON_GPU else "cuda"
-    return [name for name in _dispatch.BACKENDS if name in _dispatch.registered(op) and name != elsewhere]
+    names = [name for name in (*_dispatch.BACKENDS, *_dispatch.VARIANTS) if name in _dispatch.registered(op)]
+    return [name for name in names if not name.startswith(elsewhere)]
+
+
+def running_dtype(op: str, backend: str) -> torch.dtype:
+    """Of tests of how a kernel runs: fp32, or fp16 where tensor cores are all that it knows."""
+    tensor_cores = backend.startswith("cuda") and op.endswith(("proposal_attention", "region_bridge_attention"))
+    return torch.float16 if tensor_cores else torch.float32
 
 
 def passes_of(family: Family, backend: str) -> tuple[str, ...]:

@@ -1,13 +1,15 @@
-"""The tensor-core kernels without a GPU: their very bodies (csrc/<op>/cuda_kernel.h), a warp of 32 lanes in lock step.
+"""The tensor-core kernels without a GPU: their very bodies (csrc/<op>/cuda*_kernel.h), a warp of 32 lanes in lock step.
 
 csrc/cuda/mma_emulated.h runs them and throws where a GPU would go wrong in silence: addresses out of bounds or off
-their alignment, shared memory used by two warps without a barrier between them, copies not waited for. They take the
-place of backend "cuda" and are judged as every kernel is. Launches, registers and speed are not seen this way.
+their alignment, shared memory used by two warps without a barrier between them, copies not waited for; and so does
+csrc/cuda/wgmma_emulated.h with warpgroups. They take the place of backends "cuda" and "cuda:wgmma" and are judged as
+every kernel is. Launches, registers and speed are not seen this way.
 """
 
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,15 @@ from tests.ops import test_proposal_attention as proposals
 from tests.ops import test_region_bridge_attention as bridge
 from tests.ops.budget import assert_within_budget
 from tests.ops.cxx import shared_library
-from zs3fast.ops import _dispatch, _mma, proposal_attention, region_bridge_attention, use_backend
+from zs3fast.ops import (
+    _dispatch,
+    _measured,
+    _mma,
+    masks_to_bits,
+    proposal_attention,
+    region_bridge_attention,
+    use_backend,
+)
 from zs3fast.ops._bits import pack_bits
 from zs3fast.ops.proposal_attention import _reference_backward_run as proposals_backward
 from zs3fast.ops.proposal_attention import _reference_run as proposals_run
@@ -27,6 +37,10 @@ from zs3fast.ops.region_bridge_attention import _reference_run as bridge_run
 
 ROOT = Path(__file__).parents[2]
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+MISTAKES_OF_WARPGROUPS = Path(__file__).with_name("emulated") / "wgmma_mistakes.cpp"
+BACKENDS = {"cuda": "", "cuda:wgmma": "_wgmma"}  # and what the names of their kernels end in
+BOTH = pytest.mark.parametrize("kernels", BACKENDS, indirect=True)
+WGMMA = pytest.mark.parametrize("kernels", ["cuda:wgmma"], indirect=True)
 Long4 = ctypes.c_int64 * 4
 
 
@@ -42,9 +56,9 @@ def view(x: Tensor) -> View:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    sources = sorted(Path(__file__).with_name("emulated").glob("*.cpp"))
+    sources = sorted({*Path(__file__).with_name("emulated").glob("*.cpp")} - {MISTAKES_OF_WARPGROUPS})
     folders = (f"-I{ROOT / 'csrc'}", f"-I{Path(__file__).parent}")
-    return shared_library(tmp_path_factory.mktemp("kernels") / "emulated.so", sources, "-O2", *folders)
+    return shared_library(tmp_path_factory.mktemp("kernels") / "emulated.so", sources, "-O1", *folders)
 
 
 def call(function, *arguments) -> None:
@@ -81,26 +95,27 @@ class Emulated:
         self.bank_conflicts += conflicts.value
         return output, lse
 
-    def proposal_attention(self, q, k_self, v_self, k, v, bits, scale):
+    def proposal_attention(self, name, q, k_self, v_self, k, v, bits, scale):
         sizes = [*q.shape[:3], k.shape[2]]
-        return self.run("proposal_attention", q, [q, k_self, v_self, k, v, bits], sizes, scale)
+        return self.run(name, q, [q, k_self, v_self, k, v, bits], sizes, scale)
 
-    def region_bridge_attention(self, q, k, v, num_prefix, grid, regions, scale):
+    def region_bridge_attention(self, name, q, k, v, num_prefix, grid, regions, scale):
         prefix_q = q.shape[2] - grid[0] * grid[1] - regions[0] * regions[1]
         sizes = [*q.shape[:2], prefix_q, num_prefix, *grid, *regions]
-        return self.run("region_bridge_attention", q, [q, k, v], sizes, scale)
+        return self.run(name, q, [q, k, v], sizes, scale)
 
 
 @pytest.fixture(autouse=True)
-def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Emulated:
     """Backend "cuda" is the kernels' bodies on the CPU; what only a GPU tensor can have is no objection to them."""
     emulated = Emulated(library)
-    monkeypatch.setattr(_dispatch, "cuda_objections", lambda op, tensor, dtypes: [])
+    monkeypatch.setattr(_dispatch, "cuda_objections", lambda op, tensor, dtypes, only=None: [])
     for op in ("proposal_attention", "region_bridge_attention"):
-        real = _dispatch.registered(op)["cuda"]
-        stand_in = _dispatch.Implementation(getattr(emulated, op), real.objections)
-        monkeypatch.setitem(_dispatch._implementations[op], "cuda", stand_in)
-    with use_backend("cuda"):
+        for backend, name in BACKENDS.items():
+            real = _dispatch.registered(op)[backend]
+            stand_in = _dispatch.Implementation(partial(getattr(emulated, op), f"{op}{name}"), real.objections)
+            monkeypatch.setitem(_dispatch._implementations[op], backend, stand_in)
+    with use_backend(getattr(request, "param", "cuda")):
         yield emulated
 
 
@@ -120,6 +135,18 @@ PROPOSALS = [  # B, heads, dh, Nq, N
 ]
 
 
+LONG_PROPOSALS = [  # more tiles than a ring of the Hopper kernel holds
+    (1, 1, 64, 130, 641),  # 6 tiles of 128 patches, the last of one, and 2 blocks of 128 proposals
+    (1, 1, 128, 70, 330),  # 6 of 64, the last of 10
+]
+
+
+def fit(shape):
+    """The shape, with heads of a width that the backend in use has."""
+    wide = _dispatch.requested_backend() == "cuda:wgmma"
+    return (*shape[:2], max(shape[2], 64 if wide else 0), *shape[3:])
+
+
 def check_proposals(tensors, masks, scale=None):
     """Output within the budget and log-sum-exp as in float64; returns both."""
     bits, scale = pack_bits(masks), tensors[0].shape[-1] ** -0.5 if scale is None else scale
@@ -131,13 +158,23 @@ def check_proposals(tensors, masks, scale=None):
 
 
 @HALF
+@BOTH
 @pytest.mark.parametrize("shape", PROPOSALS, ids=proposals.ids)
 def test_proposals(shape, dtype):
-    tensors, _, masks = proposals.make(shape, "mixed", dtype)
+    tensors, _, masks = proposals.make(fit(shape), "mixed", dtype)
     output, _ = check_proposals(tensors, masks)
     assert output.dtype == dtype and output.transpose(1, 2).is_contiguous()
 
 
+@HALF
+@WGMMA
+@pytest.mark.parametrize("shape", LONG_PROPOSALS, ids=proposals.ids)
+def test_proposals_of_many_tiles(shape, dtype):
+    tensors, _, masks = proposals.make(shape, "mixed", dtype)
+    check_proposals(tensors, masks)
+
+
+@BOTH
 @pytest.mark.parametrize("kind", [kind for kind in proposals.KINDS if kind != "mixed"])
 def test_proposals_of_other_masks(kind):
     tensors, _, masks = proposals.make((1, 2, 64, 21, 150), kind, torch.bfloat16)
@@ -147,6 +184,7 @@ def test_proposals_of_other_masks(kind):
 
 
 @HALF
+@BOTH
 def test_an_empty_row_is_its_own_value(dtype):
     tensors, _, masks = proposals.make((1, 2, 64, 19, 300), "mixed", dtype)
     masks[:, 3] = masks[:, 17] = False
@@ -168,6 +206,7 @@ def test_a_block_of_keys_that_no_row_keeps_is_not_read():
     assert_within_budget("output", got, proposals.reference, q, k_self, v_self, k, v, masks)
 
 
+@BOTH
 def test_proposals_bits_are_masks():
     tensors, _, masks = proposals.make((1, 2, 64, 20, 45), dtype=torch.float16)
     bits = pack_bits(masks)
@@ -179,9 +218,10 @@ def test_proposals_bits_are_masks():
         assert torch.equal(proposal_attention(*tensors, words), expected)
 
 
+@BOTH
 @pytest.mark.parametrize("how", ["contiguous", "broadcast", "one query"])
 def test_proposals_strides(how):
-    tensors, _, masks = proposals.make((2, 2, 32, 18, 35), dtype=torch.bfloat16)
+    tensors, _, masks = proposals.make((2, 2, 64, 18, 35), dtype=torch.bfloat16)
     if how == "contiguous":
         tensors = [x.contiguous() for x in tensors]
     elif how == "broadcast":
@@ -198,13 +238,15 @@ def test_proposals_scale(scale):
     check_proposals(tensors, masks, float(scale))
 
 
+@BOTH
 def test_proposals_large_scores():
     """Softmax of scores in the thousands is one-hot, and patches that are not kept may score highest of all."""
-    tensors, _, masks = proposals.make((1, 2, 32, 18, 70), dtype=torch.bfloat16)
+    tensors, _, masks = proposals.make((1, 2, 64, 18, 70), dtype=torch.bfloat16)
     check_proposals((tensors[0] * 1e4, *tensors[1:]), masks)
 
 
 @HALF
+@BOTH
 def test_proposals_residuals_are_what_a_backward_pass_needs(dtype):
     tensors, grad, masks = proposals.make((1, 2, 64, 18, 70), "mixed", dtype)
     output, lse = check_proposals(tensors, masks)
@@ -237,6 +279,11 @@ BRIDGES = [  # B, heads, dh, num_prefix, grid, regions
     (1, 1, 32, 1, (1, 1), (1, 1)),
     (0, 2, 64, 4, (3, 5), (1, 2)),
 ]
+LONG_BRIDGES = [  # more tiles than a ring of the Hopper kernel holds
+    (1, 1, 64, 11, (26, 26), (4, 4)),  # 6 tiles of 128 keys, the last of 47, and 6 blocks of 128 rows
+    (1, 2, 64, 64, (8, 40), (2, 5)),  # 3 of 128, none left over
+    (1, 1, 128, 5, (18, 18), (3, 3)),  # 6 of 64, the last of 9
+]
 
 
 def check_bridge(tensors, layout):
@@ -250,18 +297,40 @@ def check_bridge(tensors, layout):
 
 
 @HALF
+@BOTH
 @pytest.mark.parametrize("shape", BRIDGES, ids=bridge.ids)
 def test_bridge(shape, dtype, kernels):
     for skip in (False, True):
-        tensors, _, layout = bridge.make(shape, dtype, skip=skip)
+        tensors, _, layout = bridge.make(fit(shape), dtype, skip=skip)
         output, _ = check_bridge(tensors, layout)
         assert output.dtype == dtype and output.transpose(1, 2).is_contiguous()
     assert kernels.bank_conflicts == 0
 
 
+@HALF
+@WGMMA
+@pytest.mark.parametrize("shape", LONG_BRIDGES, ids=bridge.ids)
+def test_bridge_of_many_tiles(shape, dtype):
+    tensors, _, layout = bridge.make(shape, dtype)
+    check_bridge(tensors, layout)
+
+
+@WGMMA
+def test_bridge_ignores_what_lies_behind_the_keys():
+    """A tile ends where keys do: behind them lie the regions' values, which no patch of another region may take in."""
+    (q, k, v), _, layout = bridge.make((1, 1, 64, 4, (7, 5), (3, 2)), torch.float16)
+    expected = region_bridge_attention(q, k, v, **layout)
+    v = v.clone()
+    v[:, :, -1] = torch.inf  # of the last region
+    got = region_bridge_attention(q, k, v, **layout)
+    same = got.isfinite().all(-1)
+    assert torch.equal(got[same], expected[same]) and int((~same).sum()) == 2 * 2 + 1  # its patches and itself
+
+
+@BOTH
 @pytest.mark.parametrize("how", ["contiguous", "broadcast"])
 def test_bridge_strides(how):
-    (q, k, v), _, layout = bridge.make((2, 2, 32, 3, (5, 4), (2, 2)), torch.bfloat16)
+    (q, k, v), _, layout = bridge.make((2, 2, 64, 3, (5, 4), (2, 2)), torch.bfloat16)
     if how == "contiguous":
         q, k, v = (x.contiguous() for x in (q, k, v))
     else:  # one head's values for all
@@ -269,14 +338,16 @@ def test_bridge_strides(how):
     check_bridge((q, k, v), layout)
 
 
+@BOTH
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.5])
 def test_bridge_scale(scale):
-    tensors, _, layout = bridge.make((1, 1, 32, 3, (5, 4), (2, 2)), torch.float16)
+    tensors, _, layout = bridge.make((1, 1, 64, 3, (5, 4), (2, 2)), torch.float16)
     output = region_bridge_attention(*tensors, **layout, scale=scale)
     assert_within_budget("output", output, bridge.reference, *tensors, **layout, scale=scale)
 
 
 @HALF
+@BOTH
 def test_bridge_residuals_are_what_a_backward_pass_needs(dtype):
     tensors, grad, layout = bridge.make((1, 2, 64, 4, (7, 5), (3, 2)), dtype)
     output, lse = check_bridge(tensors, layout)
@@ -305,6 +376,41 @@ def test_what_they_do_not_take(shape, change, refusal):
     (q, k, v), _, layout = bridge.make((1, 1, shape[2], 3, (5, 4), (2, 2)), torch.float16)
     with pytest.raises(RuntimeError, match=f"cuda: .*{refusal}"):
         region_bridge_attention(q, k, change(v), **layout)
+
+
+@WGMMA
+def test_what_the_hopper_kernel_does_not_take():
+    (q, k, v), _, layout = bridge.make((1, 1, 32, 3, (5, 4), (2, 2)), torch.float16)
+    with pytest.raises(RuntimeError, match="cuda:wgmma: heads of width dh = 32, built for 64, 128"):
+        region_bridge_attention(q, k, v, **layout)
+    (q, k, v), _, layout = bridge.make((1, 1, 64, 3, (5, 4), (2, 2)), torch.float16)
+    with pytest.raises(RuntimeError, match="cuda:wgmma: needs the tokens of k and v to lie apart"):
+        region_bridge_attention(q, k[:, :, :1].expand_as(k), v, **layout)
+    with pytest.raises(RuntimeError, match="masks_to_bits: backend 'cuda:wgmma' (.|\n)*not written for this op"):
+        masks_to_bits(torch.zeros(1, 1, 4, 4), (2, 2))
+
+
+def test_cuda_is_the_hopper_kernel_where_it_was_measured_faster(monkeypatch):
+    taken = []
+    wgmma = _dispatch.Implementation(
+        lambda *args: taken.append("wgmma"), lambda q, *_: ["dh"] if q.shape[-1] < 64 else []
+    )
+    monkeypatch.setitem(_dispatch._implementations["region_bridge_attention"], "cuda:wgmma", wgmma)
+    monkeypatch.setattr(
+        torch.ops.zs3fast_cpp, "region_bridge_attention", lambda *args: taken.append("mma"), raising=False
+    )
+    monkeypatch.setattr(_dispatch, "architecture_of", lambda device: "sm_90")
+    wide, narrow = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 32)
+    for table, q in (
+        ({}, wide),
+        ({"sm_80": 2.0}, wide),
+        ({"sm_90": 0.9}, wide),
+        ({"sm_90": 1.2}, wide),
+        ({"sm_90": 1.2}, narrow),
+    ):
+        monkeypatch.setattr(_measured, "SPEEDUP_OF_WGMMA", {"region_bridge_attention": table} if table else {})
+        _mma.run("region_bridge_attention", q)
+    assert taken == ["mma", "mma", "mma", "wgmma", "mma"]
 
 
 def test_one_row_may_lie_anywhere():

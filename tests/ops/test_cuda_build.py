@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(ROOT.glob("csrc/*/cuda*.cu"))
 OPS = sorted({path.parent.name for path in SOURCES})
 ARCHS = {"80": 80, "90a": 90}  # of setup.py's default, and how cuobjdump names them
+HOPPER = 90
 KERNEL = re.compile(r"Function .*?zs3fast::(\w+)::(?:\(anonymous namespace\)::|\w+::)*(\w+(?:<.*>)?)\(")
 
 
@@ -50,15 +51,23 @@ def library() -> Path:
     return Path(_extension.module().__file__)
 
 
-@pytest.fixture(scope="module")
-def used(library: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    """{op: {kernel: {"sm_80": {"registers", "shared", "spilled"}}}} of the library."""
+def cuobjdump(*arguments: str | Path) -> str:
     triton = pytest.importorskip("triton.backends.nvidia", reason="cuobjdump comes with triton")
+    program = Path(triton.__file__).parent / "bin" / "cuobjdump"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def resources(library: Path) -> str:
+    return cuobjdump("-res-usage", library)
+
+
+@pytest.fixture(scope="module")
+def used(resources: str) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """{op: {kernel: {"sm_80": {"registers", "shared", "spilled"}}}} of the library."""
     if shutil.which("c++filt") is None:
         pytest.skip("c++filt is not installed")
-    cuobjdump = Path(triton.__file__).parent / "bin" / "cuobjdump"
-    said = subprocess.run([cuobjdump, "-res-usage", library], capture_output=True, text=True, check=True).stdout
-    said = subprocess.run(["c++filt"], input=said, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(["c++filt"], input=resources, capture_output=True, text=True, check=True).stdout
     found: dict = {}
     arch = ""
     for line, following in zip(said.splitlines(), [*said.splitlines()[1:], ""], strict=True):
@@ -101,11 +110,36 @@ def test_within_budget(op: str, used: dict) -> None:
                 assert use[name] <= most, f"{kernel} on {arch}: {use[name]} {name}, the budget is {most}"
 
 
+WGMMA_OPS = sorted(path.parent.name for path in SOURCES if path.stem == "cuda_wgmma")
+
+
+@pytest.mark.parametrize("op", WGMMA_OPS)
+def test_hopper_kernels_are_of_its_instructions(op: str, library: Path, resources: str) -> None:
+    """Products of warpgroups, both kinds, and the copy engine; for sm_90a alone, and nothing of either elsewhere."""
+    if "90a" not in _extension.info()["cuda_archs"]:
+        pytest.skip("the extension was built without sm_90a")
+    functions = [f for f in re.findall(r"Function (\w+):", resources) if f"{op}_" in f and "_fwd_kernel" in f]
+    hopper = {name for name in functions if "_wgmma_fwd_kernel" in name}
+    assert len(hopper) == 4  # two types, two widths
+    for name in hopper:
+        code = cuobjdump("-sass", "-fun", name, library)
+        assert set(re.findall(r"arch = (sm_\w+)", code)) == {"sm_90a"}
+        dh = 128 if "Li128E" in name else 64
+        keys = {64: 128, 128: 64}[dh]  # of a tile
+        type_ = "\\.BF16" if "BFloat16" in name else "(?!\\.BF16)"
+        products = [int(n) for n in re.findall(rf"HGMMA\.64x(\d+)x16\.F32{type_}", code)]
+        # the scores of the first tile and of a later one; the sums of a tile and of the last
+        assert products.count(keys) == 2 * dh // 16 and products.count(dh) == 2 * keys // 16
+        assert "UTMALDG.4D" in code and "LDGSTS" not in code
+    other = next(name for name in functions if name not in hopper)
+    assert "HGMMA" not in cuobjdump("-sass", "-fun", other, library)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_budgets_fit_the_architectures(op: str) -> None:
     budget = json.loads((ROOT / "csrc" / op / "cuda_budget.json").read_text())
     for kernel, archs in budget.items():
-        assert set(archs) == {f"sm_{number}" for number in ARCHS.values()}, kernel
+        assert set(archs) == {f"sm_{n}" for n in ARCHS.values() if n == HOPPER or "_wgmma_" not in kernel}, kernel
         for arch, allowed in archs.items():
             assert allowed["registers"] <= 255 and allowed["shared"] <= SHARED_LIMIT[int(arch[3:])], (kernel, arch)
 
@@ -115,6 +149,9 @@ def test_the_op_has_a_cuda_backend(op: str, library: Path) -> None:
     """Registered in Python, and plugged in where the library has it."""
     assert "cuda" in _dispatch.registered(op)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zs3fast_cpp::{op}", "CUDA")
+    if op in WGMMA_OPS and "90a" in _extension.info()["cuda_archs"]:
+        assert "cuda:wgmma" in _dispatch.registered(op)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zs3fast_cpp::{op}_wgmma", "CUDA")
 
 
 def test_the_library_loads_without_a_gpu_driver(library: Path) -> None:
@@ -126,7 +163,7 @@ def test_the_library_loads_without_a_gpu_driver(library: Path) -> None:
     ctypes.CDLL(str(library))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_kernels_know_no_torch(source: Path) -> None:
     """nvcc reads every header once an architecture: torch's would take it a minute each."""
     seen, todo = set(), [source]

@@ -230,6 +230,31 @@ def test_cuda_kernels_run_where_they_were_built_for(capability, archs, refusal, 
     assert _dispatch.cuda_objections("masks_to_bits", tensor) == ([] if refusal is None else [refusal])
 
 
+@pytest.mark.parametrize(
+    ("capability", "archs", "refusal"),
+    [
+        ((9, 0), "80,90a", None),
+        ((8, 0), "80,90a", "built for sm_90a, not for this card's sm_80 (ZS3FAST_CUDA_ARCHS)"),
+        ((10, 0), "90a", "built for sm_90a, not for this card's sm_100 (ZS3FAST_CUDA_ARCHS)"),
+        ((9, 0), "80,90", "this kernel is for sm_90a, which the extension was built without (ZS3FAST_CUDA_ARCHS)"),
+    ],
+)
+def test_kernels_of_one_architecture_want_it(capability, archs, refusal, monkeypatch):
+    tensor = on_a_card(monkeypatch, capability, archs)
+    reasons = _dispatch.cuda_objections("masks_to_bits", tensor, only="90a")
+    assert reasons == ([] if refusal is None else [refusal])
+
+
+def test_a_variant_runs_by_name_alone(unmeasured, monkeypatch):
+    _dispatch.register(unmeasured, "cuda:wgmma", lambda x: "cuda:wgmma", _dispatch.never)
+    monkeypatch.setattr(_measured, "SPEEDUP_OVER_TRITON", {unmeasured: {"sm_90": 2.0}})
+    for backend, runs in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:wgmma", "cuda:wgmma")):
+        with use_backend(backend):
+            assert _dispatch.requested_backend() == backend and _dispatch.call(unmeasured, LOGITS) == runs
+    with use_backend("cuda:wgmma"), pytest.raises(RuntimeError, match="'cuda:wgmma' cannot take.*\n.*\n.*not written"):
+        masks_to_labels(LOGITS, (4, 4))
+
+
 def test_cuda_kernels_of_an_op_written_later_are_an_objection(monkeypatch):
     tensor = on_a_card(monkeypatch)
     assert _dispatch.cuda_objections("brand_new", tensor) == [
@@ -286,6 +311,7 @@ def test_auto_takes_a_cuda_kernel_where_it_was_measured_faster(table, chosen, un
 
 
 def test_the_measurements_name_ops_and_architectures():
-    for op, archs in _measured.SPEEDUP_OVER_TRITON.items():
-        assert "cuda" in _dispatch.registered(op)
-        assert archs and all(re.fullmatch(r"sm_\d+", arch) and speedup > 1 for arch, speedup in archs.items())
+    for table, backend in ((_measured.SPEEDUP_OVER_TRITON, "cuda"), (_measured.SPEEDUP_OF_WGMMA, "cuda:wgmma")):
+        for op, archs in table.items():
+            assert backend in _dispatch.registered(op)
+            assert archs and all(re.fullmatch(r"sm_\d+", arch) and speedup > 1 for arch, speedup in archs.items())

@@ -14,6 +14,8 @@ heads = 12, dh = 64, Nq = 100, N = 900: 0.28 GFLOP if every patch is kept, 28 MF
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -117,6 +119,9 @@ for _namespace in ("zs3fast", "zs3fast_cpp"):
         f"(Tensor grad_output, {_INPUTS}, Tensor output, Tensor lse, float scale)"
         " -> (Tensor dq, Tensor dk_self, Tensor dv_self, Tensor dk, Tensor dv)",
     )
+torch.library.define(
+    "zs3fast_cpp::proposal_attention_wgmma", f"({_INPUTS}, float scale) -> (Tensor output, Tensor lse)"
+)
 
 
 @torch.library.impl("zs3fast::proposal_attention", "default")
@@ -190,7 +195,7 @@ def _reference_backward_run(grad_output, q, k_self, v_self, k, v, bits, output, 
     return tuple(_as_heads(x.to(dtype)) for x in grads)
 
 
-def _compiled_run(*args):  # on the CPU or on a GPU, by the device of its tensors
+def _cpp_run(*args):
     return torch.ops.zs3fast_cpp.proposal_attention(*args)
 
 
@@ -227,10 +232,15 @@ def _cuda_objections(q: Tensor, *args: object) -> list[str]:
     return _mma.objections(OP, q, *args[:4])  # k_self, v_self, k, v
 
 
+def _wgmma_objections(q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *_args: object) -> list[str]:
+    return _mma.wgmma_objections(OP, k, v, q, k_self, v_self)
+
+
 _dispatch.register("proposal_attention", "reference", _reference_run, _dispatch.never)
-_dispatch.register("proposal_attention", "cpp", _compiled_run, _cpp_objections)
+_dispatch.register("proposal_attention", "cpp", _cpp_run, _cpp_objections)
 _dispatch.register("proposal_attention", "triton", _triton_run, _triton_objections)
-_dispatch.register("proposal_attention", "cuda", _compiled_run, _cuda_objections)
+_dispatch.register("proposal_attention", "cuda", partial(_mma.run, OP), _cuda_objections)
+_dispatch.register("proposal_attention", "cuda:wgmma", partial(_mma.run_wgmma, OP), _wgmma_objections)
 _dispatch.register("proposal_attention_backward", "reference", _reference_backward_run, _dispatch.never)
 _dispatch.register("proposal_attention_backward", "cpp", _cpp_backward_run, _cpp_objections)
 _dispatch.register("proposal_attention_backward", "triton", _triton_backward_run, _triton_objections)

@@ -23,6 +23,8 @@ own, step 1's backward is the plain one: its probabilities are exp(s_ij - l'_i),
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -190,6 +192,10 @@ for _namespace in ("zs3fast", "zs3fast_cpp"):
         f"(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, {_LAYOUT})"
         " -> (Tensor dq, Tensor dk, Tensor dv)",
     )
+torch.library.define(
+    "zs3fast_cpp::region_bridge_attention_wgmma",
+    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor output, Tensor lse)",
+)
 
 
 @torch.library.impl("zs3fast::region_bridge_attention", "default")
@@ -258,7 +264,7 @@ def _reference_backward_run(grad_output, q, k, v, output, lse, num_prefix, grid,
     return tuple(_as_heads(x.to(dtype)) for x in (ds @ k, ds.mT @ q, probabilities.mT @ grad_output))
 
 
-def _compiled_run(*args):  # on the CPU or on a GPU, by the device of its tensors
+def _cpp_run(*args):
     return torch.ops.zs3fast_cpp.region_bridge_attention(*args)
 
 
@@ -295,10 +301,15 @@ def _cuda_objections(q: Tensor, *args: object) -> list[str]:
     return _mma.objections(OP, q, *args[:2])  # k, v
 
 
+def _wgmma_objections(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> list[str]:
+    return _mma.wgmma_objections(OP, k, v, q)
+
+
 _dispatch.register("region_bridge_attention", "reference", _reference_run, _dispatch.never)
-_dispatch.register("region_bridge_attention", "cpp", _compiled_run, _cpp_objections)
+_dispatch.register("region_bridge_attention", "cpp", _cpp_run, _cpp_objections)
 _dispatch.register("region_bridge_attention", "triton", _triton_run, _triton_objections)
-_dispatch.register("region_bridge_attention", "cuda", _compiled_run, _cuda_objections)
+_dispatch.register("region_bridge_attention", "cuda", partial(_mma.run, OP), _cuda_objections)
+_dispatch.register("region_bridge_attention", "cuda:wgmma", partial(_mma.run_wgmma, OP), _wgmma_objections)
 _dispatch.register("region_bridge_attention_backward", "reference", _reference_backward_run, _dispatch.never)
 _dispatch.register("region_bridge_attention_backward", "cpp", _cpp_backward_run, _cpp_objections)
 _dispatch.register("region_bridge_attention_backward", "triton", _triton_backward_run, _triton_objections)

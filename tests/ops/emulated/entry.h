@@ -5,6 +5,7 @@
 #include <exception>
 
 #include "cuda/mma_attention.h"
+#include "cuda/wgmma.h"
 
 namespace zs3fast {
 
@@ -40,20 +41,29 @@ bool guarded(const Tensor* tensors, int count, char* error, int64_t length, Body
   }
 }
 
+// As csrc/cuda/wgmma_start.h makes them.
+template <class T>
+wgmma::Map map_of(const mma::Heads<const T>& x, int images, int heads, int tokens, int dh, int rows) {
+  constexpr int64_t kSize = sizeof(T);
+  return {reinterpret_cast<const unsigned char*>(x.data),
+          {dh, tokens, heads, images},
+          {kSize, x.token * kSize, x.head * kSize, x.image * kSize},
+          rows};
+}
+
 }  // namespace zs3fast
 
-// run<T, kDh>(entry, sizes, scale) of the type and head width asked for, as a function for ctypes.
-#define ZS3FAST_ENTRY(NAME)                                                                                  \
+// run<T, kDh>(entry, sizes, scale) of the type and head width asked for, as a function for ctypes; WIDE: at least 64.
+#define ZS3FAST_ENTRY_OF(NAME, RUN)                                                                          \
   extern "C" bool NAME(const zs3fast::Tensor* tensors, int count, const int64_t* sizes, int dh, bool bf16,   \
                        float scale, int64_t* conflicts, char* error, int64_t length) {                       \
     const Entry entry{tensors};                                                                              \
     return guarded(tensors, count, error, length, [&] {                                                      \
-      bf16 ? dh == 32   ? run<mma::BFloat16, 32>(entry, sizes, scale)                                        \
-             : dh == 64 ? run<mma::BFloat16, 64>(entry, sizes, scale)                                        \
-                        : run<mma::BFloat16, 128>(entry, sizes, scale)                                       \
-      : dh == 32 ? run<mma::Half, 32>(entry, sizes, scale)                                                   \
-      : dh == 64 ? run<mma::Half, 64>(entry, sizes, scale)                                                   \
-                 : run<mma::Half, 128>(entry, sizes, scale);                                                 \
+      bf16 ? RUN(mma::BFloat16) : RUN(mma::Half);                                                            \
       *conflicts = mma::Block::bank_conflicts;                                                               \
     });                                                                                                      \
   }
+#define ZS3FAST_RUN_WIDE(T) (dh == 64 ? run<T, 64>(entry, sizes, scale) : run<T, 128>(entry, sizes, scale))
+#define ZS3FAST_RUN(T) (dh == 32 ? run<T, 32>(entry, sizes, scale) : ZS3FAST_RUN_WIDE(T))
+#define ZS3FAST_ENTRY(NAME) ZS3FAST_ENTRY_OF(NAME, ZS3FAST_RUN)
+#define ZS3FAST_WIDE_ENTRY(NAME) ZS3FAST_ENTRY_OF(NAME, ZS3FAST_RUN_WIDE)
