@@ -71,6 +71,9 @@ VARIANTS = {
         "CLIP-RC without region bridge (one query a class, plain patches)",
         ("model.query_regions=false", "model.alignment=none"),
     ),
+    "clip_rc-published": Variant(
+        "clip_rc", "CLIP-RC, M = 16, published start", ("model.init=official", "model.output_gain=1.0")
+    ),
     "clsclip": Variant("clsclip", "ClsCLIP, the best of 64 masks a pixel"),
     "maft": Variant("maft", "MAFT, on the true regions: an upper bound"),
     "zegclip-transductive": Variant(
