@@ -49,17 +49,21 @@ inline int int_of(const char* op, int64_t n) {
   return static_cast<int>(n);
 }
 
-// Output, shaped like q, and log-sum-exp of attention. problem(T{}, output, lse) is the request in elements of type T,
-// forward(request, dh, stream) starts it.
-template <class MakeProblem, class Forward>
-std::tuple<at::Tensor, at::Tensor> attention(const char* op, const at::Tensor& q, MakeProblem problem,
-                                             Forward forward) {
+// Output, shaped like q, and log-sum-exp of attention. problem(T{}, output, lse) is the request in elements of type T;
+// forward(request, dh, stream) of its namespace starts it, or forward_wgmma.
+template <bool kWgmma, class MakeProblem>
+std::tuple<at::Tensor, at::Tensor> attention(const char* op, const at::Tensor& q, MakeProblem problem) {
   const cuda::Device device(q);
   auto output = empty_heads(q);
   auto lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   with_half_type(op, q, [&](auto type) {
     const auto request = problem(type, output_heads_of<decltype(type)>(output), lse.mutable_data_ptr<float>());
-    if (int_of(op, request.blocks()) > 0) ZS3FAST_LAUNCH(forward(request, int_of(op, q.size(3)), device.stream()));
+    if (int_of(op, request.blocks()) == 0) return;
+    const int dh = int_of(op, q.size(3));
+    if constexpr (kWgmma)
+      ZS3FAST_LAUNCH(forward_wgmma(request, dh, device.stream()));
+    else
+      ZS3FAST_LAUNCH(forward(request, dh, device.stream()));
   });
   return {output, lse};
 }

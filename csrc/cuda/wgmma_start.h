@@ -1,7 +1,7 @@
 // How a .cu file starts a Hopper kernel: with tensor maps for the copy engine. The one function of the driver that
-// makes them is asked for when it is first needed: the extension does not depend on libcuda, which comes with a
-// driver. Every driver for CUDA 12 has it. Strides of a packed projection do not grow from axis to axis; other
-// libraries give the engine such strides, too.
+// makes them, there since CUDA 12.0, is asked for when it is first needed: the extension does not depend on libcuda,
+// which comes with a driver. Strides of a packed projection do not grow from axis to axis; that the engine takes those
+// is the first thing to see on a card.
 #pragma once
 
 #include <cuda.h>

@@ -31,12 +31,7 @@ std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q, const at::Tensor&
                       output,
                       lse};
   };
-  return mma::attention(kOp, q, problem, [](const auto& request, int dh, cudaStream_t stream) {
-    if constexpr (kWgmma)
-      return forward_wgmma(request, dh, stream);
-    else
-      return forward(request, dh, stream);
-  });
+  return mma::attention<kWgmma>(kOp, q, problem);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // Not yet run on a GPU. Predicted for an H100 as in cuda_kernel.h (3.64 GFLOP at B = 1, dh = 64): 108 blocks of rows,
 // one on a multiprocessor, of 9 tiles of 128 keys. A tile takes two warpgroups 1024 cycles of the tensor cores and 1024
 // of exponents beside them: 5.3 us at 1.75 GHz, 7 to 9 with what does not overlap; 27 MB of tiles come out of the L2
-// cache meanwhile. Larger batches at 600 TFLOP/s, which attention by wgmma reaches there: 6 us an image, by mma.sync 9.
+// cache meanwhile. Larger batches, if it gets to 600 TFLOP/s: 6 us an image, by mma.sync 9.
 #pragma once
 
 #include "cuda/wgmma_attention.h"
