@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from zs3fast import weights
 from zs3fast.compiled import CompiledModel
-from zs3fast.encoders.quantize import quantize_encoder
+from zs3fast.encoders.quantize import KINDS, quantize_encoder
 from zs3fast.images import read_image
+from zs3fast.models.base import one_of
 from zs3fast.pipeline import default_workers, overlapped
 from zs3fast.proposals import BoxProposer, MaskProposer
 from zs3fast.recipes import Question, recipe_for
@@ -120,6 +121,8 @@ class Segmenter:
             raise ValueError("text_embeddings: give these or a text_encoder, not both")
         if dtype not in (None, *_DTYPES):
             raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+        if quantize is not None:
+            one_of("quantize", quantize, KINDS)
         self.model = model.to(device=device, dtype=dtype).eval()
         self._recipe = recipe_for(model, window_batch, proposer, crops, boxes)
         if quantize is not None:

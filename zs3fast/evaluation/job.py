@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from zs3fast.data import SegmentationDataset, open_dataset, test_pairs
 from zs3fast.data.datasets import ids_digest
-from zs3fast.encoders.quantize import quantize_encoder
+from zs3fast.encoders.quantize import KINDS, quantize_encoder
 from zs3fast.evaluation.evaluate import ItemScore, Report, evaluate, evaluate_pairs
 from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
 from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, learned_setting, published_items, resolve_setting
 from zs3fast.evaluation.scores import DENOMINATORS
+from zs3fast.models.base import one_of
 from zs3fast.proposals import MaskProposer, load_box_proposer, load_mask_proposer
 from zs3fast.rendering import UNLABELLED
 from zs3fast.segmenter import Segmenter, find_weights, is_converted
@@ -76,6 +77,8 @@ def prepare(
         raise ValueError(f"boxes: are for the folds of {' and '.join(PAIR_DATASETS)}, got them for {dataset}")
     if fold is not None and setting is not None:
         raise ValueError(f"setting: a fold of {dataset} has one setting of its own, got {setting!r}")
+    if quantize is not None:
+        one_of("quantize", quantize, KINDS)
     path = find_weights(weights)
     images = open_dataset(dataset, data, split, fold=fold)
     names = images.class_names if fold is None else images.class_names[: images.background]  # which stands last
