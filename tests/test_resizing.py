@@ -118,7 +118,7 @@ def test_photos():
 
 def test_sums_beyond_32_bits():
     """A side that shrinks so much that the sums of the first pass are longer: black and white by turns, averaged."""
-    pixels = torch.zeros(2100, 1, 3, dtype=torch.uint8)
+    pixels = torch.zeros(4000, 1, 3, dtype=torch.uint8)
     pixels[::2] = 255
     assert bilinear(pixels, (1, 1), antialias=True).unique().tolist() in ([127], [128])
     assert (bilinear(torch.full_like(pixels, 255), (1, 1), antialias=True) == 255).all()

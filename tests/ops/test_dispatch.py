@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import zs3fast
-from zs3fast.ops import _dispatch, _extension, _measured, masks_to_labels, relationship_descriptor, use_backend
+from zs3fast.ops import _dispatch, _extension, _measured, _mma, masks_to_labels, relationship_descriptor, use_backend
 
 LOGITS = torch.zeros(1, 2, 2, 2)
 
@@ -253,6 +253,24 @@ def test_a_variant_runs_by_name_alone(unmeasured, monkeypatch):
             assert _dispatch.requested_backend() == backend and _dispatch.call(unmeasured, LOGITS) == runs
     with use_backend("cuda:wgmma"), pytest.raises(RuntimeError, match="'cuda:wgmma' cannot take.*\n.*\n.*not written"):
         masks_to_labels(LOGITS, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("table", "refused", "runs"),
+    [
+        ({}, [], "mma.sync"),
+        ({"sm_90": 1.2}, [], "wgmma"),
+        ({"sm_90": 1.2}, ["heads of width 32"], "mma.sync"),
+        ({"sm_90": 0.9}, [], "mma.sync"),
+        ({"sm_80": 1.2}, [], "mma.sync"),
+    ],
+)
+def test_the_wgmma_variant_runs_as_cuda_where_it_was_measured_faster(unmeasured, monkeypatch, table, refused, runs):
+    compiled = SimpleNamespace(zs3fast_cpp=SimpleNamespace(**{unmeasured: lambda x: "mma.sync"}))
+    monkeypatch.setattr(_mma, "torch", SimpleNamespace(ops=compiled))
+    monkeypatch.setattr(_measured, "SPEEDUP_OF_WGMMA", {unmeasured: table} if table else {})
+    _dispatch.register(unmeasured, "cuda:wgmma", lambda x: "wgmma", lambda x: refused)
+    assert _mma.run(unmeasured, LOGITS) == runs
 
 
 def test_cuda_kernels_of_an_op_written_later_are_an_objection(monkeypatch):

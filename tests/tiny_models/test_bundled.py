@@ -10,13 +10,15 @@ import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from zs3fast import Segmenter
+from zs3fast import Segmenter, create_model, weights
 from zs3fast.cli import app
 from zs3fast.data.world import WorldDataset
 from zs3fast.evaluation.scores import Scores
+from zs3fast.recipes import prepare
 from zs3fast.segmenter import TINY, TINY_DEFAULT, find_weights
 from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
 from zs3fast.training.contrastive import load_contrastive_config
@@ -48,6 +50,34 @@ def test_unseen_classes_are_found(method: str) -> None:
     found, plain = scores(method).headline(), scores("maskclip").headline()
     assert found["mIoU(U)"] > 0.6 * found["mIoU(S)"] and found["pAcc"] > 50
     assert found["hIoU"] > 3 * plain["hIoU"]
+
+
+@pytest.mark.parametrize("init", ["official", "intent"])
+@torch.no_grad()
+def test_what_patches_differ_in_before_clip_rc_is_trained(init: str) -> None:
+    """The README on its start: of it the published decoder leaves a few percent of a patch, and logits are large."""
+    trained = weights.load(find_weights(f"{TINY}-clip_rc"))[0]
+    torch.manual_seed(0)
+    model = create_model(**{**trained.config, "pretrained": None, "init": init, "output_gain": 1.0}).eval()
+    model.encoder.load_state_dict(trained.encoder.state_dict())
+    shares = []
+    for part in (model.alignment, model.decoder.decoder_v.layers[-1]):
+        part.register_forward_hook(lambda _module, _inputs, patches: shares.append(share_that_differs(patches)))
+    scenes = WorldDataset("test", length=8)
+    images = torch.stack([prepare(scene.image, 96, model.pixel_mean, model.pixel_std) for scene in scenes])
+    text = torch.nn.functional.normalize(torch.randn(48, 128), dim=-1)
+    masks = model(images, text).mask_logits
+    before, after = shares
+    assert before > 0.15 and (after < 0.1 if init == "official" else after > 0.9 * before)
+    assert masks.std() > 3  # of scores that begin near 0 it would be less than 1
+    model.decoder.decoder_q.layers[-1].norm3.weight.fill_(0.3)
+    model.decoder.decoder_v.layers[-1].norm3.weight.fill_(0.3)
+    assert model(images, text).mask_logits.std() < 1.5
+
+
+def share_that_differs(patches: torch.Tensor) -> float:
+    """Of the squared norm of patches [B, N, D], what is not their mean over the picture."""
+    return ((patches - patches.mean(1, keepdim=True)).square().sum() / patches.square().sum()).item()
 
 
 def test_the_clip_names_things_and_stuff() -> None:
