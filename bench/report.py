@@ -23,6 +23,7 @@ COUNTS = {
     ("largest_batch", "largest batch"): {"largest_batch": "images", "budget_gib": "in GiB", "peak_mib": "peak MiB"},
     ("agreement", "scores"): {"pacc": "pAcc", "miou": "mIoU", "hiou": "hIoU", "agreement": "same labels, %"},
 }
+OURS = "zs3fast"
 FLOORS = {"floor: products": "/ products", "floor: products + attention": "/ products + attention"}
 
 
@@ -32,14 +33,20 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         raise ValueError("rows: the results file is empty")
     floors = {floor_key(r, r["backend"]): r["p50_ms"] for r in rows if r["backend"] in FLOORS}
     shown = [backend for backend in FLOORS if any(key[-1] == backend for key in floors)]
+    ours = {}
+    for r in rows:
+        if r["rounds"] and OURS in r["backend"]:
+            ours.setdefault(rivals_key(r), r["p50_ms"])
+    compared = any(r["rounds"] and OURS not in r["backend"] and rivals_key(r) in ours for r in rows)
     rates = any("images_per_second" in r for r in rows)
     header = ["shape", "pass", "dtype", "name", "backend", *(["images/s"] if rates else [])]
-    header += ["median ms", "p20 - p80 ms", *(FLOORS[f] for f in shown)]
+    header += ["median ms", "p20 - p80 ms", *([f"/ {OURS}"] if compared else []), *(FLOORS[f] for f in shown)]
     times = [
         [r["shape"], r["pass"], r["dtype"], r["name"], r["backend"]]
         + ([number(r.get("images_per_second"))] if rates else [])
         + [number(r["p50_ms"]), f"{number(r['p20_ms'])} - {number(r['p80_ms'])}"]
-        + [f"{r['p50_ms'] / floor:.2f}" if floor else "" for floor in (floors.get(floor_key(r, f)) for f in shown)]
+        + ([ratio(r, ours.get(rivals_key(r)))] if compared else [])
+        + [ratio(r, floors.get(floor_key(r, f))) for f in shown]
         for r in rows
         if r["rounds"]
     ]
@@ -82,6 +89,20 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         header = ["shape", "pass", "dtype", "name", "backend", "peak MiB"]
         parts.append(table(header, [[*(r[k] for k in header[:5]), number(r["peak_mib"])] for r in rows], 5))
     return "\n\n".join([*parts, *sorted({machine(r) for r in rows})]) + "\n"
+
+
+def rivals_key(row: dict[str, Any]) -> tuple[str, ...]:
+    """What the rows have in common that do the same work: "layer: ..." is more of it than the op alone."""
+    part = row["backend"].rpartition(": ")[0]
+    return row["shape"], row["pass"], row["dtype"], row["name"], part
+
+
+def ratio(row: dict[str, Any], other_ms: float | None) -> str:
+    """A row's time over that of another."""
+    if not other_ms:
+        return ""
+    times = row["p50_ms"] / other_ms
+    return f"{times:.2f}" if times < 10 else number(times)
 
 
 def floor_key(row: dict[str, Any], floor: str) -> tuple[str | None, ...]:

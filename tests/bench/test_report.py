@@ -65,6 +65,23 @@ def test_counts_have_tables_of_their_own():
     assert text.count("| peak MiB |") == 1 and "median" not in text
 
 
+def test_times_stand_beside_those_of_zs3fast():
+    described = {"device": "Some GPU", "versions": {"torch": "2.10"}, "commit": "0123456789abcdef"}
+
+    def row(backend: str, seconds: float, shape: str = "voc20-512") -> dict:
+        return harness.row("an_op", backend, shape, Timing([seconds]), described=described)
+
+    text = report.render(
+        [row("official eager", 0.3), row("official eager", 0.3, "coco171-512"), row("zs3fast (auto)", 0.002)]
+        + [row("layer: joint", 0.5), row("layer: sdpa + zs3fast", 0.4)]
+    )
+    assert "| p20 - p80 ms | / zs3fast |" in text
+    assert "| voc20-512 | forward | float32 | an_op | official eager | 300 | 300 - 300 | 150 |" in text
+    assert "| coco171-512 | forward | float32 | an_op | official eager | 300 | 300 - 300 |  |" in text
+    assert "| voc20-512 | forward | float32 | an_op | layer: joint | 500 | 500 - 500 | 1.25 |" in text
+    assert "/ zs3fast" not in report.render([row("float32", 0.3), row("int8", 0.2)])
+
+
 def test_a_missing_results_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="bench:nowhere/models"):
         report.fill("<!-- bench:nowhere/models -->\n<!-- /bench -->", tmp_path)
