@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 USAGE_ERROR, RUN_ERROR = 2, 1
+CROPS_HELP = "maft: classify proposals by a CLIP pass each, the baseline: mask, crop or mask_crop."
 QUANTIZE_HELP = "Run the image tower in 8 bits: int8, int8-weights or fp8; needs zs3fast[quantize]."
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 stdout = Console(soft_wrap=True, highlight=False)

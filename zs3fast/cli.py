@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zs3fast._console import QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
+from zs3fast._console import CROPS_HELP, QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.segmenter import Segmenter
@@ -88,10 +88,7 @@ def segment(
             "or a folder), freeseg:FILE, or files:PATH with masks of your own."
         ),
     ] = None,
-    crops: Annotated[
-        str | None,
-        typer.Option(help="maft: classify proposals by a CLIP pass each, the baseline: mask, crop or mask_crop."),
-    ] = None,
+    crops: Annotated[str | None, typer.Option(help=CROPS_HELP)] = None,
     boxes: Annotated[
         str | None,
         typer.Option(

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from zs3fast import ops
 from zs3fast.labels.softmax import softmax_labels
 from zs3fast.labels.windows import sliding_windows
+from zs3fast.models.base import one_of
 from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.models.clsclip_plus import squash as squash_images
 from zs3fast.proposals import BoxProposer, MaskProposer, clip_input, for_classes, resize_for_proposer, sub_images
 from zs3fast.proposals.class_columns import scores_for_classes
+from zs3fast.proposals.crops import MERGES
 from zs3fast.resizing import bilinear, resizes_there
 
 # A bound on one picture's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
@@ -236,6 +238,8 @@ class Proposing(Recipe):
     def __init__(
         self, model: nn.Module, proposer: MaskProposer, crops: str | None = None, crop_form: str = "zegformer"
     ):
+        if crops is not None:
+            one_of("crops", crops, MERGES)
         self.model, self.proposer, self.crops, self.crop_form = model, proposer, crops, crop_form
 
     def answer(self, question: Question) -> Answer:

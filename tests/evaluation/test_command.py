@@ -308,7 +308,17 @@ def test_maft_takes_its_proposals_from_files_by_the_names_of_the_pictures(tree):
     segmenter = Segmenter(model, text_embeddings=rows, class_names=VOC, proposer=FileMaskProposer(folder))
     pairs = [(segmenter(data.image_path(i), VOC, seen=range(15)).labels, data[i].labels) for i in range(2)]
     assert np.array_equal(np.load("zs3fast_eval/counts.npy"), brute_force_table(pairs, 20))
-    assert report()["settings"]["proposer"] == f"files:{folder}"
+    assert report()["settings"]["proposer"] == f"files:{folder}" and "crops" not in report()["settings"]
+    run(*options, "--proposer", f"files:{folder}", "--crops", "mask_crop", "--output", "cropped")
+    segmenter = Segmenter(
+        model, text_embeddings=rows, class_names=VOC, proposer=FileMaskProposer(folder), crops="mask_crop"
+    )
+    cut = [(segmenter(data.image_path(i), VOC, seen=range(15)).labels, data[i].labels) for i in range(2)]
+    assert not all(np.array_equal(a, b) for (a, _), (b, _) in zip(pairs, cut, strict=True))
+    assert np.array_equal(np.load("cropped/counts.npy"), brute_force_table(cut, 20))
+    assert report("cropped")["settings"]["crops"] == "mask_crop"
+    refused = run(*options, "--proposer", f"files:{folder}", "--crops", "cut", "--output", "no", code=2)
+    assert "crops: expected one of mask, crop, mask_crop, got 'cut'" in refused
 
 
 @pytest.mark.parametrize(

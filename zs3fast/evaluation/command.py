@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zs3fast._console import QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
+from zs3fast._console import CROPS_HELP, QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.evaluation.evaluate import Report
@@ -54,8 +54,11 @@ def evaluate(
     ] = None,
     proposer: Annotated[
         str | None,
-        typer.Option(help="Mask proposals for MAFT: mask2former:NAME, maskformer:NAME, sam:NAME, files:PATH."),
+        typer.Option(
+            help="Mask proposals for MAFT: mask2former:NAME, maskformer:NAME, sam:NAME, freeseg:FILE, files:PATH."
+        ),
     ] = None,
+    crops: Annotated[str | None, typer.Option(help=CROPS_HELP)] = None,
     boxes: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +104,7 @@ def evaluate(
             text_embeddings=text_embeddings,
             templates=templates,
             proposer=proposer,
+            crops=crops,
             boxes=boxes,
             no_box=no_box,
             fold=fold,

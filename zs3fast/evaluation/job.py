@@ -57,6 +57,7 @@ def prepare(
     text_embeddings: Path | None = None,
     templates: str | None = None,
     proposer: str | None = None,
+    crops: str | None = None,
     boxes: str | None = None,
     no_box: str = "whole_image",
     fold: int | None = None,
@@ -84,7 +85,7 @@ def prepare(
     names = images.class_names if fold is None else images.class_names[: images.background]  # which stands last
     rows = None if text_embeddings is None else load_text_embeddings(text_embeddings, len(names))
     masks = None if proposer is None else load_mask_proposer(proposer, device)
-    segmenter = _segmenter(path, whole_names(names), rows, trained_on, templates, masks, device)
+    segmenter = _segmenter(path, whole_names(names), rows, trained_on, templates, masks, crops, device)
     settings = {
         "method": segmenter.model.config["method"],
         "weights": f"{path.name}, {path.stat().st_size} bytes",
@@ -96,6 +97,8 @@ def prepare(
         "proposer": proposer,
         "text": " | ".join(segmenter.templates) if rows is None else text_embeddings.name,
     }
+    if crops is not None:
+        settings["crops"] = crops
     if quantize is not None:
         quantize_encoder(segmenter.model, quantize)  # after the digest, which is of the weights that were given
         settings["quantize"] = quantize
@@ -224,6 +227,7 @@ def _segmenter(
     trained_on: str | None,
     templates: str | None,
     proposer: MaskProposer | None,
+    crops: str | None,
     device: str,
 ) -> Segmenter:
     """The segmenter of a weight file, for a dataset's classes."""
@@ -234,5 +238,6 @@ def _segmenter(
     elif trained_on is not None:
         learned = class_names(trained_on)
         official = {"class_names": learned, "num_classes": len(learned), "seen": seen_classes(trained_on)}
-    options = {"class_names": names, "text_embeddings": rows, "templates": templates, "proposer": proposer}
-    return Segmenter.from_pretrained(path, **options, device=device, official=official)
+    options = {"class_names": names, "text_embeddings": rows, "templates": templates}
+    masks = {"proposer": proposer, "crops": crops}
+    return Segmenter.from_pretrained(path, **options, **masks, device=device, official=official)
