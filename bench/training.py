@@ -8,10 +8,10 @@
 largest: the most images a training step takes before memory runs out, each try in a process of its own whose memory is
 limited (CPU) or that has the GPU to itself. Contenders: the official structure in eager PyTorch, zs3fast, and zs3fast
 that recomputes its frozen encoder blocks. step: what `zs3fast train` runs an iteration (forward, backward, AdamW), on
-prepared images, for each precision and with recomputation. scaling: the same step over processes that share the
-machine's threads (CPU) or take a GPU each; the batch of an iteration stays the same. activations: the bytes that each
-image adds to what autograd keeps from forward to backward, counted and not sampled. `bench/run.py --pass training`
-times forward and backward against the official structure.
+prepared images, for each precision, with recomputation and, with --compile, as one graph. scaling: the same step over
+processes that share the machine's threads (CPU) or take a GPU each; the batch of an iteration stays the same.
+activations: the bytes that each image adds to what autograd keeps from forward to backward, counted and not sampled.
+`bench/run.py --pass training` times forward and backward against the official structure.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="images an iteration in `step` and `scaling` (4)")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--compile", action="store_true", help="`step` through torch.compile, too")
     parser.add_argument("--rounds", type=int, default=3, help="timed iterations (3)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads, over all processes")
@@ -141,17 +142,18 @@ def run_probe(request: dict[str, Any]) -> None:
 
 def measure_processes(args: argparse.Namespace, method: str, classes: int, pass_: str) -> list[dict[str, Any]]:
     """Rows of the whole training step: variants in one process ("step"), or one variant in several ("scaling")."""
-    variants = [(1, p, r) for p in args.precision for r in (False, True)]
+    ways = ("", " recompute", *([" compiled"] if args.compile else []))
+    variants = [(1, precision, way) for precision in args.precision for way in ways]
     if pass_ == "scaling":
-        variants = [(count, args.precision[0], False) for count in args.processes]
+        variants = [(count, args.precision[0], "") for count in args.processes]
     rows, first = [], None
-    for count, precision, recompute in variants:
+    for count, precision, way in variants:
         setting = make_setting(args, method, classes, args.batch)
-        samples, peak = in_processes(args, setting, count, precision, recompute)
+        samples, peak = in_processes(args, setting, count, precision, way)
         timing = harness.Timing(samples)
         seconds = timing.percentile(50)
         first = first or seconds
-        name = f"zs3fast{' recompute' if recompute else ''}, {count} process{'es' if count > 1 else ''}"
+        name = f"zs3fast{way}, {count} process{'es' if count > 1 else ''}"
         speed = args.batch / seconds
         print(
             f"{pass_} {setting.name} C={classes} {precision} {name}: {seconds:.3f} s, {speed:.2f} images/s", flush=True
@@ -163,7 +165,7 @@ def measure_processes(args: argparse.Namespace, method: str, classes: int, pass_
 
 
 def in_processes(
-    args: argparse.Namespace, setting: Setting, count: int, precision: str, recompute: bool
+    args: argparse.Namespace, setting: Setting, count: int, precision: str, way: str
 ) -> tuple[list[float], int]:
     """Seconds of each timed iteration, and the first process's peak bytes."""
     context = multiprocessing.get_context("spawn")
@@ -172,7 +174,7 @@ def in_processes(
         port = free.getsockname()[1]
         free.close()
         out = str(Path(folder) / "result.json")
-        work = (count, port, setting, precision, recompute, vars(args), out)
+        work = (count, port, setting, precision, way, vars(args), out)
         processes = [context.Process(target=train_steps, args=(rank, *work)) for rank in range(count)]
         for process in processes:
             process.start()
@@ -185,7 +187,7 @@ def in_processes(
 
 
 def train_steps(
-    rank: int, count: int, port: int, setting: Setting, precision: str, recompute: bool, args: dict[str, Any], out: str
+    rank: int, count: int, port: int, setting: Setting, precision: str, way: str, args: dict[str, Any], out: str
 ) -> None:
     """One process of a run on prepared images: the loop's own iteration, without reading and logging."""
     from zs3fast.training import distributed, loop, optimiser, setup
@@ -196,8 +198,7 @@ def train_steps(
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(max(args["threads"] // count, 1))
     with distributed.workers(args["device"]) as group:
-        contender = "zs3fast recompute" if recompute else "zs3fast"
-        model = make_model(contender, setting, str(group.device))
+        model = make_model(f"zs3fast{way}", setting, str(group.device))
         optimiser.freeze(model)
         images, text = make_inputs(setting)
         share = setting.batch // count
@@ -206,6 +207,8 @@ def train_steps(
         batch = {name: value.to(group.device) for name, value in batch.items()}
         step = OneStageStep(model, text, setting="inductive", ignore_index=255, precision=precision)
         step.to(group.device).train()
+        if way == " compiled":
+            step.compile()
         spread = distributed.spread(step, "ddp", group)
         optimizer = optimiser.make_optimizer(model, OptimizerConfig())
         split = setup.Shares(setting.batch, share, share, 1)
