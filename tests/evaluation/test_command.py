@@ -19,7 +19,8 @@ from tests.evaluation.toy import brute_force_table, voc_tree
 from tests.tiny import tiny_model
 from tests.tiny_clip import text_state, tiny_clip
 from zs3fast import weights
-from zs3fast.data import open_dataset
+from zs3fast.data import open_dataset, test_pairs
+from zs3fast.evaluation import PairSegmenter
 from zs3fast.evaluation.command import EPILOG, evaluate
 from zs3fast.proposals import FileMaskProposer
 from zs3fast.segmenter import Segmenter
@@ -268,6 +269,19 @@ def test_folds_of_pairs(tree):
     assert sum(item["times"] for item in found["items"]) == 50
     assert [row["values"] for row in found["published"]] == [{"mIoU": 54.1}, {"mIoU": 56.4, "FB-IoU": 67.9}]
     assert "fold 3" in output and not Path("zs3fast_eval/confusion.png").exists()
+    run(*options, "--fold", 3, "--eval-size", "input", "-o", "input")
+    small, data = report("input"), open_dataset("voc5i", tree, "val", fold=3)
+    assert small["settings"]["eval_size"] == "input" and "eval_size" not in found["settings"]
+    assert "scored at the network's input size, label maps shrunk to it, as few-shot code does" in small["notes"]
+    segmenter = PairSegmenter(model, torch.from_numpy(np.load("tokens.npy")), size=(64, 64))
+    counts = np.zeros((21, 4), np.int64)
+    for index, asked in test_pairs(data, data.unseen):
+        rows = np.arange(64) * np.array(data[index].labels.shape)[:, None] // 64
+        truth = data[index].labels[np.ix_(*rows)]
+        mask = segmenter(data[index].image, [asked])[0].numpy()[truth != 255]
+        truth = truth[truth != 255] == asked
+        counts[asked] += [(p & t).sum() for p, t in ((mask, truth), (mask, ~truth), (~mask, truth), (~mask, ~truth))]
+    assert np.array_equal(np.load("input/counts.npy"), counts)
     weights.save(model, "clsclip.safetensors", text_state(tiny_clip(), "text_encoder."))
     run(
         *common(weights="clsclip.safetensors", dataset="voc5i", **{"text-embeddings": None}), "--fold", 3, "-o", "tower"
@@ -291,6 +305,8 @@ def test_folds_of_pairs(tree):
         (("--episodes", "many"), "episodes: expected all or a number, got 'many'"),
         (("--setting", "inductive"), "setting: a fold of voc5i has one setting of its own, got 'inductive'"),
         (("--threshold", "2"), "threshold: expected a number between 0 and 1, got 2.0"),
+        (("--eval-size", "half"), "eval_size: expected one of original, input, got 'half'"),
+        (("--eval-size", "input", "--boxes", "files:boxes.json"), "eval_size: input is for folds without boxes"),
         (("--weights", "tiny.safetensors", "--text-embeddings", "rows.npy"), "weights: voc5i is for clsclip"),
     ):
         assert message in run(*options, "--fold", 3, *more, code=2)
@@ -331,6 +347,7 @@ def test_maft_takes_its_proposals_from_files_by_the_names_of_the_pictures(tree):
         ({"setting": "zero-shot"}, "setting: expected one of inductive"),
         ({"denominator": "all"}, "denominator: expected one of gt_or_pred, gt, got 'all'"),
         ({"fold": 1}, "fold: voc20 has no folds"),
+        ({"eval-size": "input"}, "eval_size: input is for folds without boxes"),
         ({"boxes": "files:boxes.json"}, "boxes: are for the folds of voc5i and coco20i, got them for voc20"),
         ({"worst": -1}, "worst: expected at least 0, got -1"),
         ({"device": "tpu9"}, "device: 'tpu9' cannot be used here"),

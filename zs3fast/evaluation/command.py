@@ -71,6 +71,9 @@ def evaluate(
     fold: Annotated[int | None, typer.Option(help="Fold 0..3 of voc5i and coco20i, whose classes are tested.")] = None,
     episodes: Annotated[str, typer.Option(help="Pairs of a fold: all, or how many to draw.")] = "all",
     threshold: Annotated[float, typer.Option(help="Score from which a pixel belongs to the class asked for.")] = 0.5,
+    eval_size: Annotated[
+        str, typer.Option(help="Where a fold's masks are scored: original, or input (the network's, as few-shot code).")
+    ] = "original",
     denominator: Annotated[
         str, typer.Option(help="Classes in a mean of IoU: gt_or_pred (truth or prediction) or gt (truth).")
     ] = "gt_or_pred",
@@ -110,6 +113,7 @@ def evaluate(
             fold=fold,
             episodes=episodes,
             threshold=threshold,
+            eval_size=eval_size,
             denominator=denominator,
             quantize=quantize,
             device=where,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -138,6 +139,7 @@ def evaluate_pairs(
     pairs: Iterable[tuple[int, int]],
     *,
     pass_paths: bool = False,
+    label_size: tuple[int, int] | None = None,
     limit: int | None = None,
     device: str | torch.device = "cpu",
     workers: int = 0,
@@ -153,6 +155,8 @@ def evaluate_pairs(
     Args:
         segmenter_like: (image uint8 [H, W, 3], P class indices) -> bool masks [P, H, W]; see `PairSegmenter`.
         pairs: (image index, class index), as `zs3fast.data.test_pairs` lists them.
+        label_size: (H, W) that label maps are shrunk to, by nearest neighbour, and masks come in, as few-shot protocols
+            do; None: masks and label maps have the picture's size.
         limit: only the first so many pairs.
         notes: what a reader of the report should know.
         others: as in `evaluate`; processes share the images.
@@ -163,12 +167,13 @@ def evaluate_pairs(
 
     def score(index: int, sample: Any, classes: dict[int, int]) -> list[ItemScore]:
         path = (dataset.image_path(index),) if pass_paths else ()
+        labels = sample.labels if label_size is None else _nearest(sample.labels, label_size)
         masks = segmenter_like(sample.image, list(classes), *path)
         if len(masks) != len(classes):
             raise ValueError(f"segmenter_like: expected {len(classes)} masks, got {len(masks)}")
         records = []
         for mask, (class_index, times) in zip(masks, classes.items(), strict=True):
-            hit, false, missed, rest = counter.update(mask, sample.labels, class_index, times).tolist()
+            hit, false, missed, rest = counter.update(mask, labels, class_index, times).tolist()
             pixels = hit + false + missed + rest
             iou, pacc = (float(percent(*ratio)) for ratio in ((hit, hit + false + missed), (hit + rest, pixels)))
             records.append(ItemScore(index, sample.id, class_index, _or_none(iou), _or_none(pacc), pixels, times))
@@ -278,6 +283,12 @@ def _limited(count: int, limit: int | None) -> int:
     if not count:
         raise ValueError("dataset: expected at least one image or pair, got none")
     return count if limit is None else min(limit, count)
+
+
+def _nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label map [H, W] at another size."""
+    pixels = torch.from_numpy(labels)[None, None].double()
+    return F.interpolate(pixels, size, mode="nearest")[0, 0].to(torch.int32).numpy()
 
 
 def _or_none(value: float) -> float | None:

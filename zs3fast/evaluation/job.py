@@ -28,6 +28,8 @@ from zs3fast.text import class_names, load_text_embeddings, seen_classes, whole_
 from zs3fast.text.cache import tensor_digest
 from zs3fast.text.vocabulary import ClassEntry, same_name
 
+EVAL_SIZES = ("original", "input")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -63,6 +65,7 @@ def prepare(
     fold: int | None = None,
     episodes: str = "all",
     threshold: float = 0.5,
+    eval_size: str = "original",
     denominator: str = "gt_or_pred",
     quantize: str | None = None,
     device: str = "cpu",
@@ -76,6 +79,9 @@ def prepare(
         raise ValueError(f"denominator: expected one of {', '.join(DENOMINATORS)}, got {denominator!r}")
     if fold is None and boxes is not None:
         raise ValueError(f"boxes: are for the folds of {' and '.join(PAIR_DATASETS)}, got them for {dataset}")
+    one_of("eval_size", eval_size, EVAL_SIZES)
+    if eval_size != "original" and (fold is None or boxes is not None):
+        raise ValueError(f"eval_size: {eval_size} is for folds without boxes")
     if fold is not None and setting is not None:
         raise ValueError(f"setting: a fold of {dataset} has one setting of its own, got {setting!r}")
     if quantize is not None:
@@ -111,7 +117,10 @@ def prepare(
         settings |= {"fold": fold, "episodes": episodes, "threshold": threshold}
         if boxes is not None:
             settings |= {"method": "clsclip+", "boxes": boxes, "no_box": no_box}
-        return _pair_job(masks, images, fold, episodes, settings, _fold_notes(segmenter.model, images))
+        label_size = None if eval_size == "original" else (segmenter.model.image_size,) * 2
+        if label_size is not None:
+            settings["eval_size"] = eval_size
+        return _pair_job(masks, images, fold, episodes, label_size, settings, _fold_notes(segmenter.model, images))
     return _label_job(segmenter, images, rows, setting, denominator, settings)
 
 
@@ -125,6 +134,8 @@ def noted(report: Report, published: int | None) -> Report:
     if published not in (None, scored):
         what = "images" if report.items[0].class_index is None else "pairs"
         notes.append(f"scored {scored} {what}, the published test set has {published}: not comparable")
+    if "eval_size" in report.settings:
+        notes.append("scored at the network's input size, label maps shrunk to it, as few-shot code does")
     if "boxes" in report.settings:
         notes.append("boxes come from a detector: if it was trained on the asked classes, this is not zero-shot")
     return replace(report, notes=tuple(notes))
@@ -187,6 +198,7 @@ def _pair_job(
     images: SegmentationDataset,
     fold: int,
     episodes: str,
+    label_size: tuple[int, int] | None,
     settings: dict[str, Any],
     notes: tuple[str, ...],
 ) -> Job:
@@ -198,9 +210,13 @@ def _pair_job(
         mask = masks(image, [item.class_index], images.image_path(item.image))[0].cpu().numpy()
         return np.where(mask, item.class_index, UNLABELLED)
 
+    scored = masks
+    if label_size is not None:
+        scored = PairSegmenter(masks.model, masks.text_embeddings, masks.threshold, label_size)
+    options = {"pass_paths": True, "label_size": label_size, "settings": settings, "notes": notes}
     return Job(
         dataset=images,
-        run=bound(evaluate_pairs, masks, images, pairs, pass_paths=True, settings=settings, notes=notes),
+        run=bound(evaluate_pairs, scored, images, pairs, **options),
         shown=shown,
         settings=settings,
         published=published_items(images.name, fold) if (images.split, episodes) == ("val", "all") else None,

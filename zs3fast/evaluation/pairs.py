@@ -26,22 +26,29 @@ class PairSegmenter:
         model: a ClsCLIP; put in eval mode.
         text_embeddings: [C, D], a row for each class of the dataset.
         threshold: between 0 and 1; the protocols keep it at 0.5.
+        size: (H, W) of the masks; None: the picture's.
     """
 
-    def __init__(self, model: nn.Module, text_embeddings: Tensor, threshold: float = 0.5):
+    def __init__(
+        self,
+        model: nn.Module,
+        text_embeddings: Tensor,
+        threshold: float = 0.5,
+        size: tuple[int, int] | None = None,
+    ):
         if not 0 < threshold < 1:
             raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
         self.model = model.eval()
         self.like = next(model.parameters())
         self.text_embeddings = text_embeddings.to(self.like.device)
-        self.threshold = threshold
+        self.threshold, self.size = threshold, size
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
         """Bool [P, H, W] on the model's device for an image uint8 [H, W, 3] and P class indices; no path is needed."""
         from zs3fast.recipes import squash  # which brings the proposers
 
-        model, size = self.model, image.shape[:2]
+        model, size = self.model, self.size or image.shape[:2]
         pixels = squash(image, model.image_size, model.pixel_mean, model.pixel_std).to(self.like)
         out = model(pixels[None], self.text_embeddings[list(classes)])
         return model.class_scores(out, size)[0] > self.threshold
