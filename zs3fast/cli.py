@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -294,7 +294,7 @@ def _segmenter(
 
     from zs3fast.models.registry import create_model
     from zs3fast.proposals import load_box_proposer, load_mask_proposer
-    from zs3fast.segmenter import Segmenter, find_weights, is_converted
+    from zs3fast.segmenter import TINY, Segmenter, find_weights, is_converted
     from zs3fast.text import TextEncoder, load_text_embeddings
 
     options = {
@@ -314,6 +314,8 @@ def _segmenter(
         raise ValueError(f"--attention is for --method {_TRAINING_FREE} without --weights, got {attention!r}")
     if weights is not None:
         path = find_weights(weights)
+        if weights.startswith(TINY):
+            _note_strange_words(weights, entries or ())
         if is_converted(path) and trained_on is not None:
             raise ValueError(f"--trained-on is for official checkpoints, {path} knows its own training vocabulary")
         if not is_converted(path) and trained_on is None:
@@ -338,6 +340,19 @@ def _segmenter(
     if entries is None and segmenter.classes is None:
         raise ValueError("expected class names: these weights carry none, give --classes, --classes-file or --dataset")
     return segmenter
+
+
+def _note_strange_words(weights: str, entries: Iterable[ClassEntry]) -> None:
+    """Say which names the small models in the package have not met."""
+    from zs3fast.data.world.vocabulary import WORDS
+
+    strange = [entry[0] for entry in entries if not WORDS.issuperset(" ".join(entry).lower().split())]
+    if strange:
+        names = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
+        stderr.print(
+            f"[yellow]note[/]: {weights} has seen painted scenes alone and does not know {escape(names)}; photographs "
+            "need other weights"
+        )
 
 
 def write_result(result: Segmentation, target: Path) -> Path:

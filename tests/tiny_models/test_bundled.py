@@ -123,3 +123,16 @@ def test_demo(tmp_path: Path) -> None:
     with Image.open(tmp_path / "demo.png") as picture:
         colours = {tuple(pixel) for pixel in np.asarray(picture.convert("RGB"))[::7, ::7].reshape(-1, 3).tolist()}
         assert picture.width > 1000 and len(colours) > 500
+
+
+def test_words_that_the_small_models_have_not_met(tmp_path: Path) -> None:
+    scene = tmp_path / "scene.png"
+    Image.fromarray(WorldDataset("test")[0].image).save(scene)
+
+    def segment(names: str) -> str:
+        out = CliRunner().invoke(app, ["segment", str(scene), "-w", TINY, "-c", names, "-o", str(tmp_path / "out")])
+        assert out.exit_code == 0, out.output
+        return " ".join(out.output.split())
+
+    assert "does not know cat, dog, sea, ...; photographs need other weights" in segment("cat, Red sand, dog, sea, ship")
+    assert "note" not in segment("red sand, star")

@@ -19,6 +19,8 @@ COLOURS = {
 }
 MATERIALS = ("sand", "grass", "water", "bricks", "wood", "sky", "pebbles", "leaves")
 
+WORDS = frozenset((*PATTERNS, *SHAPES, *COLOURS, *MATERIALS))
+
 Concept = tuple[str, ...]  # (pattern, colour, shape) or (colour, material)
 
 ALL_THINGS: tuple[Concept, ...] = tuple((p, c, s) for p in PATTERNS for c in COLOURS for s in SHAPES)
