@@ -8,19 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from tests.tiny import SEEN, tiny_inputs, tiny_labels, tiny_model
 from tests.tiny_clip import CONFIG as CLIP
+from tests.tiny_clip import tiny_clip
 from tests.training import tiny_run
 from zs3fast import weights
 from zs3fast.models.registry import create_model
+from zs3fast.text import TextEncoder
 from zs3fast.training import proposing
 from zs3fast.training.config import TrainConfig, load_config
 from zs3fast.training.loop import train
 from zs3fast.training.proposing import connected_labels, usable
-from zs3fast.training.setup import build_model, build_step, open_data, text_embeddings
+from zs3fast.training.setup import build_model, build_step, open_data, prompts, text_embeddings
 from zs3fast.training.steps import PairStep, ProposalStep
 from zs3fast.types import Proposals
 
@@ -50,6 +53,25 @@ def test_pairs_are_a_mean_over_all_valid_pixels() -> None:
     assert float(got.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
     plain = sum(step(half)["loss"] for half in halves) / 2
     assert float(plain.detach()) != pytest.approx(float(whole.detach()), rel=1e-4)
+
+
+def test_each_pair_takes_a_template_at_random() -> None:
+    step = pair_step()
+    prompts = 100 * torch.randn(4, 7, 64, generator=torch.Generator().manual_seed(5))  # to matter without training
+    shuffled = PairStep(step.model, step.text_embeddings, prompts=prompts, ignore_index=255)
+    asked = torch.tensor([0, 1, 4, 6])
+    batch = {"images": tiny_inputs(4)[0], "labels": tiny_labels(4), "class_index": asked}
+    torch.manual_seed(3)
+    drawn = torch.randint(4, (4,))
+    assert len(set(drawn.tolist())) > 1
+    torch.manual_seed(3)
+    got = shuffled(batch)["loss"]
+    rows = torch.zeros(7, 64)
+    rows[asked] = prompts[drawn, asked]
+    expected = PairStep(step.model, rows, ignore_index=255)(batch)["loss"]
+    assert float(got.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    others = PairStep(step.model, prompts[0], ignore_index=255)(batch)["loss"]
+    assert float(others.detach()) != pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def proposal_step(setting: str = "inductive") -> ProposalStep:
@@ -122,9 +144,8 @@ def run_config(tmp_path: Path, method: str, **changes: object) -> TrainConfig:
     )
     data = {"name": name, "root": str(root), "recipe": method, "crop_size": 64, "workers": 0}
     data |= {"fold": 3} if method == "clsclip" else {}
-    return tiny_run.config(
-        tmp_path, method, model={"clip": CLIP, **model}, data=data, text={"embeddings": str(text)}, **changes
-    )
+    changes = {"text": {"embeddings": str(text)}, **changes}
+    return tiny_run.config(tmp_path, method, model={"clip": CLIP, **model}, data=data, **changes)
 
 
 def test_clsclip_trains_on_pairs(tmp_path: Path) -> None:
@@ -152,6 +173,27 @@ def test_background_of_a_fold_needs_no_text(tmp_path: Path) -> None:
         ValueError, match=r"text.embeddings: .*text.npy has 19 rows, expected one for each of 21 classes"
     ):
         text_embeddings(config, dataset, model)
+
+
+def test_shuffled_templates_train(tmp_path: Path) -> None:
+    """CLIPSeg's four sentences, by the text tower of the run's CLIP; its scores are of the method's own sentence."""
+    safetensors.torch.save_file(tiny_clip().state_dict(), tmp_path / "clip.safetensors")
+    words = {"shuffle": True}
+    config = run_config(tmp_path, "clsclip", iterations=6, text=words)
+    config = replace(config, model={**config.model, "pretrained": str(tmp_path / "clip.safetensors")})
+    dataset = open_data(config)
+    model = build_model(config, dataset)
+    tokens = prompts(config, dataset, model)
+    assert tokens.shape == (4, 21, 64)
+    encoder = TextEncoder.from_open_clip(CLIP, str(tmp_path / "clip.safetensors"))
+    expected = encoder.encode(["cow"], ["an image of a {}."], text_token=model.text_token)[0]
+    assert torch.equal(tokens[2, dataset.class_names.index("cow")], expected)
+    assert torch.equal(text_embeddings(config, dataset, model), tokens[0])
+    assert len(losses(train(config).folder)) == 6
+    with pytest.raises(ValueError, match="text.shuffle: is for clsclip with its text tower"):
+        text_embeddings(run_config(tmp_path, "maft", text=words), dataset, model)
+    with pytest.raises(ValueError, match="text.shuffle: .* not for prepared text.embeddings"):
+        text_embeddings(replace(config, text=replace(config.text, embeddings="rows.npy")), dataset, model)
 
 
 def test_maft_trains_on_proposals(tmp_path: Path) -> None:

@@ -41,12 +41,14 @@ MAFT = (
     "There is a large {} in the scene.",
 )
 
-TEMPLATES = {"single": SINGLE, "multi": MULTI, "maft": MAFT}
+CLIPSEG = ("a photo of a {}.", "a photograph of a {}.", "an image of a {}.", "{}.")
+
+TEMPLATES = {"single": SINGLE, "multi": MULTI, "maft": MAFT, "clipseg": CLIPSEG}
 
 
 def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     """Templates by name ("single", the VOC embeddings'; "multi", the 15 of COCO-Stuff and Context;
-    "maft", MAFT's 14) or as given.
+    "maft", MAFT's 14; "clipseg", CLIPSeg's 4) or as given.
 
     Raises:
         ValueError: an unknown name, an empty list, or a template without exactly one {}.

@@ -60,11 +60,14 @@ class DataConfig:
 class TextConfig:
     """Class embeddings: a prepared .npy file with a row for every class, in dataset order, or CLIP's text tower.
 
-    templates: of the text tower: "single", "multi", "maft" or a list; None: those of the method, or "multi".
+    templates: of the text tower: "single", "multi", "maft", "clipseg" or a list; None: those of the method, or "multi".
+    shuffle: ClsCLIP alone: each sample of training takes one of the templates at random (None: CLIPSeg's four);
+        validation takes the method's own.
     """
 
     embeddings: str | None = None
     templates: Any = None
+    shuffle: bool = False
 
 
 @dataclass(frozen=True)

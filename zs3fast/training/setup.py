@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from zs3fast.data.sampling import PairSet, PositionSampler, TrainingSet, seed_wo
 from zs3fast.data.transforms import train_transform
 from zs3fast.evaluation.evaluate import Reader
 from zs3fast.models.registry import create_model
-from zs3fast.text import TextEncoder, load_text_embeddings, whole_names
+from zs3fast.text import TextEncoder, load_text_embeddings, resolve_templates, whole_names
 from zs3fast.training.config import ONE_STAGE, TrainConfig
 from zs3fast.training.distributed import Workers, encoder_blocks
 from zs3fast.training.proposing import build_proposal_step
@@ -153,6 +154,8 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn
 
     A file may leave out the background of a fold, which is never asked for: its row is 0 then.
     """
+    if config.text.shuffle and (config.method != "clsclip" or config.text.embeddings is not None):
+        raise ValueError("text.shuffle: is for clsclip with its text tower, not for prepared text.embeddings")
     if config.text.embeddings is not None:
         rows = load_text_embeddings(config.text.embeddings)
         if len(rows) == dataset.background:  # which stands last
@@ -163,18 +166,32 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn
                 f"{dataset.num_classes} classes of {dataset.name}"
             )
     else:
-        clip = model.config
-        if not isinstance(clip["clip"], str) and clip["pretrained"] is None:
-            raise ValueError("text.embeddings: expected a .npy file, since this model's CLIP has no text tower to load")
-        encoder = TextEncoder.from_open_clip(clip["clip"], clip["pretrained"] or "openai")
-        templates = config.text.templates or model.templates or "multi"
-        options = {"text_token": model.text_token} if config.method == "clsclip" else {}
-        rows = encoder.encode(whole_names(dataset.class_names), templates, **options)
+        own = None if config.text.shuffle else config.text.templates
+        [rows] = _encoded(dataset, model, own or model.templates or "multi")
     if rows.shape[1] != model.embed_dim:
         raise ValueError(
             f"text.embeddings: rows of width {rows.shape[1]}, but the model's joint width is {model.embed_dim}"
         )
     return rows.cpu()
+
+
+def prompts(config: TrainConfig, dataset: Vocabulary, model: nn.Module) -> Tensor | None:
+    """Text tokens [T, C, D] of every template by itself, for a sample to take one of; None: they are not shuffled."""
+    if not config.text.shuffle:
+        return None
+    templates = resolve_templates(config.text.templates or "clipseg")
+    return torch.stack(_encoded(dataset, model, *([template] for template in templates))).cpu()
+
+
+def _encoded(dataset: Vocabulary, model: nn.Module, *templates: str | Sequence[str]) -> list[Tensor]:
+    """Embeddings [C, D] of all classes by the text tower of the model's CLIP, for each choice of templates."""
+    clip = model.config
+    if not isinstance(clip["clip"], str) and clip["pretrained"] is None:
+        raise ValueError("text.embeddings: expected a .npy file, since this model's CLIP has no text tower to load")
+    encoder = TextEncoder.from_open_clip(clip["clip"], clip["pretrained"] or "openai")
+    options = {"text_token": model.text_token} if model.method == "clsclip" else {}
+    names = whole_names(dataset.class_names)
+    return [encoder.encode(names, template, **options) for template in templates]
 
 
 def build_step(config: TrainConfig, dataset: Vocabulary, model: nn.Module, text: Tensor, device: torch.device) -> Step:
@@ -183,7 +200,7 @@ def build_step(config: TrainConfig, dataset: Vocabulary, model: nn.Module, text:
     if config.method in ONE_STAGE:
         step = OneStageStep(model, text, setting=config.setting, **common)
     elif config.method == "clsclip":
-        step = PairStep(model, text, **common)
+        step = PairStep(model, text, prompts=prompts(config, dataset, model), **common)
     else:
         step = build_proposal_step(config, model, text, device, common)
     if config.checkpoint_activations:

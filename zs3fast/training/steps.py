@@ -82,7 +82,16 @@ class OneStageStep(Step):
 
 
 class PairStep(Step):
-    """ClsCLIP: (image, class) pairs in, binary mask losses out; the loss is a mean over valid pixels."""
+    """ClsCLIP: (image, class) pairs in, binary mask losses out; the loss is a mean over valid pixels.
+
+    Args:
+        prompts: [T, C, D], text tokens of T templates; each pair takes those of one at random, in place of
+            `text_embeddings`. None: these.
+    """
+
+    def __init__(self, model: nn.Module, text_embeddings: Tensor, *, prompts: Tensor | None = None, **options: object):
+        super().__init__(model, text_embeddings, **options)
+        self.register_buffer("prompts", prompts, persistent=False)
 
     def count(self, batch: Batch) -> Tensor | None:
         return (batch["labels"] != self.ignore_index).sum().float()
@@ -90,8 +99,13 @@ class PairStep(Step):
     def forward(self, batch: Batch, average: Tensor | None = None) -> Terms:
         images = batch["images"]
         pairs = torch.stack([torch.arange(len(images), device=images.device), batch["class_index"]], dim=1)
+        text, asked = self.text_embeddings, pairs
+        if self.prompts is not None:
+            text, (templates, classes) = self.prompts.flatten(0, 1), self.prompts.shape[:2]
+            drawn = torch.randint(templates, (len(images),), device=images.device)
+            asked = torch.stack([pairs[:, 0], drawn * classes + pairs[:, 1]], dim=1)
         with self.autocast():
-            out = self.model(images, self.text_embeddings, pairs)
+            out = self.model(images, text, asked)
         terms = self.model.loss(out, batch["labels"], pairs=pairs, ignore_index=self.ignore_index)
         if average is None:
             return terms
