@@ -111,8 +111,8 @@ def test_grouped():
     assert list(grouped(range(5), 2)) == [[0, 1], [2, 3], [4]] and list(grouped([], 2)) == []
 
 
-def test_one_core_gets_no_threads(monkeypatch):
-    for cores, expected in ((1, (0, 0)), (2, (1, 2)), (64, (1, 8))):
+def test_few_cores_get_no_threads(monkeypatch):
+    for cores, expected in ((1, (0, 0)), (2, (0, 2)), (3, (1, 3)), (64, (1, 8))):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
         assert (default_workers(CPU), default_workers(torch.device("cuda"))) == expected
 

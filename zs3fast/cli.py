@@ -103,7 +103,7 @@ def segment(
         typer.Option(
             min=0,
             help="Threads that read pictures ahead, and as many that write results, while the model works; 0: none. "
-            "Left out: 1 on a CPU, one a core (up to 8) beside a GPU.",
+            "Left out: 1 on a CPU of more than two cores, one a core (up to 8) beside a GPU.",
         ),
     ] = None,
     batch_size: Annotated[

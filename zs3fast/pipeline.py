@@ -31,13 +31,13 @@ def default_workers(device: torch.device) -> int:
     """How many threads read ahead, and how many write behind, unless told.
 
     A GPU leaves the CPU's cores to them: one a core, up to 8. A CPU's model takes all cores itself for most of a
-    picture's time, and more threads would only take turns with it; one keeps the others from idling while a file is
-    decoded or compressed, which takes a single core. On a machine with one core there is nothing to overlap: none.
+    picture's time, and more threads would only take turns with it; one keeps many cores from idling while a file is
+    decoded or compressed, which takes a single core. On two cores that gained nothing (`bench/folder.py`): none.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores == 1:
-        return 0
-    return min(_MOST_THREADS, cores) if device.type == "cuda" else 1
+    if device.type == "cuda":
+        return 0 if cores == 1 else min(_MOST_THREADS, cores)
+    return 0 if cores <= 2 else 1
 
 
 def current_item() -> Any:
