@@ -127,6 +127,8 @@ def test_the_budget_cuts_and_leaves_out(tmp_path: Path) -> None:
 def test_interrupted_tests_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest is given the time to write its report."""
     monkeypatch.setattr(gpu_suite, "GRACE", 60.0)  # on a machine with other work to do
+    # A shell's background jobs ignore Ctrl-C and so would what they start; the suite has a handler, and so have we.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     file, report, log = tmp_path / "test_slow.py", tmp_path / "tests.xml", tmp_path / "log.txt"
     file.write_text(
         "import time\ndef test_a(): pass\ndef test_b(): assert 0, 'wrong sum'\ndef test_c(): time.sleep(999)\n"
@@ -135,6 +137,7 @@ def test_interrupted_tests_are_counted(tmp_path: Path, monkeypatch: pytest.Monke
     with log.open("wb") as output:
         environment = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(command, stdout=output, env=environment, cwd=tmp_path, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     while "::test_c" not in log.read_text():
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
