@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
+import pytest
+
 from bench import training
+from zs3fast.training.steps import OneStageStep
 
 
 def test_every_part_runs() -> None:
@@ -19,3 +25,18 @@ def test_every_part_runs() -> None:
     assert all(row["images_per_second"] > 0 and row["peak_mib"] > 0 for row in timed)
     kept = {row["backend"]: row["peak_mib"] for row in rows if row["pass"] == "activations"}
     assert kept.keys() == {"official", "zs3fast"} and 0 < kept["zs3fast"] < kept["official"]
+
+
+def test_the_compiled_step_is_the_one_that_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # which the step's process sets, and this one shall lose again
+    compiled = []
+    monkeypatch.setattr(OneStageStep, "compile", lambda step: compiled.append(step))
+    args = training.parse_arguments(["--tiny", "--rounds", "1"])
+    for way, expected in (("", 0), (" compiled", 1)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        setting = training.make_setting(args, "tagclip", 20, 2)
+        training.train_steps(0, 1, port, setting, "fp32", way, vars(args), str(tmp_path / "result.json"))
+        assert len(compiled) == expected

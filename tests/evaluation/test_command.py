@@ -347,6 +347,7 @@ def test_maft_takes_its_proposals_from_files_by_the_names_of_the_pictures(tree):
         ({"setting": "zero-shot"}, "setting: expected one of inductive"),
         ({"denominator": "all"}, "denominator: expected one of gt_or_pred, gt, got 'all'"),
         ({"fold": 1}, "fold: voc20 has no folds"),
+        ({"quantize": "int4"}, "quantize: expected one of int8, int8-weights, fp8, got 'int4'"),
         ({"eval-size": "input"}, "eval_size: input is for folds without boxes"),
         ({"boxes": "files:boxes.json"}, "boxes: are for the folds of voc5i and coco20i, got them for voc20"),
         ({"worst": -1}, "worst: expected at least 0, got -1"),

@@ -189,6 +189,8 @@ def test_shuffled_templates_train(tmp_path: Path) -> None:
     expected = encoder.encode(["cow"], ["an image of a {}."], text_token=model.text_token)[0]
     assert torch.equal(tokens[2, dataset.class_names.index("cow")], expected)
     assert torch.equal(text_embeddings(config, dataset, model), tokens[0])
+    step = build_step(config, dataset, model, tokens[0], torch.device("cpu"))
+    assert torch.equal(step.prompts, tokens)
     assert len(losses(train(config).folder)) == 6
     with pytest.raises(ValueError, match="text.shuffle: is for clsclip with its text tower"):
         text_embeddings(run_config(tmp_path, "maft", text=words), dataset, model)
