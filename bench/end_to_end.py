@@ -1,6 +1,6 @@
 """End to end: a JPEG file in, a label map in NumPy out; decode, resize, model and labels shown apart.
 
-zs3fast is `zs3fast.images.read_image` and a `Segmenter`, as a user calls them. The official pipeline is Pillow's
+zs3fast is `zs3fast.utils.images.read_image` and a `Segmenter`, as a user calls them. The official pipeline is Pillow's
 decoder, a bilinear resize of the short side to the window's on 8 bits, the official structure window by window, its
 scores padded into the whole picture, averaged, resized to the picture's own size, softmax and argmax. Both cut the same
 sliding windows. Stages are clocked inside the timed calls.
@@ -81,7 +81,7 @@ def make_segmenter(model: nn.Module, setting: Setting, device: str) -> Any:
 
 def ours(segmenter: Any, path: Path, clock: Clock) -> np.ndarray:
     """The file's labels, int32 [H, W]."""
-    from zs3fast.images import read_image
+    from zs3fast.utils.images import read_image
 
     hooks = [
         segmenter.model.register_forward_pre_hook(partial(lap_hook, clock, "resize")),
@@ -166,7 +166,7 @@ def check_ours(model: nn.Module, baseline: nn.Module, setting: Setting, path: Pa
 
     The canvases may differ by one of 255 levels, where a resize on 8 bits rounds the other way, and no more.
     """
-    from zs3fast.recipes import prepare
+    from zs3fast.inference.predictors import prepare
 
     pixels = read_pixels(path)
     canvas = prepare(pixels, model.image_size, model.pixel_mean, model.pixel_std).unsqueeze(0)

@@ -29,8 +29,8 @@ from bench.data import make_voc  # noqa: E402
 from bench.harness import Contender, OverBudget, Timing  # noqa: E402
 from bench.setting import DTYPES, ONE_STAGE, Setting, make_inputs  # noqa: E402
 from zs3fast.cli import write_result  # noqa: E402
-from zs3fast.pipeline import ahead  # noqa: E402
-from zs3fast.segmenter import Segmenter  # noqa: E402
+from zs3fast.inference.segmenter import Segmenter  # noqa: E402
+from zs3fast.inference.streaming import ahead  # noqa: E402
 
 SAME_LABELS = 0.999  # windows that share a batch with others, or run compiled, round otherwise
 

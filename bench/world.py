@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 
 from bench import harness  # noqa: E402
-from zs3fast._files import replacing  # noqa: E402
 from zs3fast.data.world import CLASS_NAMES, VERSION, WorldDataset  # noqa: E402
+from zs3fast.utils.files import replacing  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "world.json"
 BLOCK = re.compile(r"(<!-- world -->\n).*?(<!-- /world -->)", re.DOTALL)
@@ -112,7 +112,7 @@ def run(name: str, seed: int, runs: Path, iterations: int | None) -> dict[str, A
 
 def trained(name: str, seed: int, runs: Path, iterations: int | None) -> Path:
     """The weight file of a variant's run."""
-    from zs3fast.tiny.build import trained_clip, trained_model
+    from tools.world.build import trained_clip, trained_model
 
     variant = VARIANTS[name]
     clip = trained_clip(runs)
@@ -128,9 +128,9 @@ def trained(name: str, seed: int, runs: Path, iterations: int | None) -> Path:
 def clip_alone(runs: Path, scenes: WorldDataset) -> Any:
     """MaskCLIP on the world's CLIP."""
     import zs3fast
+    from tools.world.build import MASKCLIP, trained_clip
+    from tools.world.contrastive import load_contrastive_config
     from zs3fast.text import TextEncoder
-    from zs3fast.tiny.build import MASKCLIP, trained_clip
-    from zs3fast.training.contrastive import load_contrastive_config
 
     clip, weights = load_contrastive_config().clip, str(trained_clip(runs))
     model = zs3fast.create_model("maskclip", clip=clip, **{**MASKCLIP, "pretrained": weights})

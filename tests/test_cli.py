@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.test_segmenter import NAMES, SEEN, make_model, photo, text_rows
+from tests.inference.test_segmenter import NAMES, SEEN, make_model, photo, text_rows
 from tests.tiny_clip import text_state, tiny_clip
 from zs3fast import cli, weights
 from zs3fast.cli import app
-from zs3fast.segmenter import Segmenter
+from zs3fast.inference.segmenter import Segmenter
 from zs3fast.text import class_names, seen_classes
 from zs3fast.weights.official import official_keys
 

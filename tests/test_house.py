@@ -26,37 +26,28 @@ OPS = (
 )
 
 # A room may import the rooms listed for it (and itself). Left to right is the way data flows.
-FOUNDATION = {"types", "_cache", "_files", "_open_clip", "ops"}
-STAGES = {"text", "encoders", "descriptors", "decoders", "labels", "proposals"}
-SEGMENTING_PARTS = {"images", "resizing", "rendering", "recipes", "pipeline", "compiled"}
-SEGMENTER = FOUNDATION | STAGES | {"models", "weights"} | SEGMENTING_PARTS
-SEGMENTING = SEGMENTER | {"_console", "segmenter"}
+FOUNDATION = {"types", "utils", "ops"}
+STAGES = {"text", "encoders", "heads", "labels", "proposals"}
+INFERENCE = FOUNDATION | STAGES | {"models", "weights", "inference"}
 ARROWS: dict[str, set[str]] = {
-    "types": {"rendering"},  # results draw and save themselves
-    "_cache": set(),
-    "_files": set(),
-    "_open_clip": set(),
-    "_console": set(),
+    "utils": set(),
+    "types": {"utils"},  # results draw and save themselves
     "kernels": set(),
-    "ops": {"types", "kernels"},
+    "ops": {"types", "utils", "kernels"},
     **{stage: FOUNDATION for stage in STAGES},
     "models": FOUNDATION | STAGES,
     "weights": FOUNDATION | STAGES | {"models"},
-    "images": set(),
-    "resizing": set(),
-    "rendering": {"_files"},
-    "recipes": FOUNDATION | STAGES | {"models", "resizing"},
-    "pipeline": set(),
-    "compiled": set(),
-    "segmenter": SEGMENTER,
-    "data": {"types", "_files", "_console", "images", "text"},
-    "evaluation": SEGMENTING | {"data"},
-    "training": SEGMENTING | {"data", "evaluation"},
+    "inference": INFERENCE,
+    "data": FOUNDATION | {"text"},
+    "evaluation": INFERENCE | {"data"},
+    "training": INFERENCE | {"data", "evaluation"},
     "train": {"training"},
-    "tiny": SEGMENTING | {"data", "evaluation", "training", "__init__"},
-    "cli": SEGMENTING | {"data", "evaluation", "training", "tiny", "__init__"},
-    "__init__": FOUNDATION | {"models", "weights", "segmenter"},
+    "tiny": INFERENCE | {"data", "evaluation", "training", "__init__"},
+    "cli": INFERENCE | {"data", "evaluation", "training", "tiny", "__init__"},
+    "__init__": FOUNDATION | {"models", "weights", "inference"},
     "__main__": {"cli"},
+    "segmenter": {"inference"},  # former addresses that stay importable
+    "compiled": {"inference"},
 }
 
 

@@ -11,7 +11,7 @@ __all__ = ["Segmenter", "create_model", "list_models", "load_official", "ops"]
 def __getattr__(name: str) -> object:
     # The segmenter brings image reading and text encoders; a training script does not need them.
     if name == "Segmenter":
-        from zs3fast.segmenter import Segmenter
+        from zs3fast.inference.segmenter import Segmenter
 
         return Segmenter
     raise AttributeError(f"module 'zs3fast' has no attribute {name!r}")

@@ -18,10 +18,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zs3fast._console import CROPS_HELP, QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
+from zs3fast.utils.console import (
+    CROPS_HELP,
+    QUANTIZE_HELP,
+    RUN_ERROR,
+    USAGE_ERROR,
+    first_line,
+    one_line_errors,
+    stderr,
+    stdout,
+)
 
 if TYPE_CHECKING:
-    from zs3fast.segmenter import Segmenter
+    from zs3fast.inference.segmenter import Segmenter
     from zs3fast.text.vocabulary import ClassEntry
     from zs3fast.types import Segmentation
 
@@ -122,7 +131,7 @@ def segment(
     For each picture three files are written: NAME_labels.png (class indices; 255 = unlabelled, 65535 for more than 255
     classes), NAME_overlay.png (the picture under its colours, with a legend) and NAME.json (a summary).
     """
-    from zs3fast.pipeline import ITEM_ERRORS, ahead, default_workers, working_on
+    from zs3fast.inference.streaming import ITEM_ERRORS, ahead, default_workers, working_on
 
     with one_line_errors(USAGE_ERROR):
         pictures = _find_pictures(inputs)
@@ -209,7 +218,7 @@ def convert(
 
     A text tower inside the checkpoint is kept, so the file can embed class names by itself.
     """
-    from zs3fast.segmenter import read_official
+    from zs3fast.inference.segmenter import read_official
     from zs3fast.weights import save
 
     with one_line_errors(USAGE_ERROR):
@@ -292,9 +301,9 @@ def _segmenter(
 ) -> Segmenter:
     import torch
 
+    from zs3fast.inference.segmenter import TINY, Segmenter, find_weights, is_converted
     from zs3fast.models.registry import create_model
     from zs3fast.proposals import load_box_proposer, load_mask_proposer
-    from zs3fast.segmenter import TINY, Segmenter, find_weights, is_converted
     from zs3fast.text import TextEncoder, load_text_embeddings
 
     options = {
@@ -357,8 +366,8 @@ def _note_strange_words(weights: str, entries: Iterable[ClassEntry]) -> None:
 
 def write_result(result: Segmentation, target: Path) -> Path:
     """Write a picture's three files, TARGET_labels.png, TARGET_overlay.png and TARGET.json; the overlay's path."""
-    from zs3fast._files import replacing
-    from zs3fast.rendering import save_picture
+    from zs3fast.utils.files import replacing
+    from zs3fast.utils.rendering import save_picture
 
     labels, overlay, summary = (target.parent / f"{target.name}{end}" for end in (*_OUTPUT_SUFFIXES, ".json"))
     result.save(labels)
@@ -372,7 +381,7 @@ def write_result(result: Segmentation, target: Path) -> Path:
 @contextmanager
 def _warnings_by_picture() -> Iterator[None]:
     """Within the block, warnings of any thread are a line each, with the picture they are about."""
-    from zs3fast.pipeline import current_item
+    from zs3fast.inference.streaming import current_item
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         picture = current_item()

@@ -152,7 +152,7 @@ class Segmentation:
 
     def overlay(self) -> Image:
         """The picture under its class colours as a PIL image, with a legend of the classes present, largest first."""
-        from zs3fast import rendering
+        from zs3fast.utils import rendering
 
         return rendering.overlay(self.image, self.labels, self.class_names)
 
@@ -161,7 +161,7 @@ class Segmentation:
 
         Up to 255 classes: 8 bits with a palette, 255 = unlabelled. More: 16 bits, 65535 = unlabelled.
         """
-        from zs3fast import rendering
+        from zs3fast.utils import rendering
 
         rendering.save_labels(self.labels, path, len(self.class_names))
 

@@ -13,7 +13,7 @@ import torch
 
 from bench import contenders, end_to_end, floors, groups, harness, report, run, tables
 from bench.setting import METHODS, ONE_STAGE, Setting, make_inputs
-from zs3fast import recipes
+from zs3fast.inference import predictors as recipes
 
 TINY = ["--quick", "--tiny", "--threads", "1"]
 

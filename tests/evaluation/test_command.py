@@ -22,8 +22,8 @@ from zs3fast import weights
 from zs3fast.data import open_dataset, test_pairs
 from zs3fast.evaluation import PairSegmenter
 from zs3fast.evaluation.command import EPILOG, evaluate
+from zs3fast.inference.segmenter import Segmenter
 from zs3fast.proposals import FileMaskProposer
-from zs3fast.segmenter import Segmenter
 from zs3fast.text import class_names, seen_classes
 
 DATA = os.environ.get("ZS3FAST_DATA")

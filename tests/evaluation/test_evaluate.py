@@ -24,8 +24,8 @@ from zs3fast.evaluation import (
     resolve_setting,
 )
 from zs3fast.evaluation.protocols import SETTINGS, published_items
-from zs3fast.recipes import squash
-from zs3fast.segmenter import Segmenter
+from zs3fast.inference.predictors import squash
+from zs3fast.inference.segmenter import Segmenter
 
 
 def test_every_image_is_counted_once():

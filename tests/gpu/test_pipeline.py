@@ -10,13 +10,13 @@ import torch
 
 from tests.goldens_data import relative
 from tests.gpu.device import DEVICE, ON_GPU, busy_stream, skip_without_gpu
-from tests.test_segmenter import SIZES, make_model, photo, text_rows
+from tests.inference.test_segmenter import SIZES, make_model, photo, text_rows
 from tests.tiny import tiny_inputs, tiny_model
-from zs3fast.compiled import MAX_SHAPES, CompiledModel
-from zs3fast.pipeline import Transfers
-from zs3fast.recipes import Question, Windows, fitted_size
-from zs3fast.resizing import bilinear
-from zs3fast.segmenter import Segmenter
+from zs3fast.inference.compiled import MAX_SHAPES, CompiledModel
+from zs3fast.inference.predictors import Request, Windows, fitted_size
+from zs3fast.inference.segmenter import Segmenter
+from zs3fast.inference.streaming import Transfers
+from zs3fast.utils.resizing import bilinear
 
 skip_without_gpu()
 
@@ -43,13 +43,13 @@ def test_a_picture_is_resized_where_the_model_is() -> None:
 def test_a_picture_is_resized_and_normalised_as_on_a_cpu(image: np.ndarray) -> None:
     """Bit for bit: every step is in whole numbers or one correctly rounded operation. Also through a late stream."""
     recipes = [Windows(make_model().to(device), 8) for device in ("cpu", DEVICE)]
-    questions = [Question(image, text_rows(5).to(device), [], None) for device in ("cpu", DEVICE)]
-    canvases = [recipe._canvas(question) for recipe, question in zip(recipes, questions, strict=True)]
+    requests = [Request(image, text_rows(5).to(device), [], None) for device in ("cpu", DEVICE)]
+    canvases = [recipe._canvas(request) for recipe, request in zip(recipes, requests, strict=True)]
     assert torch.equal(canvases[0], canvases[1].cpu())
     transfers = Transfers(torch.device(DEVICE))
     arriving = transfers.upload(recipes[1].prepare(image))
     with busy_stream():
-        (got,) = transfers.download(recipes[1]._canvas(replace(questions[1], prepared=arriving())))()
+        (got,) = transfers.download(recipes[1]._canvas(replace(requests[1], prepared=arriving())))()
     np.testing.assert_array_equal(got, canvases[0].numpy())
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 import zs3fast
 from tests.goldens_data import relative
 from tests.tiny import CLIP, NUM_CLASSES, SEEN, tiny_inputs, tiny_labels, tiny_model
-from zs3fast.decoders.recovery import descriptor_l1
-from zs3fast.decoders.two_way import region_mean_masks
 from zs3fast.encoders.clip_vit import quick_gelu
+from zs3fast.heads.recovery import descriptor_l1
+from zs3fast.heads.two_way import region_mean_masks
 from zs3fast.models.clip_rc import ALIGNMENTS
 from zs3fast.types import ImageFeatures
 

@@ -16,19 +16,19 @@ from typer.testing import CliRunner
 
 import zs3fast
 from tests.goldens_data import relative
-from tests.test_segmenter import photo
+from tests.inference.test_segmenter import photo
 from tests.tiny import CLIP, NUM_CLASSES, tiny_inputs, tiny_labels, tiny_model
 from tests.tiny_clip import text_state, tiny_clip
 from zs3fast import ops, weights
-from zs3fast._open_clip import uses_quick_gelu
 from zs3fast.cli import app
 from zs3fast.encoders.config import vision_config
 from zs3fast.encoders.dense_clip import DenseClipViT
 from zs3fast.encoders.open_clip_weights import load_tower_state
+from zs3fast.inference.predictors import prepare
+from zs3fast.inference.segmenter import Segmenter
 from zs3fast.models.maskclip import MaskCLIP
-from zs3fast.recipes import prepare
-from zs3fast.segmenter import Segmenter
 from zs3fast.text import MULTI, TextEncoder, class_names
+from zs3fast.utils.open_clip import uses_quick_gelu
 
 NAMES = ["cat", "dog", "sofa", "sky", "grass"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from zs3fast.tiny.build import trained_model
-from zs3fast.training.contrastive import load_contrastive_config
-from zs3fast.training.contrastive.run import build_clip, export_clip
+from tools.world.build import trained_model
+from tools.world.contrastive import load_contrastive_config
+from tools.world.contrastive.run import build_clip, export_clip
 
 
 @pytest.fixture(scope="session")

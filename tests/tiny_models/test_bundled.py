@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from tools.world.contrastive import load_contrastive_config
+from tools.world.contrastive.probe import zero_shot_probe
 from zs3fast import Segmenter, create_model, weights
 from zs3fast.cli import app
 from zs3fast.data.world import WorldDataset
 from zs3fast.evaluation.scores import Scores
-from zs3fast.recipes import prepare
-from zs3fast.segmenter import TINY, TINY_DEFAULT, find_weights
+from zs3fast.inference.predictors import prepare
+from zs3fast.inference.segmenter import TINY, TINY_DEFAULT, find_weights
 from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
-from zs3fast.training.contrastive import load_contrastive_config
-from zs3fast.training.contrastive.probe import zero_shot_probe
 from zs3fast.weights.packing import BASE, bundled, packed_models, unpack_clip
 
 METHODS = ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")
@@ -134,5 +134,7 @@ def test_words_that_the_small_models_have_not_met(tmp_path: Path) -> None:
         assert out.exit_code == 0, out.output
         return " ".join(out.output.split())
 
-    assert "does not know cat, dog, sea, ...; photographs need other weights" in segment("cat, Red sand, dog, sea, ship")
+    assert "does not know cat, dog, sea, ...; photographs need other weights" in segment(
+        "cat, Red sand, dog, sea, ship"
+    )
     assert "note" not in segment("red sand, star")

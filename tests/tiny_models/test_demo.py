@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tools.world.build import MASKCLIP, pack_base, pack_model
+from tools.world.contrastive import load_contrastive_config
 from zs3fast import create_model
 from zs3fast.cli import app
 from zs3fast.data.world import WorldDataset
-from zs3fast.tiny.build import MASKCLIP, pack_base, pack_model
 from zs3fast.tiny.picture import comparison
 from zs3fast.tiny.scoring import TrueRegions
-from zs3fast.training.contrastive import load_contrastive_config
 from zs3fast.weights.files import METADATA_KEY
 from zs3fast.weights.packing import BASE, packed_models, packed_path, save_on_base
 

@@ -8,11 +8,11 @@ import pytest
 import safetensors
 import torch
 
+from tools.world.build import pack_base, pack_model, trained_model
+from tools.world.contrastive import load_contrastive_config
 from zs3fast import Segmenter, weights
 from zs3fast.data.world import CLASS_NAMES, WorldDataset
 from zs3fast.text import TextEncoder
-from zs3fast.tiny.build import pack_base, pack_model, trained_model
-from zs3fast.training.contrastive import load_contrastive_config
 from zs3fast.weights.packing import BASE
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zs3fast._console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
+from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.data.check import CheckReport

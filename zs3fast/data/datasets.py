@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from zs3fast.data import ade, coco, context, voc
 from zs3fast.data.folds import fold_classes
 from zs3fast.data.layouts import INVALID, Source, names_in
-from zs3fast.images import DECODER_ERRORS, read_image
 from zs3fast.text import unseen_classes
+from zs3fast.utils.images import DECODER_ERRORS, read_image
 
 logger = logging.getLogger("zs3fast")
 

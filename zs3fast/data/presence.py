@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zs3fast._files import replacing
 from zs3fast.text import cache_dir
+from zs3fast.utils.files import replacing
 
 if TYPE_CHECKING:
     from zs3fast.data.datasets import SegmentationDataset

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from zs3fast.data.colour import colour_jitter
 from zs3fast.data.resize import resize_bilinear, resize_nearest
+from zs3fast.utils.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from zs3fast.data.datasets import Sample
 
 # Of RGB in 0..1, as the models' `pixel_mean` and `pixel_std`.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _TRIES = 10  # redraws of a crop that breaks its rule
 
 

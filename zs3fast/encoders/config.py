@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zs3fast._open_clip import clip_model_config, uses_quick_gelu
+from zs3fast.utils.open_clip import clip_model_config, uses_quick_gelu
 
 # Tower options of open_clip that change the computation in ways `ClipViT` does not follow.
 _UNSUPPORTED = {

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zs3fast._cache import WeightCache
 from zs3fast.encoders.clip_vit import Block, ClipViT
 from zs3fast.encoders.config import ClipVisionConfig
+from zs3fast.utils.weight_cache import WeightCache
 
 INIT_STD = 0.02
 KeysValues = tuple[Tensor, Tensor]

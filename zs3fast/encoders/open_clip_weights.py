@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zs3fast._open_clip import create_open_clip
 from zs3fast.encoders.clip_vit import ClipViT, resize_positions
+from zs3fast.utils.open_clip import create_open_clip
 
 
 def load_clip_weights(encoder: nn.Module, clip: str | dict[str, Any], pretrained: str) -> None:

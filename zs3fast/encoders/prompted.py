@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zs3fast._cache import WeightCache
 from zs3fast.encoders.clip_vit import ClipViT
 from zs3fast.encoders.config import ClipVisionConfig
 from zs3fast.types import ImageFeatures
+from zs3fast.utils.weight_cache import WeightCache
 
 PROMPT_DROPOUT = 0.1
 

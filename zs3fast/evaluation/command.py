@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zs3fast._console import CROPS_HELP, QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
+from zs3fast.utils.console import CROPS_HELP, QUANTIZE_HELP, RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.evaluation.evaluate import Report

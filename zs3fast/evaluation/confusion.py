@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zs3fast.rendering import UNLABELLED
+from zs3fast.utils.rendering import UNLABELLED
 
 Labels = Tensor | np.ndarray
 

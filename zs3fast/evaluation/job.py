@@ -20,13 +20,13 @@ from zs3fast.evaluation.evaluate import ItemScore, Report, evaluate, evaluate_pa
 from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
 from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, learned_setting, published_items, resolve_setting
 from zs3fast.evaluation.scores import DENOMINATORS
-from zs3fast.models.base import one_of
+from zs3fast.inference.segmenter import Segmenter, find_weights, is_converted
 from zs3fast.proposals import MaskProposer, load_box_proposer, load_mask_proposer
-from zs3fast.rendering import UNLABELLED
-from zs3fast.segmenter import Segmenter, find_weights, is_converted
 from zs3fast.text import class_names, load_text_embeddings, seen_classes, whole_names
 from zs3fast.text.cache import tensor_digest
 from zs3fast.text.vocabulary import ClassEntry, same_name
+from zs3fast.utils.options import one_of
+from zs3fast.utils.rendering import UNLABELLED
 
 EVAL_SIZES = ("original", "input")
 

@@ -13,7 +13,7 @@ from zs3fast.evaluation.evaluate import Report
 from zs3fast.evaluation.paper_rows import PaperRow
 from zs3fast.evaluation.summary import class_rows, score_lines
 from zs3fast.evaluation.worst import WorstImage
-from zs3fast.rendering import palette
+from zs3fast.utils.rendering import palette
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1400px; padding: 0 1rem; color: #222 }

@@ -46,7 +46,7 @@ class PairSegmenter:
     @torch.no_grad()
     def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
         """Bool [P, H, W] on the model's device for an image uint8 [H, W, 3] and P class indices; no path is needed."""
-        from zs3fast.recipes import squash  # which brings the proposers
+        from zs3fast.inference.predictors import squash  # which brings the proposers
 
         model, size = self.model, self.size or image.shape[:2]
         pixels = squash(image, model.image_size, model.pixel_mean, model.pixel_std).to(self.like)
@@ -82,7 +82,7 @@ class ZoomingPairSegmenter:
 
     def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
         """Bool [P, H, W] on the model's device; `path` is the picture's, for boxes that lie in files."""
-        from zs3fast.recipes import normalise
+        from zs3fast.inference.predictors import normalise
 
         model, device = self.plus.model, self.text_embeddings.device
         found = self.boxes(image, None if path is None else os.fspath(path)).to(device)

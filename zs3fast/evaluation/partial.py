@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from zs3fast._files import replacing
+from zs3fast.utils.files import replacing
 
 
 class PartialResults:

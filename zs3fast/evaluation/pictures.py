@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from zs3fast.rendering import UNLABELLED, palette
+from zs3fast.utils.rendering import UNLABELLED, palette
 
 _RIGHT, _WRONG = np.array([23.0, 92.0, 156.0]), np.array([196.0, 62.0, 18.0])
 _EMPTY = (225, 225, 225)

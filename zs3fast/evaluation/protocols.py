@@ -14,7 +14,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from torch import nn
 
-    from zs3fast.segmenter import Segmenter
+    from zs3fast.inference.segmenter import Segmenter
 
 # In the order of their chapters; "fold" is the (image, class) pairs of PASCAL-5i and COCO-20i.
 SETTINGS = ("inductive", "transductive", "supervised", "cross-dataset", "background-undifferentiated", "fold")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from zs3fast._files import replacing
 from zs3fast.evaluation.binary import PairScores
 from zs3fast.evaluation.evaluate import Report
 from zs3fast.evaluation.page import page
@@ -17,7 +16,8 @@ from zs3fast.evaluation.paper_rows import PaperRow
 from zs3fast.evaluation.pictures import confusion_picture
 from zs3fast.evaluation.summary import to_dict
 from zs3fast.evaluation.worst import WorstImage
-from zs3fast.rendering import save_picture
+from zs3fast.utils.files import replacing
+from zs3fast.utils.rendering import save_picture
 
 FILES = ("report.json", "report.html", "confusion.png", "counts.npy")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from zs3fast.evaluation.evaluate import ItemScore, Report
 from zs3fast.evaluation.pictures import panels
 from zs3fast.evaluation.protocols import LabelledImages
-from zs3fast.rendering import UNLABELLED
+from zs3fast.utils.rendering import UNLABELLED
 
 
 @dataclass(frozen=True, eq=False)

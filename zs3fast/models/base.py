@@ -16,21 +16,12 @@ from zs3fast.encoders.prompted import PromptedClipViT
 from zs3fast.labels import targets
 from zs3fast.ops.masks_to_labels import reference_scores
 from zs3fast.types import SegmentationOutput
+from zs3fast.utils.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from zs3fast.utils.options import one_of
 
 logger = logging.getLogger("zs3fast")
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SETTINGS = ("inductive", "transductive", "supervised")
-
-
-def one_of(name: str, value: str, choices: Sequence[str]) -> str:
-    """`value`, or an error that names the argument and its choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
 
 
 def _note_loaded_weights(model: nn.Module, _keys: object) -> None:
@@ -60,7 +51,7 @@ class ZeroShotModel(nn.Module):
     trusty_weighting = "off"
     templates: ClassVar[str | Sequence[str] | None] = None  # prompts it was trained with; None: by the vocabulary
     text_token = "projected"  # which token of the text tower: see TextEncoder.encode
-    test_recipe: ClassVar[str] = "windows"  # or "averaged_windows", "squash", "proposals": see zs3fast.recipes
+    protocol: ClassVar[str] = "windows"  # or "averaged_windows", "squash", "proposals": see inference/predictors.py
     min_score: ClassVar[float | None] = None  # pixels below stay unlabelled, where a Segmenter is not told otherwise
 
     def __init__(

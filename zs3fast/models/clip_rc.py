@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zs3fast.decoders.recovery import RecoveryDecoder, descriptor_l1
-from zs3fast.decoders.two_way import TwoWayDecoder, region_mean_masks
-from zs3fast.descriptors.alignment import FeatureAlignment, region_visuals
-from zs3fast.descriptors.relationship import RelationshipDescriptor
 from zs3fast.encoders.config import ClipVisionConfig
 from zs3fast.encoders.prompted import PromptedClipViT
 from zs3fast.encoders.region_bridge import RegionBridgeClipViT
-from zs3fast.models.base import SegmentationModel, one_of
+from zs3fast.heads.alignment import FeatureAlignment, region_visuals
+from zs3fast.heads.recovery import RecoveryDecoder, descriptor_l1
+from zs3fast.heads.relationship import RelationshipDescriptor
+from zs3fast.heads.two_way import TwoWayDecoder, region_mean_masks
+from zs3fast.models.base import SegmentationModel
 from zs3fast.models.registry import register_model
 from zs3fast.types import ImageFeatures, SegmentationOutput
+from zs3fast.utils.options import one_of
 
 ALIGNMENTS = {
     "region_global": ("region", "global"),

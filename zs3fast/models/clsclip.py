@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs3fast import ops
-from zs3fast._cache import WeightCache
-from zs3fast._open_clip import clip_model_config
-from zs3fast.decoders.binary import BinaryDecoder, ChannelGate, SpatialGate
 from zs3fast.encoders.config import vision_config
 from zs3fast.encoders.navigated import INIT_STD, ClassTokens, ImagePrefix, NavigatedClipViT
 from zs3fast.encoders.open_clip_weights import load_clip_weights
+from zs3fast.heads.binary import BinaryDecoder, ChannelGate, SpatialGate
 from zs3fast.labels import targets
-from zs3fast.models.base import ZeroShotModel, one_of
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import register_model
 from zs3fast.ops.masks_to_labels import reference_scores
 from zs3fast.types import SegmentationOutput
+from zs3fast.utils.open_clip import clip_model_config
+from zs3fast.utils.options import one_of
+from zs3fast.utils.weight_cache import WeightCache
 
 NAVIGATIONS = {"replace": None, "channel": ChannelGate, "spatial": SpatialGate}
 TEXT_TOKENS = ("pre_projection", "projected")
@@ -53,7 +54,7 @@ class ClsCLIP(ZeroShotModel):
 
     default_loss_weights = {"mask": 1.0, "dice": 0.0}
     templates = ("a photo of a {}.",)
-    test_recipe = "squash"
+    protocol = "squash"
     min_score = 0.5  # its masks are binary
 
     def __init__(

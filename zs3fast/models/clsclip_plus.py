@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.models.base import one_of
 from zs3fast.models.clsclip import ClsCLIP
 from zs3fast.proposals.boxes import ALIASES, boxes_for_class, make_boxes, unknown_words
 from zs3fast.types import BoxProposals
+from zs3fast.utils.options import one_of
 
 logger = logging.getLogger("zs3fast")
 

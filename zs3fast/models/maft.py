@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast import ops
-from zs3fast._open_clip import clip_model_config
 from zs3fast.encoders.config import vision_config
 from zs3fast.encoders.open_clip_weights import load_clip_weights
 from zs3fast.encoders.proposal_clip import ProposalClipResNet, ProposalClipViT
 from zs3fast.labels.ensemble import FORMS, ensemble_class_weights
 from zs3fast.labels.proposal_targets import soft_iou
-from zs3fast.models.base import ZeroShotModel, one_of
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import register_model
 from zs3fast.ops.proposals_to_labels import reference_scores
 from zs3fast.proposals.masks import check_proposals, soft_masks
 from zs3fast.types import ProposalOutput, Proposals
+from zs3fast.utils.open_clip import clip_model_config
+from zs3fast.utils.options import one_of
 
 TEMPERATURE = 100.0
 
@@ -45,7 +46,7 @@ class MAFT(ZeroShotModel):
 
     default_loss_weights = {"ma": 1.0, "dis": 0.1}
     templates = "maft"
-    test_recipe = "proposals"
+    protocol = "proposals"
 
     def __init__(
         self,

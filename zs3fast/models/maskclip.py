@@ -38,7 +38,7 @@ class MaskCLIP(ZeroShotModel):
     """
 
     templates = "multi"
-    test_recipe = "averaged_windows"
+    protocol = "averaged_windows"
 
     def __init__(
         self,

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from zs3fast import ops
-from zs3fast._cache import WeightCache
-from zs3fast.decoders.one_way import OneWayDecoder
-from zs3fast.descriptors.relationship import RelationshipDescriptor
-from zs3fast.descriptors.trusty import TrustyLearner
-from zs3fast.descriptors.variants import build_variant
+from zs3fast.heads.one_way import OneWayDecoder
+from zs3fast.heads.relationship import RelationshipDescriptor
+from zs3fast.heads.trusty import TrustyLearner
+from zs3fast.heads.variants import build_variant
 from zs3fast.labels import targets
-from zs3fast.models.base import SegmentationModel, one_of
+from zs3fast.models.base import SegmentationModel
 from zs3fast.models.registry import register_model
 from zs3fast.ops.masks_to_labels import TRUSTY_WEIGHTINGS
 from zs3fast.types import SegmentationOutput
+from zs3fast.utils.options import one_of
+from zs3fast.utils.weight_cache import WeightCache
 
 _TRUSTY_INIT = {"xavier": nn.init.xavier_uniform_, "zeros": nn.init.zeros_, "uniform01": nn.init.uniform_}
 
@@ -36,7 +37,7 @@ class TagCLIP(SegmentationModel):
         trusty_target: "unseen": pixels of unseen classes; "not_seen": ignored pixels too (background undifferentiated).
         unseen_labels: "separate": self-training fills unseen pixels with pseudo labels; "merged": they are ignored.
         layout: a letter a decoder layer, joined by "_": "a" mixes the queries by self-attention first, "n" does not.
-        descriptor: "qms_q" (default) or an ablation, see `zs3fast.descriptors.variants`.
+        descriptor: "qms_q" (default) or an ablation, see `zs3fast.heads.variants`.
         decoder_heads, decoder_width: heads and FFN width (None: 4 D) of the decoder.
         options: see `SegmentationModel`.
 

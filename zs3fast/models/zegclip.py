@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zs3fast.decoders.one_way import OneWayDecoder
-from zs3fast.descriptors.relationship import RelationshipDescriptor
+from zs3fast.heads.one_way import OneWayDecoder
+from zs3fast.heads.relationship import RelationshipDescriptor
 from zs3fast.models.base import SegmentationModel
 from zs3fast.models.registry import register_model
 from zs3fast.types import SegmentationOutput

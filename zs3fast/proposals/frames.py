@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zs3fast.utils import constants
+
 SHORT_SIDE, LONG_SIDE, DIVISOR = 640, 2560, 32
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
-CLIP_MEAN, CLIP_STD = (122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.3231630)
+# of pixels in 0..255
+IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD = (
+    tuple(255 * value for value in values)
+    for values in (constants.IMAGENET_MEAN, constants.IMAGENET_STD, constants.CLIP_MEAN, constants.CLIP_STD)
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zs3fast._files import replacing
+from zs3fast.utils.files import replacing
 
 logger = logging.getLogger("zs3fast")
 

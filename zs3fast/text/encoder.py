@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
-from zs3fast._open_clip import clip_model_config, create_open_clip, quiet_open_clip
 from zs3fast.text.cache import cached, tensor_digest
 from zs3fast.text.templates import resolve_templates
 from zs3fast.text.vocabulary import ClassEntry, parse_classes
+from zs3fast.utils.open_clip import clip_model_config, create_open_clip, quiet_open_clip
 
 logger = logging.getLogger("zs3fast")
 

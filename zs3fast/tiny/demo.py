@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from zs3fast._console import USAGE_ERROR, one_line_errors, stderr, stdout
+from zs3fast.utils.console import USAGE_ERROR, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.evaluation.evaluate import Report
@@ -32,7 +32,7 @@ class Entry:
 
 def demo(
     models: Annotated[
-        Path | None, typer.Option(help="Folder of models that `zs3fast.tiny.build --output` packed.")
+        Path | None, typer.Option(help="Folder of models that `tools.world.build --output` packed.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture.")] = Path("zs3fast_demo"),
     scenes: Annotated[int, typer.Option(help="Scenes to score on, of 1,000 that no model has seen.")] = 40,
@@ -67,7 +67,7 @@ def _entries(models: Path | None, scenes: int) -> list[Entry]:
 
     found = packed_models(models or bundled())
     if not found:
-        raise FileNotFoundError(f"--models: {models} holds no packed models; `python -m zs3fast.tiny.build` makes them")
+        raise FileNotFoundError(f"--models: {models} holds no packed models; `python -m tools.world.build` makes them")
     dataset = WorldDataset("test")
     entries = []
     with stderr.status("Segmenting") as status:
@@ -81,8 +81,8 @@ def _entries(models: Path | None, scenes: int) -> list[Entry]:
 
 def _draw(entries: list[Entry], path: Path) -> None:
     from zs3fast.data.world import WorldDataset
-    from zs3fast.rendering import save_picture
     from zs3fast.tiny.picture import comparison
+    from zs3fast.utils.rendering import save_picture
 
     dataset = WorldDataset("test")
     chosen = [i for i in range(60) if len(set(dataset.unseen) & set(dataset.read_labels(i).ravel().tolist())) > 1][:4]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from zs3fast.rendering import UNLABELLED, palette
+from zs3fast.utils.rendering import UNLABELLED, palette
 
 _SIDE, _GAP, _HEAD, _FOOT = 192, 8, 26, 20
 _INK, _GREY, _UNSEEN = (20, 20, 20), (105, 105, 105), (170, 60, 0)

@@ -10,8 +10,8 @@ import numpy as np
 from zs3fast.data.world import WorldDataset
 from zs3fast.evaluation.evaluate import Report, evaluate
 from zs3fast.evaluation.protocols import labeller, resolve_setting
+from zs3fast.inference.segmenter import Segmenter, find_weights
 from zs3fast.proposals import from_labels
-from zs3fast.segmenter import Segmenter, find_weights
 from zs3fast.types import Proposals
 
 Label = Callable[..., np.ndarray]  # image uint8 [H, W, 3] and its path -> labels [H, W]

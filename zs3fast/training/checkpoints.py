@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zs3fast._files import replacing
 from zs3fast.text.cache import tensor_digest
 from zs3fast.training.distributed import assign, whole
+from zs3fast.utils.files import replacing
 from zs3fast.weights import CheckpointError
 
 METADATA_KEY = "zs3fast_training"

@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from zs3fast._console import RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
+from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.training.config import TrainConfig

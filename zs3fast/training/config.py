@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from zs3fast._files import replacing
+from zs3fast.utils.files import replacing
 
 SETTINGS = ("inductive", "transductive", "supervised")
 ONE_STAGE = ("zegclip", "tagclip", "clip_rc")

@@ -14,14 +14,14 @@ from zs3fast.evaluation.evaluate import Report, evaluate, evaluate_pairs
 from zs3fast.evaluation.pairs import PairSegmenter
 from zs3fast.evaluation.pictures import panels
 from zs3fast.evaluation.protocols import labeller, resolve_setting
-from zs3fast.rendering import save_picture
-from zs3fast.segmenter import Segmenter
+from zs3fast.inference.segmenter import Segmenter
 from zs3fast.text import whole_names
 from zs3fast.training import setup
 from zs3fast.training.config import ONE_STAGE, TrainConfig
 from zs3fast.training.distributed import Workers
 from zs3fast.training.export import whole_model
 from zs3fast.training.logs import RunLog
+from zs3fast.utils.rendering import save_picture
 
 METRICS = ("hiou", "miou", "miou_seen", "miou_unseen", "pacc", "macc")
 PAIR_METRICS = ("miou", "fb_iou")

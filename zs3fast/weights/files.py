@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zs3fast._files import replacing
 from zs3fast.models.registry import create_model
+from zs3fast.utils.files import replacing
 from zs3fast.weights.packing import BASE_KEY, put_base
 
 METADATA_KEY = "zs3fast"

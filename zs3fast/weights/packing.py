@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zs3fast._files import replacing
 from zs3fast.encoders.open_clip_weights import load_tower_state
 from zs3fast.models.registry import list_models
+from zs3fast.utils.files import replacing
 
 BASE = "tiny-clip.safetensors"  # what the small models of a folder build on
 BASE_KEY = "zs3fast_base"  # in a header: the name of the packed CLIP beside the file

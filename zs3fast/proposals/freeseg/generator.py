@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zs3fast._cache import WeightCache
 from zs3fast.proposals.freeseg.decoder import MaskedDecoder
 from zs3fast.proposals.freeseg.interaction import TextInteraction, TextKeys
 from zs3fast.proposals.freeseg.pixel_decoder import PixelDecoder
 from zs3fast.proposals.freeseg.resnet import DeepLabResNet
+from zs3fast.utils.weight_cache import WeightCache
 
 TEMPERATURE = 100.0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zs3fast.images import read_image
+from zs3fast.utils.images import read_image
 
 
 def gradient(height=20, width=30):

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 import zs3fast
 from tests.tiny_clip import CONFIG, text_state, tiny_clip
 from zs3fast import ops, weights
-from zs3fast.images import read_image
+from zs3fast.inference.predictors import MAX_WINDOWS, prepare
+from zs3fast.inference.segmenter import Segmenter
 from zs3fast.ops import _extension
-from zs3fast.recipes import MAX_WINDOWS, prepare
-from zs3fast.resizing import bilinear
-from zs3fast.segmenter import Segmenter
 from zs3fast.text import MULTI, SINGLE, TextEncoder
+from zs3fast.utils.images import read_image
+from zs3fast.utils.resizing import bilinear
 from zs3fast.weights.official import official_keys
 
 DATA = os.environ.get("ZS3FAST_DATA")

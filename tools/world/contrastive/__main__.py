@@ -1,4 +1,4 @@
-"""`python -m zs3fast.training.contrastive`: train the world's CLIP."""
+"""`python -m tools.world.contrastive`: train the world's CLIP."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from zs3fast._console import USAGE_ERROR, one_line_errors, stdout
+from zs3fast.utils.console import USAGE_ERROR, one_line_errors, stdout
 
-EPILOG = "**Example**: `python -m zs3fast.training.contrastive world_clip -o runs/world_clip`"
+EPILOG = "**Example**: `python -m tools.world.contrastive world_clip -o runs/world_clip`"
 
 
 def train_clip(
@@ -30,8 +30,8 @@ def train_clip(
     """
     from dataclasses import replace
 
-    from zs3fast.training.contrastive.config import load_contrastive_config
-    from zs3fast.training.contrastive.run import train_clip as run
+    from tools.world.contrastive.config import load_contrastive_config
+    from tools.world.contrastive.run import train_clip as run
 
     given = {"output": output and str(output), "seed": seed, "iterations": iterations, "device": device}
     with one_line_errors(USAGE_ERROR):

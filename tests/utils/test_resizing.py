@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from zs3fast.images import read_image
-from zs3fast.resizing import bilinear, resizes_there
+from zs3fast.utils.images import read_image
+from zs3fast.utils.resizing import bilinear, resizes_there
 
 DATA = os.environ.get("ZS3FAST_DATA")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

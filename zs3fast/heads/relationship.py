@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zs3fast import ops
-from zs3fast._cache import WeightCache
 from zs3fast.ops.relationship_descriptor import text_term
+from zs3fast.utils.weight_cache import WeightCache
 
 
 class RelationshipDescriptor(nn.Module):

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.test_segmenter import photo, text_rows
+from tests.inference.test_segmenter import photo, text_rows
 from tests.tiny import CLIP, tiny_model
-from zs3fast import recipes
+from zs3fast.inference import predictors as recipes
+from zs3fast.inference.predictors import fit, normalise, prepare
+from zs3fast.inference.segmenter import Segmenter
 from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.proposals import clip_input, from_masks, load_mask_proposer, make_boxes, resize_for_proposer, sub_images
-from zs3fast.recipes import fit, normalise, prepare
-from zs3fast.resizing import resizes_there
-from zs3fast.segmenter import Segmenter
 from zs3fast.types import BoxProposals, Proposals
+from zs3fast.utils.resizing import resizes_there
 
 NAMES = ["cat", "dog", "sofa", "sky", "grass"]
 
@@ -240,7 +240,7 @@ def test_a_device_that_resizes_gets_pictures_as_they_are(method, monkeypatch) ->
         return asked[-1][1]
 
     monkeypatch.setattr(recipes, "resizes_there", on_a_gpu)
-    np.testing.assert_array_equal(seg._recipe.prepare(pictures[0]).numpy(), pictures[0])
+    np.testing.assert_array_equal(seg._predictor.prepare(pictures[0]).numpy(), pictures[0])
     calls, streamed = [seg(picture) for picture in pictures], [got for _, got in seg.stream(pictures, workers=2)]
     assert {size: there for size, there in asked} == {(70, 100): True, (64, 64): True, (300, 290): False}
     for one, call, got in zip(expected, calls, streamed, strict=True):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from zs3fast._files import replacing
 from zs3fast.training.config import (
     CheckpointConfig,
     LogConfig,
@@ -21,6 +19,7 @@ from zs3fast.training.config import (
     parse_yaml,
     plain,
 )
+from zs3fast.utils.files import replacing
 
 # Keys that a resumed run may change.
 FREE = ("output", "device", "data.workers", "checkpoint", "log", "probe_images")
@@ -104,7 +103,7 @@ def load_contrastive_config(source: str | os.PathLike[str] = "world_clip") -> Co
             out of range.
     """
     name = os.fspath(source)
-    own = resources.files("zs3fast.training") / "configs" / "contrastive"
+    own = Path(__file__).parents[1] / "configs"
     known = sorted(entry.name[:-5] for entry in own.iterdir())
     path = Path(name) if Path(name).is_file() else own / f"{name}.yaml" if name in known else None
     if path is None:

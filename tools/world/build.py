@@ -1,7 +1,7 @@
-"""`python -m zs3fast.tiny.build`: small trained models of every method, from nothing.
+"""`python -m tools.world.build`: small trained models of every method, from nothing.
 
-    python -m zs3fast.tiny.build                 # trains into runs/, packs into the package
-    python -m zs3fast.tiny.build --methods tagclip --output packed/
+    python -m tools.world.build                 # trains into runs/, packs into the package
+    python -m tools.world.build --methods tagclip --output packed/
 
 The CLIP of the procedural world, then every method on it, each as its setting `METHOD_world` says. What has been
 trained stays trained, and a run that was killed goes on.
@@ -17,12 +17,12 @@ import torch
 import typer
 from rich.markup import escape
 
+from tools.world.contrastive import load_contrastive_config, train_clip
 from zs3fast import create_model, weights
-from zs3fast._console import USAGE_ERROR, one_line_errors, stdout
-from zs3fast._files import replacing
 from zs3fast.training.config import load_config
-from zs3fast.training.contrastive import load_contrastive_config, train_clip
 from zs3fast.training.loop import train
+from zs3fast.utils.console import USAGE_ERROR, one_line_errors, stdout
+from zs3fast.utils.files import replacing
 from zs3fast.weights.files import METADATA_KEY
 from zs3fast.weights.packing import BASE, bundled, pack_clip, packed_path, put_base, save_on_base
 

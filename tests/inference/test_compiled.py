@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.goldens_data import relative
 from tests.tiny import ONE_STAGE, tiny_inputs, tiny_model
-from zs3fast import compiled
-from zs3fast.compiled import CompiledModel
+from zs3fast.inference import compiled
+from zs3fast.inference.compiled import CompiledModel
 from zs3fast.types import SegmentationOutput
 
 

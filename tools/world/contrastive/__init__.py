@@ -1,6 +1,6 @@
 """CLIP pre-training on the procedural world, with open_clip's model, tokenizer and loss."""
 
-from zs3fast.training.contrastive.config import ContrastiveConfig, load_contrastive_config
+from tools.world.contrastive.config import ContrastiveConfig, load_contrastive_config
 
 __all__ = ["ContrastiveConfig", "load_contrastive_config", "train_clip"]
 
@@ -8,7 +8,7 @@ __all__ = ["ContrastiveConfig", "load_contrastive_config", "train_clip"]
 def __getattr__(name: str) -> object:
     # Training brings open_clip and the loop; reading a configuration does not need them.
     if name == "train_clip":
-        from zs3fast.training.contrastive.run import train_clip
+        from tools.world.contrastive.run import train_clip
 
         return train_clip
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

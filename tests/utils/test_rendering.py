@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zs3fast import rendering
-from zs3fast._files import replacing
 from zs3fast.types import Segmentation
+from zs3fast.utils import rendering
+from zs3fast.utils.files import replacing
 
 
 def result(labels, count, **fields):

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from zs3fast._files import replacing
+from tools.world.contrastive.config import FREE, ContrastiveConfig, save_contrastive_config
+from tools.world.contrastive.probe import normalised, zero_shot_probe
 from zs3fast.data.sampling import PositionSampler, seed_worker
 from zs3fast.data.world import ALL_STUFF, ALL_THINGS, VERSION, CaptionSet, name_of
 from zs3fast.data.world.captions import words
 from zs3fast.training import checkpoints, distributed
 from zs3fast.training.config import changed_keys
-from zs3fast.training.contrastive.config import FREE, ContrastiveConfig, save_contrastive_config
-from zs3fast.training.contrastive.probe import normalised, zero_shot_probe
 from zs3fast.training.distributed import Workers
 from zs3fast.training.logs import RunLog
 from zs3fast.training.loop import RunResult, previous_checkpoint
 from zs3fast.training.optimiser import make_optimizer, set_learning_rate
 from zs3fast.training.schedules import learning_rate
+from zs3fast.utils.files import replacing
 from zs3fast.weights.packing import pack_clip
 
 METADATA_KEY = "zs3fast_clip"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zs3fast.decoders.one_way import DecoderLayer
+from zs3fast.heads.one_way import DecoderLayer
 
 
 class DecoderHalf(nn.Module):

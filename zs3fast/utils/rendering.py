@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from zs3fast._files import replacing
+from zs3fast.utils.files import replacing
 
 UNLABELLED = -1
 _BLEND = 0.6  # how much of a class colour covers the photo

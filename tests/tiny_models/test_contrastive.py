@@ -18,18 +18,18 @@ import torch.nn.functional as F
 import typer
 from typer.testing import CliRunner
 
-from zs3fast._open_clip import create_open_clip
+from tools.world.contrastive import load_contrastive_config, train_clip
+from tools.world.contrastive.__main__ import train_clip as command
+from tools.world.contrastive.config import ContrastiveConfig, contrastive_from_dict, save_contrastive_config
+from tools.world.contrastive.probe import normalised, portraits, zero_shot_probe
+from tools.world.contrastive.run import METADATA_KEY, Collate, ContrastiveStep, build_clip, rate
 from zs3fast.data.world import ALL_STUFF, ALL_THINGS, CLASS_NAMES, VERSION, CaptionSet, arrange, draw
 from zs3fast.data.world.captions import caption
 from zs3fast.text import TextEncoder
 from zs3fast.training import checkpoints
 from zs3fast.training.config import list_configs
-from zs3fast.training.contrastive import load_contrastive_config, train_clip
-from zs3fast.training.contrastive.__main__ import train_clip as command
-from zs3fast.training.contrastive.config import ContrastiveConfig, contrastive_from_dict, save_contrastive_config
-from zs3fast.training.contrastive.probe import normalised, portraits, zero_shot_probe
-from zs3fast.training.contrastive.run import METADATA_KEY, Collate, ContrastiveStep, build_clip, rate
 from zs3fast.training.loop import RunResult
+from zs3fast.utils.open_clip import create_open_clip
 from zs3fast.weights.packing import pack_clip, unpack_clip
 
 CLIP: dict[str, Any] = {

@@ -11,8 +11,8 @@ from contextlib import closing
 import pytest
 import torch
 
-from zs3fast._files import replacing
-from zs3fast.pipeline import Transfers, ahead, current_item, default_workers, grouped, overlapped, working_on
+from zs3fast.inference.streaming import Transfers, ahead, current_item, default_workers, grouped, overlapped, working_on
+from zs3fast.utils.files import replacing
 
 CPU = torch.device("cpu")
 LONG = 30  # seconds: what waits so long waits for something that does not come

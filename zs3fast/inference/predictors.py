@@ -1,6 +1,6 @@
-"""How each kind of model meets a picture: sliding windows, the whole picture squashed, or proposals on their frame.
+"""Each method's test protocol: sliding windows, the whole picture squashed, or proposals on their frame.
 
-A recipe is called with pictures' pixels, the competing classes and what is known of them, and gives labels and the
+A predictor is called with pictures' pixels, the competing classes and what is known of them, and gives labels and the
 winning scores at the pictures' own sizes. It is what the published test pipelines do around their models. The part that
 needs no model is `prepare`, which any thread may call ahead of time.
 """
@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from zs3fast import ops
 from zs3fast.labels.softmax import softmax_labels
 from zs3fast.labels.windows import sliding_windows
-from zs3fast.models.base import one_of
 from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.models.clsclip_plus import squash as squash_images
 from zs3fast.proposals import BoxProposer, MaskProposer, clip_input, for_classes, resize_for_proposer, sub_images
 from zs3fast.proposals.class_columns import scores_for_classes
 from zs3fast.proposals.crops import MERGES
-from zs3fast.resizing import bilinear, resizes_there
+from zs3fast.utils.options import one_of
+from zs3fast.utils.resizing import bilinear, resizes_there
 
 # A bound on one picture's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
 MAX_WINDOWS = 1000
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """What is asked of one picture.
 
     pixels: uint8 [H, W, 3].  text: [C, D] of the competing classes.  names: the names of each, synonyms included.
     seen: indices of the seen among them, or None where nothing is known.  source: the picture's path, or None.
-    prepared: what `Recipe.prepare` made of the pixels, on any device; None: not made yet.
+    prepared: what `Predictor.prepare` made of the pixels, on any device; None: not made yet.
     """
 
     pixels: np.ndarray
@@ -49,7 +49,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """labels: int16 (int32 for more than 32768 classes) [H, W], -1 = nothing was found there.  scores: float32 [H, W].
 
     Both on the model's device.
@@ -59,8 +59,8 @@ class Answer:
     scores: Tensor
 
 
-class Recipe:
-    """Answers questions about pictures with a model.
+class Predictor:
+    """Answers requests about pictures with a model.
 
     together: whether pictures share the model's batches.  compiles: whether it calls `model` on inputs of few shapes,
     so that a compiled one can stand in its place.
@@ -73,16 +73,16 @@ class Recipe:
         """The work on pixels [H, W, 3] that needs no model, on any thread; None: there is none."""
         return None
 
-    def answer(self, question: Question) -> Answer:
-        """The answer for one picture."""
+    def predict(self, request: Request) -> Prediction:
+        """The prediction for one picture."""
         raise NotImplementedError
 
-    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
-        """An answer a picture; they all have the same classes."""
-        return [self.answer(question) for question in questions]
+    def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
+        """A prediction a picture; they all have the same classes."""
+        return [self.predict(request) for request in requests]
 
 
-class Windows(Recipe):
+class Windows(Predictor):
     """ZegCLIP's, TagCLIP's and CLIP-RC's: short side to `image_size`, windows with a stride of 426/512 of it.
 
     Each window's calibrated scores are averaged, resized to the picture and compared, in one op: scores of all classes
@@ -109,43 +109,43 @@ class Windows(Recipe):
             return picture
         return bilinear(picture, size, self.antialias)
 
-    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+    def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
         model, (part, whole) = self.model, self.stride
         crop = (model.image_size,) * 2
         stride = max(part * model.image_size // whole, 1)
-        canvases = [self._canvas(question) for question in questions]
+        canvases = [self._canvas(request) for request in requests]
         windows = [sliding_windows(canvas.shape[-2:], crop, (stride, stride)) for canvas in canvases]
-        outputs = self._run(canvases, windows, questions[0].text)
-        answers = []
-        for question, canvas, corners, out in zip(questions, canvases, windows, outputs, strict=True):
+        outputs = self._run(canvases, windows, requests[0].text)
+        predictions = []
+        for request, canvas, corners, out in zip(requests, canvases, windows, outputs, strict=True):
             frame = {"crop_size": crop, "canvas_size": tuple(canvas.shape[-2:]), "windows": corners}
-            answers.append(self._compare(*out, question, **frame))
-        return answers
+            predictions.append(self._compare(*out, request, **frame))
+        return predictions
 
-    def _canvas(self, question: Question) -> Tensor:
+    def _canvas(self, request: Request) -> Tensor:
         """The normalised picture [3, H', W'] on the model's device and in its type."""
         model, like = self.model, next(self.model.parameters())
-        prepared = self.prepare(question.pixels) if question.prepared is None else question.prepared
-        size = fitted_size(question.pixels.shape[:2], model.image_size)
+        prepared = self.prepare(request.pixels) if request.prepared is None else request.prepared
+        size = fitted_size(request.pixels.shape[:2], model.image_size)
         levels = bilinear(prepared.to(like.device), size, self.antialias)  # nothing to do where it was done
         return _normalise(_channels_first(levels), model.pixel_mean, model.pixel_std).to(like.dtype)
 
-    def _compare(self, masks: Tensor, trusty: Tensor | None, question: Question, **frame: Any) -> Answer:
+    def _compare(self, masks: Tensor, trusty: Tensor | None, request: Request, **frame: Any) -> Prediction:
         """Labels and scores of the picture from the logits of its windows, which lie in `frame`."""
-        model, seen = self.model, question.seen
-        mixed = seen is not None and 0 < len(seen) < len(question.text)
+        model, seen = self.model, request.seen
+        mixed = seen is not None and 0 < len(seen) < len(request.text)
         result = ops.masks_to_labels(
             masks,
-            question.pixels.shape[:2],
+            request.pixels.shape[:2],
             seen=seen or (),
             seen_offset=model.seen_offset,
             trusty_logits=trusty if mixed else None,
             trusty_weighting=model.trusty_weighting if mixed else "off",
-            dtype=_label_type(question),
+            dtype=_label_type(request),
             return_details=True,
             **frame,
         )
-        return _answer(result.labels[0], result.scores[0], question)
+        return _prediction(result.labels[0], result.scores[0], request)
 
     def _run(
         self, canvases: Sequence[Tensor], windows: Sequence[list[tuple[int, int]]], text: Tensor
@@ -174,11 +174,11 @@ class AveragedWindows(Windows):
     stride = (1, 2)
     antialias = True
 
-    def _compare(self, masks: Tensor, trusty: Tensor | None, question: Question, **frame: Any) -> Answer:
-        return _answer(*softmax_labels(masks, question.pixels.shape[:2], **frame), question)
+    def _compare(self, masks: Tensor, trusty: Tensor | None, request: Request, **frame: Any) -> Prediction:
+        return _prediction(*softmax_labels(masks, request.pixels.shape[:2], **frame), request)
 
 
-class Squash(Recipe):
+class Squash(Predictor):
     """ClsCLIP's: the whole picture squashed to `image_size`, one mask a class, the best class a pixel."""
 
     def __init__(self, model: nn.Module):
@@ -194,18 +194,18 @@ class Squash(Recipe):
     def _squash(self, pixels: np.ndarray | Tensor) -> Tensor:
         return squash(pixels, self.model.image_size, self.model.pixel_mean, self.model.pixel_std)
 
-    def answer(self, question: Question) -> Answer:
+    def predict(self, request: Request) -> Prediction:
         model, like = self.model, next(self.model.parameters())
-        image = self.prepare(question.pixels) if question.prepared is None else question.prepared
+        image = self.prepare(request.pixels) if request.prepared is None else request.prepared
         image = image.to(like.device)
         image = self._squash(image) if image.dtype == torch.uint8 else image
-        out = model(image.to(like.dtype)[None], question.text)
-        size = question.pixels.shape[:2]
-        result = ops.masks_to_labels(out.mask_logits, size, dtype=_label_type(question), return_details=True)
-        return _answer(result.labels[0], result.scores[0], question)
+        out = model(image.to(like.dtype)[None], request.text)
+        size = request.pixels.shape[:2]
+        result = ops.masks_to_labels(out.mask_logits, size, dtype=_label_type(request), return_details=True)
+        return _prediction(result.labels[0], result.scores[0], request)
 
 
-class Zooming(Recipe):
+class Zooming(Predictor):
     """ClsCLIP+'s: the boxes a detector finds for each class, cut out and squashed; the best class a pixel.
 
     Pixels outside all boxes of a class score 0 for it; a class without boxes gets the whole picture.
@@ -217,16 +217,16 @@ class Zooming(Recipe):
     def __init__(self, model: nn.Module, boxes: BoxProposer, no_box: str = "whole_image"):
         self.plus, self.boxes = ClsCLIPPlus(model, no_box=no_box), boxes
 
-    def answer(self, question: Question) -> Answer:
+    def predict(self, request: Request) -> Prediction:
         model = self.plus.model
-        device = question.text.device
-        image = normalise(torch.from_numpy(question.pixels).to(device), model.pixel_mean, model.pixel_std)
-        found = self.boxes(question.pixels, question.source).to(device)
-        labels, scores = self.plus.predict_labels(image, question.text, found, question.names, threshold=None)
-        return _answer(labels, scores, question)
+        device = request.text.device
+        image = normalise(torch.from_numpy(request.pixels).to(device), model.pixel_mean, model.pixel_std)
+        found = self.boxes(request.pixels, request.source).to(device)
+        labels, scores = self.plus.predict_labels(image, request.text, found, request.names, threshold=None)
+        return _prediction(labels, scores, request)
 
 
-class Proposing(Recipe):
+class Proposing(Predictor):
     """MAFT's: a proposer finds regions, the model says what they are, the masks vote.
 
     Args:
@@ -242,63 +242,63 @@ class Proposing(Recipe):
             one_of("crops", crops, MERGES)
         self.model, self.proposer, self.crops, self.crop_form = model, proposer, crops, crop_form
 
-    def answer(self, question: Question) -> Answer:
+    def predict(self, request: Request) -> Prediction:
         model, like = self.model, next(self.model.parameters())
-        names = None if question.source is None else [question.source]
-        propose = for_classes(self.proposer, question.text)
-        proposals = propose([question.pixels], names).to(like.device)
+        names = None if request.source is None else [request.source]
+        propose = for_classes(self.proposer, request.text)
+        proposals = propose([request.pixels], names).to(like.device)
         if not bool(proposals.valid.any()):
-            raise ValueError(f"proposer: it found no region in {question.source or 'the picture'}")
-        proposals = scores_for_classes(proposals, question.names)
-        frame = resize_for_proposer(question.pixels)
+            raise ValueError(f"proposer: it found no region in {request.source or 'the picture'}")
+        proposals = scores_for_classes(proposals, request.names)
+        frame = resize_for_proposer(request.pixels)
         if (frame.padded_size, (frame.image_size,)) != (proposals.padded_size, proposals.image_sizes):
             raise ValueError(
                 f"proposer: its masks lie on a frame of {proposals.padded_size}, the picture's is {frame.padded_size}"
             )
         if self.crops is None:
-            out = model(clip_input(frame, model.image_size).to(like), question.text, proposals, non_object=False)
+            out = model(clip_input(frame, model.image_size).to(like), request.text, proposals, non_object=False)
         else:
             pictures = sub_images(frame, proposals, self.crops, self.crop_form)
             out = model.classify_crops(
-                pictures.images.to(like), pictures.rows, question.text, proposals, non_object=False
+                pictures.images.to(like), pictures.rows, request.text, proposals, non_object=False
             )
-        seen = question.seen or ()
-        labels, scores = model.label_details(out, question.pixels.shape[:2], seen=seen)
-        answer = _answer(labels[0], scores[0], question)
+        seen = request.seen or ()
+        labels, scores = model.label_details(out, request.pixels.shape[:2], seen=seen)
+        prediction = _prediction(labels[0], scores[0], request)
         # Pixels that no proposal covers, where all seen classes score -seen_offset and all others 0.
-        nothing = 1e-6 - model.seen_offset if model.seen_offset and len(seen) == len(question.text) else 0.0
-        return Answer(answer.labels.masked_fill(answer.scores <= nothing, -1), answer.scores)
+        nothing = 1e-6 - model.seen_offset if model.seen_offset and len(seen) == len(request.text) else 0.0
+        return Prediction(prediction.labels.masked_fill(prediction.scores <= nothing, -1), prediction.scores)
 
 
-def recipe_for(
+def predictor_for(
     model: nn.Module,
     window_batch: int,
     proposer: MaskProposer | None = None,
     crops: str | None = None,
     boxes: BoxProposer | None = None,
-) -> Recipe:
+) -> Predictor:
     """The recipe of a model's method."""
-    takes = {"proposals": ("proposer", "crops"), "squash": ("boxes",)}.get(model.test_recipe, ())
+    takes = {"proposals": ("proposer", "crops"), "squash": ("boxes",)}.get(model.protocol, ())
     for name, value in (("proposer", proposer), ("crops", crops), ("boxes", boxes)):
         if value is not None and name not in takes:
             raise ValueError(f"{name}: {model.method} takes none, got {value!r}")
-    if model.test_recipe == "proposals":
+    if model.protocol == "proposals":
         if proposer is None:
             raise ValueError(f"proposer: {model.method} classifies regions and needs something that finds them")
         return Proposing(model, proposer, crops)
-    if model.test_recipe == "squash":
+    if model.protocol == "squash":
         return Squash(model) if boxes is None else Zooming(model, boxes)
-    windows = AveragedWindows if model.test_recipe == "averaged_windows" else Windows
+    windows = AveragedWindows if model.protocol == "averaged_windows" else Windows
     return windows(model, window_batch)
 
 
-def _answer(labels: Tensor, scores: Tensor, question: Question) -> Answer:
-    return Answer(labels.to(_label_type(question)), scores.float())
+def _prediction(labels: Tensor, scores: Tensor, request: Request) -> Prediction:
+    return Prediction(labels.to(_label_type(request)), scores.float())
 
 
-def _label_type(question: Question) -> torch.dtype:
+def _label_type(request: Request) -> torch.dtype:
     """What holds an index of the classes, and -1: labels are copied to the host in as few bytes."""
-    return torch.int16 if len(question.text) <= 1 << 15 else torch.int32
+    return torch.int16 if len(request.text) <= 1 << 15 else torch.int32
 
 
 def prepare(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.goldens_data import relative
-from zs3fast.decoders.binary import BinaryDecoder, ChannelGate, SpatialGate
+from zs3fast.heads.binary import BinaryDecoder, ChannelGate, SpatialGate
 
 
 def make(head: str = "conv", **options: int) -> BinaryDecoder:

@@ -1,0 +1,1 @@
+"""Decode heads: descriptors (text and image -> class queries) and decoders (queries and patches -> mask logits)."""
