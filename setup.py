@@ -171,6 +171,6 @@ wanted = choice("ZS3FAST_EXTENSION") != "0"
 setup(
     ext_modules=[Extension("zs3fast._C", sources=[], optional=choice("ZS3FAST_EXTENSION") != "1")] if wanted else [],
     # in a fresh environment pip puts the newest torch into the build, and then the same one beside the package
-    setup_requires=["torch>=2.10"] if wanted and compiler() and Torch.find() is None else [],
+    setup_requires=["torch>=2.11"] if wanted and compiler() and Torch.find() is None else [],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
 )

@@ -1,7 +1,7 @@
 """Tables of measured numbers in Markdown files, always written from a results file.
 
-    python bench/report.py README.md           # fill in every table between its markers
-    python bench/report.py --check README.md   # exit 1 if a table is not what its results file says
+    python bench/report.py             # fill in every table between its markers in bench/results/README.md
+    python bench/report.py --check     # exit 1 if a table is not what its results file says
 
 A table stands between `<!-- bench:DEVICE/NAME -->` and `<!-- /bench -->` and shows bench/results/DEVICE/NAME.json.
 """
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", type=Path, help="Markdown files with markers")
+    parser.add_argument("files", nargs="*", type=Path, default=[RESULTS / "README.md"], help="Markdown with markers")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is stale")
     args = parser.parse_args(argv)
     stale = []

@@ -2,7 +2,7 @@
 
     python bench/world.py                                    # three seeds of everything into bench/results/world.json
     python bench/world.py zegclip tagclip --seeds 0          # some variants, one seed
-    python bench/world.py --readme README.md                 # write the table from the results file, measure nothing
+    python bench/world.py --readme docs/world.md               # write the table from the results file, measure nothing
 
 All share one CLIP (seed 0); a seed is that of the segmentation training: its weights, its order of scenes. Scores are
 of 200 test scenes no training has seen, on the zero-shot split, whatever a variant was trained on. What is in the

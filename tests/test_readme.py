@@ -13,6 +13,13 @@ from bench import report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "bench" / "results" / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
+MOST_BYTES = 20_480
 
 
 def test_the_module_snippet_runs() -> None:
@@ -28,12 +35,17 @@ def test_every_variable_has_a_row() -> None:
     read = re.compile(r"""(?:environ(?:\.get)?[\[(]|choice\(|getenv\()["'](ZS3FAST_[A-Z_]+)["']""")
     used = {name for path in sources for name in read.findall(path.read_text())}
     assert len(used) >= 6
-    rows = "\n".join(line for line in README.splitlines() if line.startswith("| `ZS3FAST_"))
+    rows = "\n".join(
+        line for line in (ROOT / "docs" / "ops.md").read_text().splitlines() if line.startswith("| `ZS3FAST_")
+    )
     assert {name for name in used if f"`{name}`" not in rows} == set()
 
 
+COMMANDS = "segment|info|convert|eval|train|data|demo|export|bulk|serve|app|figures"
+
+
 @pytest.mark.parametrize(
-    "command", sorted(set(re.findall(r"zs3fast (segment|info|convert|eval|train|data|bench|demo)\b", README)))
+    "command", sorted({name for page in PAGES for name in re.findall(rf"zs3fast ({COMMANDS})\b", page.read_text())})
 )
 def test_commands_exist(command: str) -> None:
     result = subprocess.run(
@@ -42,11 +54,27 @@ def test_commands_exist(command: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_tables_are_the_results_files() -> None:
-    assert report.BLOCK.search(README), "no table of measured numbers"
-    assert report.fill(README) == README
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_the_results_files(page: Path) -> None:
+    text = page.read_text()
+    assert report.fill(text) == text, "run: python bench/report.py"
 
 
-def test_pictures_exist() -> None:
-    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / target).is_file(), target
+def test_a_newcomer_reads_it_to_the_end() -> None:
+    assert len(README.encode()) <= MOST_BYTES
+    first = re.search(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert first and first[1].startswith("zs3fast segment photo.jpg --classes ")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_images_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\[[^]]*\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target

@@ -1,11 +1,11 @@
 """zs3fast: CLIP-based zero-shot semantic segmentation on fused kernels."""
 
 from zs3fast import ops
+from zs3fast._version import __version__
 from zs3fast.models.registry import create_model, list_models
 from zs3fast.weights import load_official
 
-__version__ = "0.1.0"
-__all__ = ["Segmenter", "create_model", "list_models", "load_official", "ops"]
+__all__ = ["Segmenter", "__version__", "create_model", "list_models", "load_official", "ops"]
 
 
 def __getattr__(name: str) -> object:

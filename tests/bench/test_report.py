@@ -87,14 +87,6 @@ def test_a_missing_results_file_is_an_error(tmp_path):
         report.fill("<!-- bench:nowhere/models -->\n<!-- /bench -->", tmp_path)
 
 
-def test_readme_says_what_the_results_files_say():
-    readme = harness.ROOT / "README.md"
-    markdown = readme.read_text() if readme.exists() else ""
-    if not report.BLOCK.search(markdown):
-        pytest.skip("README.md has no bench markers")
-    assert report.fill(markdown) == markdown, "run: python bench/report.py README.md"
-
-
 def test_kept_results_are_whole():
     for path in harness.RESULTS.glob("*/*.json"):
         rows = json.loads(path.read_text())["rows"]

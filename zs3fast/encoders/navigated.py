@@ -192,7 +192,8 @@ class NavigatedClipViT(ClipViT):
         attended = torch.lerp(prefix.attended.unsqueeze(1), v.unsqueeze(2), share.unsqueeze(-1))
         x = prefix.patches.unsqueeze(1) + block.attn.out_proj(attended.flatten(-2))
         x = x.flatten(0, 1)
-        return x + block.mlp(block.ln_2(x))
+        out: Tensor = x + block.mlp(block.ln_2(x))
+        return out
 
     def _prompts(self) -> list[KeysValues | None]:
         """Keys and values [1, K, heads, dh] of every layer's own prompts, or None for each."""
@@ -203,7 +204,8 @@ class NavigatedClipViT(ClipViT):
         def compute() -> list[KeysValues]:
             return [block.context(p.unsqueeze(0)) for block, p in zip(blocks, self.prompt_embeddings)]
 
-        return self._prompt_cache.get(self.parameters(), compute)
+        out: list[KeysValues | None] = self._prompt_cache.get(self.parameters(), compute)
+        return out
 
     @torch.no_grad()
     def own_class_tokens(self, images: Tensor) -> dict[int, Tensor]:

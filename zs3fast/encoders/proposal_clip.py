@@ -69,7 +69,8 @@ class ProposalClipViT(ClipViT):
             patches = _finish(block, patches, F.scaled_dot_product_attention(q, k, v))
         k, v = (part.transpose(1, 2) for part in last.context(patches))  # the last patch outputs are dead
         proposals = _proposal_block(last, proposals, k, v, bits)
-        return (self.ln_post(proposals) @ self.proj).view(batch, count, self.embed_dim)
+        out: Tensor = (self.ln_post(proposals) @ self.proj).view(batch, count, self.embed_dim)
+        return out
 
     def image_head(self, tokens: Tensor) -> Tensor:
         """Embedding [B, D] of the whole image, not normalised: plain CLIP, its last layer for the class token alone."""
@@ -80,14 +81,16 @@ class ProposalClipViT(ClipViT):
         token = tokens[:, :1]
         q = _heads(last, last.ln_1(token))[0]
         token = _finish(last, token, F.scaled_dot_product_attention(q, k, v))
-        return self.ln_post(token[:, 0]) @ self.proj
+        out: Tensor = self.ln_post(token[:, 0]) @ self.proj
+        return out
 
     def patch_head(self, tokens: Tensor) -> Tensor:
         """Embeddings [B, N, D] of the patches, not normalised; the same for any proposals."""
         patches = tokens[:, 1:]
         for block in self.transformer.resblocks[self.start_layer :]:
             patches = block(patches)
-        return self.ln_post(patches) @ self.proj
+        out: Tensor = self.ln_post(patches) @ self.proj
+        return out
 
 
 def _heads(block: Block, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +104,8 @@ def _heads(block: Block, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _finish(block: Block, x: Tensor, attended: Tensor) -> Tensor:
     """The rest of a block after attention [B, heads, T, dh]: output projection, residuals, MLP."""
     x = x + block.attn.out_proj(attended.transpose(1, 2).flatten(2))
-    return x + block.mlp(block.ln_2(x))
+    out: Tensor = x + block.mlp(block.ln_2(x))
+    return out
 
 
 def _proposal_block(block: Block, proposals: Tensor, k: Tensor, v: Tensor, bits: Tensor) -> Tensor:
@@ -164,14 +168,17 @@ class ProposalClipResNet(nn.Module):
         k, v = self._split(pool.k_proj(tokens)), self._split(pool.v_proj(tokens))
         own = [part.expand(-1, -1, bits.shape[1], -1) for part in (q, k[:, :, :1], v[:, :, :1])]
         attended = ops.proposal_attention(*own, k[:, :, 1:], v[:, :, 1:], bits)
-        return pool.c_proj(attended.transpose(1, 2).flatten(2))
+        out: Tensor = pool.c_proj(attended.transpose(1, 2).flatten(2))
+        return out
 
     def image_head(self, tokens: Tensor) -> Tensor:
         """Embedding [B, D] of the whole image, not normalised: the mean attends to itself and all features."""
         pool = self.visual.attnpool
         q, k, v = self._split(pool.q_proj(tokens[:, :1])), *(self._split(p(tokens)) for p in (pool.k_proj, pool.v_proj))
         attended = F.scaled_dot_product_attention(q, k, v)
-        return pool.c_proj(attended.transpose(1, 2).flatten(2))[:, 0]
+        out: Tensor = pool.c_proj(attended.transpose(1, 2).flatten(2))[:, 0]
+        return out
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.visual.attnpool.num_heads, -1)).transpose(1, 2)
+        out: Tensor = x.unflatten(-1, (self.visual.attnpool.num_heads, -1)).transpose(1, 2)
+        return out

@@ -57,14 +57,17 @@ class BinaryDecoder(nn.Module):
         x = self.reduce(patches)
         for layer in self.layers:
             x = layer(x)
-        return self._masks(x).unflatten(1, grid_size).transpose(2, 3).flatten(3, 4).flatten(1, 2).unsqueeze(1)
+        out: Tensor = self._masks(x).unflatten(1, grid_size).transpose(2, 3).flatten(3, 4).flatten(1, 2).unsqueeze(1)
+        return out
 
     def _masks(self, x: Tensor) -> Tensor:
         """The head of every patch: logits [P, N, side, side] on its pixels, side 1 for the linear head."""
         if isinstance(self.head, nn.Linear):
-            return self.head(x).unsqueeze(-1)
+            linear: Tensor = self.head(x)
+            return linear.unsqueeze(-1)
         weight = self.head.weight  # [decoder_width, 1, side, side]
-        return (x @ weight.flatten(1) + self.head.bias).unflatten(-1, weight.shape[2:])
+        out: Tensor = (x @ weight.flatten(1) + self.head.bias).unflatten(-1, weight.shape[2:])
+        return out
 
 
 class ChannelGate(nn.Module):

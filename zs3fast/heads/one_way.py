@@ -19,7 +19,8 @@ DROPOUT = 0.1
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, tokens, dh]
+    out: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, tokens, dh]
+    return out
 
 
 class CrossAttention(nn.Module):
@@ -36,7 +37,8 @@ class CrossAttention(nn.Module):
         )
         dropout = DROPOUT if self.training else 0.0
         out, _ = ops.attention_to_mask(q, k, v, q.shape[-1] ** -0.5, dropout_p=dropout, need_masks=False)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return result
 
 
 class MaskAttention(nn.Module):
@@ -56,7 +58,8 @@ class MaskAttention(nn.Module):
         # Fewer classes than patches: fold the key projection into the queries, q.(W x + b) = (W^T q).x + q.b.
         q = self.q(queries)
         masks = (q @ self.k.weight) @ patches.transpose(1, 2) + (q @ self.k.bias).unsqueeze(-1)
-        return masks.mul_(scale / self.heads)
+        out: Tensor = masks.mul_(scale / self.heads)
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -74,7 +77,8 @@ class DecoderLayer(nn.Module):
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
         queries = self.norm2(queries + self._dropout(self.multihead_attn(queries, patches)))
         hidden = self._dropout(F.relu(self.linear1(queries)))
-        return self.norm3(queries + self._dropout(self.linear2(hidden)))
+        out: Tensor = self.norm3(queries + self._dropout(self.linear2(hidden)))
+        return out
 
 
 class MaskLayer(nn.Module):
@@ -85,7 +89,8 @@ class MaskLayer(nn.Module):
         self.multihead_attn = MaskAttention(dim, heads)
 
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
-        return self.multihead_attn(queries, patches)
+        out: Tensor = self.multihead_attn(queries, patches)
+        return out
 
 
 class OneWayDecoder(nn.Module):

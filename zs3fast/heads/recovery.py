@@ -38,7 +38,8 @@ def descriptor_l1(recovered: Tensor, text: Tensor, visual: Tensor) -> Tensor:
     Args:
         recovered: [B, M * C, 2 D], region-major.  text: [C, D].  visual: [B, M, D]. No gradient reaches the last two.
     """
-    return _DescriptorL1.apply(recovered, text.detach(), visual.detach())
+    out: Tensor = _DescriptorL1.apply(recovered, text.detach(), visual.detach())
+    return out
 
 
 class _DescriptorL1(torch.autograd.Function):

@@ -25,4 +25,5 @@ class TrustyLearner(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, mha.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT if self.training else 0.0)
         out = mha.out_proj(out.transpose(1, 2).flatten(2))
-        return self.norm(x + F.dropout(out, DROPOUT, self.training))
+        result: Tensor = self.norm(x + F.dropout(out, DROPOUT, self.training))
+        return result

@@ -19,7 +19,8 @@ class DecoderHalf(nn.Module):
 def in_chunks(layer: DecoderLayer, queries: Tensor, memory: Tensor, chunk: int | None) -> Tensor:
     """`layer(queries, memory)`; without gradients `chunk` rows of queries at a time, which do not see each other."""
     if chunk is None or torch.is_grad_enabled() or queries.shape[1] <= chunk:
-        return layer(queries, memory)
+        out: Tensor = layer(queries, memory)
+        return out
     return torch.cat([layer(part, memory) for part in queries.split(chunk, dim=1)], dim=1)
 
 
@@ -54,4 +55,5 @@ def region_mean_masks(queries: Tensor, features: Tensor, num_regions: int) -> Te
     mean_m(q_mc . x) = (mean_m q_mc) . x: M times less work and no [B, M * C, N]. queries [B, M * C, D], region-major.
     """
     per_class = queries.unflatten(1, (num_regions, -1)).mean(1)  # [B, C, D]
-    return per_class @ features.transpose(1, 2)
+    out: Tensor = per_class @ features.transpose(1, 2)
+    return out

@@ -44,7 +44,8 @@ class Attention(nn.Module):
             for layer, x in ((self.q, query), (self.k, key), (self.v, value))
         )
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT if self.training else 0.0)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return result
 
 
 class LinearDescriptor(nn.Module):
@@ -58,7 +59,8 @@ class LinearDescriptor(nn.Module):
         self.q_proj = nn.Linear(dim * _total_width(inputs), dim) if project else nn.Identity()
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
-        return self.q_proj(torch.cat(descriptor_inputs(self.inputs, text, visual), -1))
+        out: Tensor = self.q_proj(torch.cat(descriptor_inputs(self.inputs, text, visual), -1))
+        return out
 
 
 class LearnableDescriptor(nn.Module):
@@ -94,7 +96,8 @@ class CrossAttentionDescriptor(nn.Module):
         inputs = descriptor_inputs(self.inputs, text, visual)
         query, key, value = (layer(x) for layer, x in zip(self.input_proj, inputs))
         attended = F.dropout(self.attention(query, key, value), DROPOUT, self.training)
-        return self.norm(query + attended)
+        out: Tensor = self.norm(query + attended)
+        return out
 
 
 class SelfAttentionDescriptor(nn.Module):
@@ -109,7 +112,8 @@ class SelfAttentionDescriptor(nn.Module):
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         x = self.input_proj(descriptor_inputs(self.inputs, text, visual)[0])
-        return self.norm(x + F.dropout(self.attention(x, x, x), DROPOUT, self.training))
+        out: Tensor = self.norm(x + F.dropout(self.attention(x, x, x), DROPOUT, self.training))
+        return out
 
 
 class AttentionConcatDescriptor(nn.Module):
@@ -127,7 +131,8 @@ class AttentionConcatDescriptor(nn.Module):
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         query, key, value = descriptor_inputs(self.inputs, text, visual)
         mixed = self.norm(query + F.dropout(self.attention(query, key, value), DROPOUT, self.training))
-        return self.q_proj(torch.cat([mixed, text.expand_as(mixed)], -1))
+        out: Tensor = self.q_proj(torch.cat([mixed, text.expand_as(mixed)], -1))
+        return out
 
 
 def _total_width(names: tuple[str, ...]) -> int:

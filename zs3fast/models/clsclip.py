@@ -168,10 +168,11 @@ class ClsCLIP(ZeroShotModel):
 
     def _class_tokens(self, text: Tensor) -> ClassTokens:
         """What the tower takes of every class; kept per class list."""
-        return self._class_cache.get(
+        out: ClassTokens = self._class_cache.get(
             (text, *self.navigation.parameters(), *self.encoder.parameters()),
             lambda: self.encoder.class_tokens({int(i): linear(text) for i, linear in self.navigation.items()}),
         )
+        return out
 
     def _chunks(
         self, images: Tensor, classes: ClassTokens | Tensor, pairs: Tensor | None, shared: list[tuple[Tensor, Tensor]]
@@ -203,7 +204,8 @@ class ClsCLIP(ZeroShotModel):
             patches = self.encoder.suffix(prefix, classes, pairwise=pairwise)
         else:
             patches = self.gate(prefix.patches.unsqueeze(1), classes.unsqueeze(int(pairwise))).flatten(0, 1)
-        return self.decoder(patches, prefix.grid_size)
+        out: Tensor = self.decoder(patches, prefix.grid_size)
+        return out
 
     def class_scores(self, out: SegmentationOutput, size: tuple[int, int]) -> Tensor:
         """sigmoid(logits, upsampled bilinearly to `size` = (H, W)), a class alone: [B, C, H, W], pairs [P, 1, H, W]."""
@@ -312,8 +314,8 @@ def _assemble(chunks: Iterator[tuple[Any, Tensor]], shape: tuple[int, int]) -> T
 
 def _text_width(clip: str | dict[str, Any], text_token: str) -> int:
     if text_token == "projected":
-        return clip_model_config(clip)["embed_dim"]
-    return clip_model_config(clip, ("text_cfg",))["text_cfg"].get("width", 512)
+        return int(clip_model_config(clip)["embed_dim"])
+    return int(clip_model_config(clip, ("text_cfg",))["text_cfg"].get("width", 512))
 
 
 def _check_pairs(pairs: Tensor, images: int, text: Tensor) -> None:

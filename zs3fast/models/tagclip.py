@@ -137,7 +137,8 @@ class TagCLIP(SegmentationModel):
         token = self.trusty_token
         if token is None:
             return text
-        return self._class_list_cache.get((text, token), lambda: torch.cat([text, token]))
+        out: Tensor = self._class_list_cache.get((text, token), lambda: torch.cat([text, token]))
+        return out
 
     def _training_labels(
         self, out: SegmentationOutput, labels: Tensor, setting: str, classes: int, ignore_index: int
@@ -172,4 +173,5 @@ class TagCLIP(SegmentationModel):
             return ops.mask_loss(trusty_logits, labels, num_masks=num_masks, validate=False).focal
         # One mask an image, also where no pixel is unseen; `mask_loss` would leave those out as absent classes.
         _, overlap, predicted, wanted = torch.ops.zs3fast.mask_loss(trusty_logits, labels, 0.25, 2.0)
-        return (1 - (2 * overlap + 1) / (predicted + wanted + 1)).sum() / num_masks
+        out: Tensor = (1 - (2 * overlap + 1) / (predicted + wanted + 1)).sum() / num_masks
+        return out

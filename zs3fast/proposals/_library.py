@@ -48,7 +48,8 @@ def load(model_class: str, name: str, model_types: tuple[str, ...] | None) -> nn
             f"weights: {name!r} does not fit {model_class}; missing: {', '.join(missing[:5]) or 'none'} "
             f"({len(missing)}), wrong shape: {', '.join(shapes[:5]) or 'none'} ({len(shapes)})"
         )
-    return model.float().eval()  # checkpoints of half precision too
+    out: nn.Module = model.float().eval()  # checkpoints of half precision too
+    return out
 
 
 def load_processor(name: str) -> Any:

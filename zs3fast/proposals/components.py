@@ -39,7 +39,8 @@ def connected_components(labels: np.ndarray) -> np.ndarray:
         np.minimum.at(parent, high, low)
         while (parent[parent] != parent).any():
             parent = parent[parent]
-    return np.unique(parent, return_inverse=True)[1].reshape(-1)[runs]
+    out: np.ndarray = np.unique(parent, return_inverse=True)[1].reshape(-1)[runs]
+    return out
 
 
 def label_masks(

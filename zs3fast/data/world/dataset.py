@@ -110,7 +110,8 @@ class CaptionSet(Dataset[dict[str, Any]]):
 
 def class_labels(scene: Scene, parts: np.ndarray) -> np.ndarray:
     """Int32 [H, W] class indices of a part map."""
-    return np.array([CLASSES.index(concept) for concept in scene.concepts], np.int32)[parts]
+    out: np.ndarray = np.array([CLASSES.index(concept) for concept in scene.concepts], np.int32)[parts]
+    return out
 
 
 def _generator(stream: str, seed: int, index: int) -> np.random.Generator:

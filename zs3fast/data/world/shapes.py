@@ -33,19 +33,24 @@ def pattern_weight(pattern: str, x: np.ndarray, y: np.ndarray, period: float, ph
     wave_y = np.sin(turn * y + np.float32(2 * np.pi * phase[1]))
     sharp = np.float32(period / (2 * np.pi))  # a sine rises by 2 pi / period a pixel where it crosses 0
     if pattern == "striped":
-        return np.clip(0.5 + sharp * wave_y, 0, 1)
+        out: np.ndarray = np.clip(0.5 + sharp * wave_y, 0, 1)
+        return out
     wave_x = np.sin(turn * x + np.float32(2 * np.pi * phase[0]))
     if pattern == "checkered":
-        return np.clip(0.5 + 1.6 * sharp * wave_x * wave_y, 0, 1)
-    return np.clip(0.5 + sharp * (wave_x + wave_y - 0.75), 0, 1)  # dotted
+        out: np.ndarray = np.clip(0.5 + 1.6 * sharp * wave_x * wave_y, 0, 1)
+        return out
+    out: np.ndarray = np.clip(0.5 + sharp * (wave_x + wave_y - 0.75), 0, 1)  # dotted
+    return out
 
 
 def _circle(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    return np.hypot(x, y) - r * 0.92
+    out: np.ndarray = np.hypot(x, y) - r * 0.92
+    return out
 
 
 def _square(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    return np.maximum(np.abs(x), np.abs(y)) - r * 0.78
+    out: np.ndarray = np.maximum(np.abs(x), np.abs(y)) - r * 0.78
+    return out
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
@@ -62,7 +67,8 @@ def _star(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     u, v = radius * np.cos(angle), radius * np.sin(angle)
     edge = np.array((notch * np.cos(half) - tip, notch * np.sin(half)))
     normal = np.array((edge[1], -edge[0])) / np.hypot(*edge)
-    return ((u - tip) * np.float32(normal[0]) + v * np.float32(normal[1])).astype(np.float32)
+    out: np.ndarray = ((u - tip) * np.float32(normal[0]) + v * np.float32(normal[1])).astype(np.float32)
+    return out
 
 
 def _cross(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
@@ -74,7 +80,8 @@ def _cross(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 
 
 def _ring(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    return np.abs(np.hypot(x, y) - r * 0.72) - r * 0.27
+    out: np.ndarray = np.abs(np.hypot(x, y) - r * 0.72) - r * 0.27
+    return out
 
 
 _SHAPES = {

@@ -30,7 +30,8 @@ def noise(rng: np.random.Generator, sigma_y: float, sigma_x: float) -> np.ndarra
     spectrum = np.fft.fft2(rng.standard_normal((PERIOD, PERIOD))) * blur[0][:, None] * blur[1]
     spectrum[0, 0] = 0
     field = np.fft.ifft2(spectrum).real
-    return (field / field.std()).astype(np.float32)
+    out: np.ndarray = (field / field.std()).astype(np.float32)
+    return out
 
 
 @functools.cache
@@ -69,7 +70,8 @@ def _grey(tone: np.ndarray, accent: np.ndarray | None = None) -> np.ndarray:
     grey = np.clip(tone * (ACCENT - 1), 0, ACCENT - 1).astype(np.uint8)
     if accent is not None:
         grey[accent] = ACCENT + 8
-    return grey
+    out: np.ndarray = grey
+    return out
 
 
 def _axes() -> Axes:

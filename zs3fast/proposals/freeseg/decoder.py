@@ -89,7 +89,8 @@ class DecoderLayer(nn.Module):
         x = self.cross_norm(x + self.cross_attention(x + query_positions, memory + positions, memory, keep))
         placed = x + query_positions
         x = self.self_norm(x + self.self_attention(placed, placed, x))
-        return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
+        out: Tensor = self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
+        return out
 
 
 class Attention(nn.Module):
@@ -113,7 +114,8 @@ class Attention(nn.Module):
             for x, weight, bias in zip((queries, keys, values), weights, biases)
         )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if keep is None else keep.unsqueeze(1))
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        result: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return result
 
 
 def attention_mask(logits: Tensor) -> Tensor:
@@ -132,4 +134,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
-        return self.layers[-1](x)
+        out: Tensor = self.layers[-1](x)
+        return out

@@ -86,4 +86,5 @@ class TextInteraction(nn.Module):
             weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
             parts.append(torch.addmm(self.out_proj.bias, weights.flatten(1), text.values))
         attended = torch.cat(parts).view_as(queries)
-        return (queries + self.gamma * attended).permute(0, 3, 1, 2)
+        out: Tensor = (queries + self.gamma * attended).permute(0, 3, 1, 2)
+        return out

@@ -84,7 +84,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, centres: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         x = self.norm1(x + self.dropout(self.self_attn(x + positions, x, centres, sizes)))
         hidden = self.dropout(F.relu(self.linear1(x)))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        out: Tensor = self.norm2(x + self.dropout(self.linear2(hidden)))
+        return out
 
 
 class DeformableAttention(nn.Module):
@@ -120,7 +121,8 @@ class DeformableAttention(nn.Module):
             places = 2 * (centres[:, None] + offset / cells) - 1
             sampled = F.grid_sample(level.unflatten(2, size), places.flatten(0, 1), align_corners=False)
             out = out + (sampled * weight).sum(-1)
-        return self.output_proj(out.view(batch, dim, count).transpose(1, 2))
+        result: Tensor = self.output_proj(out.view(batch, dim, count).transpose(1, 2))
+        return result
 
 
 class NormedConv(nn.Conv2d):
@@ -131,7 +133,8 @@ class NormedConv(nn.Conv2d):
         self.norm = nn.GroupNorm(groups, after)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
+        out: Tensor = self.norm(super().forward(x))
+        return out
 
 
 def cell_centres(sizes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
