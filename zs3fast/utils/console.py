@@ -3,34 +3,101 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
-USAGE_ERROR, RUN_ERROR = 2, 1
+from zs3fast.utils.errors import Zs3fastError
+
+USAGE_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130  # 128 + SIGINT, as shells count
 CROPS_HELP = "maft: classify proposals by a CLIP pass each, the baseline: mask, crop or mask_crop."
 QUANTIZE_HELP = "Run the image tower in 8 bits: int8, int8-weights or fp8; needs zs3fast[quantize]."
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
-stdout = Console(soft_wrap=True, highlight=False)
+USER_ERRORS = (Zs3fastError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
+_LONGEST_MESSAGE = 800  # characters
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """`text` with what a terminal would obey, or cannot show, spelt out: "\\x1b[31m" stays harmless.
+
+    Control and formatting characters (escape sequences, carriage returns, right-to-left overrides), bytes of a file
+    name that are not UTF-8, and what the terminal's own encoding lacks; line ends and tabs stay.
+    """
+    safe = "".join(character if _shown(character) else _spelt(character) for character in text)
+    return safe.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _shown(character: str) -> bool:
+    if character in "\n\t\u200d":  # zero-width joiners hold emoji together
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _spelt(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name, as os.fsdecode carries it
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class SafeConsole(Console):
+    """A console on which no name of a file or a class is obeyed by the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich renders a string, be it printed, a table's cell or a status; without control characters."""
+        try:
+            safe = printable(text, self.encoding)
+        except LookupError:  # an encoding that Python does not know
+            safe = printable(text, "ascii")
+        return super().render_str(safe, **options)
+
+
+stderr = SafeConsole(stderr=True, soft_wrap=True, highlight=False)
+stdout = SafeConsole(soft_wrap=True, highlight=False)
 
 
 @contextmanager
 def one_line_errors(code: int) -> Iterator[None]:
-    """Turn the errors a user can cause into one line and an exit code."""
+    """Turn the errors a user can cause into one line and an exit code; an interrupt ends with 130, wherever it struck."""
     try:
         yield
     except typer.Exit:  # a RuntimeError too: an inner block has said all
         raise
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except BaseException as error:
+        if _by_interrupt(error):
+            stderr.print("[yellow]interrupted[/]")
+            raise typer.Exit(INTERRUPTED) from None
+        if not isinstance(error, USER_ERRORS):
+            raise
         stderr.print(f"[red]error[/] {escape(first_line(error))}")
         raise typer.Exit(code) from None
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message in one line."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{os.fspath(error.filename)}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message in one line of at most 800 characters; the middle of a longer one is left out."""
+    if isinstance(error, MemoryError):
+        text = f"out of memory{f' ({error})' if str(error) else ''}"
+    elif isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    else:
+        text = str(error)
+    line = " ".join(printable(text).split()) or type(error).__name__
+    if len(line) > _LONGEST_MESSAGE:
+        line = f"{line[: _LONGEST_MESSAGE - 205]} ... {line[-200:]}"
+    return line
+
+
+def _by_interrupt(error: BaseException | None) -> bool:
+    """Whether an interrupt is behind an error: extension modules turn one that strikes while they load into others."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

@@ -3,39 +3,110 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import threading
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_mask_lock = threading.Lock()
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None  # type: ignore[assignment]
+
+_LONGEST_NAME = 255  # bytes, on every common file system
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path to write to, which becomes `path` when the block ends well; otherwise `path` stays as it was.
 
-    The temporary file lies in the same folder (a rename across file systems is a copy) and keeps the suffix, by which
-    writers choose their format. Missing folders are made.
+    The temporary file lies in the same folder (a rename across file systems is a copy), is hidden and keeps the suffix,
+    by which writers choose their format. Missing folders are made. A file that is replaced keeps its mode, a new one
+    has that of the umask. What a killed writer left is written over by the next one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    handle, temporary = _temporary(path)
     try:
         yield temporary
-        os.chmod(temporary, _default_mode())
+        mode = _mode(path)
+        if mode is not None:
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
 
 
-def _default_mode() -> int:
-    """The mode `open` would have given a new file: mkstemp's are private to the user."""
-    with _mask_lock:  # reading it means setting it: two threads at once could leave it at 0
-        mask = os.umask(0)
-        os.umask(mask)
-    return 0o666 & ~mask
+def hidden(name: str) -> bool:
+    """Whether a file's name begins with a dot: temporary files, and what macOS writes beside files (`._a.jpg`)."""
+    return name.startswith(".")
+
+
+def _temporary(path: Path) -> tuple[int, Path]:
+    """A temporary file for `path` that no other writer uses, opened, and its name; by default always the same name."""
+    first = path.with_name(_hidden_name(path, "part"))
+    try:
+        handle = os.open(first, _OPEN | os.O_EXCL, 0o666)
+    except FileExistsError:
+        handle = _taken_over(first)
+    else:
+        if _lock(handle) is False:  # another writer found it before it was locked
+            os.close(handle)
+            handle = None
+    if handle is not None:
+        return handle, first
+    other = path.with_name(_hidden_name(path, secrets.token_hex(8)))
+    return os.open(other, _OPEN | os.O_EXCL, 0o666), other
+
+
+def _taken_over(path: Path) -> int | None:
+    """What a killed writer left, opened and emptied; None where a living one may have it, or it is no plain file."""
+    try:
+        handle = os.open(path, _OPEN, 0o666)
+    except OSError:
+        return None
+    if stat.S_ISREG(os.fstat(handle).st_mode) and _lock(handle) and _is(handle, path):
+        os.truncate(handle, 0)
+        return handle
+    os.close(handle)
+    return None
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open file for as long as it is open: False where another has the lock, None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _hidden_name(path: Path, mark: str) -> str:
+    """`.STEM.MARK.SUFFIX`, the stem cut where the name would be too long: at bytes, which are what is counted."""
+    suffix = path.suffix if len(os.fsencode(path.suffix)) < 64 else ""
+    room = _LONGEST_NAME - len(f"..{mark}") - len(os.fsencode(suffix))
+    stem = os.fsencode(path.stem)[:room].decode("utf-8", "ignore")
+    return f".{stem}.{mark}{suffix}"
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return None

@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from zs3fast.models.registry import create_model
+from zs3fast.utils.errors import CheckpointError
 from zs3fast.utils.files import replacing
 from zs3fast.weights.packing import BASE_KEY, put_base
 
 METADATA_KEY = "zs3fast"
 TEXT_PREFIX = "text_encoder."
-
-
-class CheckpointError(ValueError):
-    """A weight file that cannot be read, or whose tensors are not what the model needs."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], extra_tensors: dict[str, Tensor] | None = None) -> None:
