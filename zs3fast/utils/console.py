@@ -63,7 +63,7 @@ stdout = SafeConsole(soft_wrap=True, highlight=False)
 
 @contextmanager
 def one_line_errors(code: int) -> Iterator[None]:
-    """Turn the errors a user can cause into one line and an exit code; an interrupt ends with 130, wherever it struck."""
+    """Turn the errors a user can cause into one line and an exit code; an interrupt ends with 130."""
     try:
         yield
     except typer.Exit:  # a RuntimeError too: an inner block has said all
