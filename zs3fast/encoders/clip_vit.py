@@ -127,7 +127,8 @@ class ClipViT(nn.Module):
             descendants do: the embedding is used as the token and added again with its position. Plain CLIP: False.
     """
 
-    position_resize = ("bilinear", False)  # mode and align_corners for grids other than the stored one
+    # Mode, align_corners and scale offset for grids other than the stored one, see `resize_positions`.
+    position_resize: tuple[str, bool, float] = ("bilinear", False, 0.0)
 
     def __init__(self, config: ClipVisionConfig, image_size: int, *, double_class_embedding: bool = True):
         super().__init__()
@@ -177,12 +178,27 @@ class ClipViT(nn.Module):
 
 
 def resize_positions(
-    table: Tensor, grid: tuple[int, int], mode: str = "bilinear", align_corners: bool = False
+    table: Tensor,
+    grid: tuple[int, int],
+    mode: str = "bilinear",
+    align_corners: bool = False,
+    scale_offset: float = 0.0,
 ) -> Tensor:
-    """Position table [1 + g*g, width] -> [1 + h*w, width]: row 0 kept, the rest resized."""
+    """Position table [1 + g*g, width] -> [1 + h*w, width]: row 0 kept, the rest resized to another grid.
+
+    Args:
+        scale_offset: resize by the scales (h + scale_offset) / g and (w + scale_offset) / g in place of the sizes: samples
+            lie at (i + 0.5) g / (h + scale_offset) - 0.5. DINO's code has 0.1, which training-free methods took over.
+    """
     side = math.isqrt(table.shape[0] - 1)
     if grid == (side, side):
         return table
     square = table[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)  # [1, width, g, g]
-    resized = F.interpolate(square, size=grid, mode=mode, align_corners=align_corners)
+    if scale_offset:
+        scales = tuple((length + scale_offset) / side for length in grid)
+        resized = F.interpolate(
+            square, scale_factor=scales, mode=mode, align_corners=align_corners, recompute_scale_factor=False
+        )
+    else:
+        resized = F.interpolate(square, size=grid, mode=mode, align_corners=align_corners)
     return torch.cat([table[:1], resized.squeeze(0).flatten(1).t()])

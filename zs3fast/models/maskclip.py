@@ -1,4 +1,4 @@
-"""MaskCLIP (ECCV 2022): CLIP as it is, patches compared with text; nothing is trained."""
+"""CLIP as it is, patches compared with text, nothing trained: MaskCLIP (ECCV 2022) and those who came after it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class MaskCLIP(ZeroShotModel):
     Args:
         clip: open_clip ViT name or configuration dict.  pretrained: open_clip tag, path or None (random weights).
         image_size: side in pixels of a window; None: twice the size CLIP was trained at (448 for most).
-        attention: "value" or "self-self", see `DenseClipViT`.  residual: see there.
+        attention: of the last block; "value" is MaskCLIP's, the others' are "sclip", "clearclip", "naclip", "rcs",
+            "scclip", and for comparison "sclip_reduced", "kk", "nonly", "vanilla": see `DenseClipViT`.
+        residual: keep the last block's residual connections and MLP.  None: as the method does.
+        std, tau, lam, c: numbers of the methods that have them, see `DenseClipViT`.
         logit_scale: of the softmax over classes; CLIP's is 100.
         quick_gelu: see `vision_config`.
         options: see `ZeroShotModel`; no class is seen in training, so `seen` is empty by default, and there is no
@@ -46,12 +49,17 @@ class MaskCLIP(ZeroShotModel):
         clip: str | dict[str, Any] = "ViT-B-16",
         pretrained: str | None = None,
         image_size: int | None = None,
-        attention: str = "value",
-        residual: bool = False,
+        attention: str | None = None,
+        residual: bool | None = None,
+        std: float = 5.0,
+        tau: float = 2.0,
+        lam: float = 0.3,
+        c: float = 0.3,
         logit_scale: float = 100.0,
         quick_gelu: bool | None = None,
         **options: Any,
     ):
+        attention = self.check_attention(attention)
         if options.get("seen_offset"):
             raise ValueError(f"seen_offset: MaskCLIP has no calibration, expected 0, got {options['seen_offset']}")
         if not 0 < logit_scale < math.inf:
@@ -65,10 +73,16 @@ class MaskCLIP(ZeroShotModel):
             options["seen"] = ()
         super().__init__(clip=clip, pretrained=pretrained, image_size=image_size, **options)
         self.logit_scale = float(logit_scale)
-        self.encoder = DenseClipViT(vision, attention=attention, residual=residual)
-        self._architecture.update(attention=attention, residual=residual, quick_gelu=vision.quick_gelu)
+        numbers = {"std": std, "tau": tau, "lam": lam, "c": c}
+        self.encoder = DenseClipViT(vision, attention=attention, residual=residual, **numbers)
+        self._architecture.update(attention=attention, residual=residual, quick_gelu=vision.quick_gelu, **numbers)
         if pretrained is not None:
             load_clip_weights(self.encoder, clip, pretrained)
+
+    @classmethod
+    def check_attention(cls, attention: str | None) -> str:
+        """The attention of the last block: MaskCLIP's where none is named."""
+        return "value" if attention is None else attention
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,7 +92,7 @@ class MaskCLIP(ZeroShotModel):
         """Compare every patch with every class.
 
         Args:
-            images: [B, 3, H, W], normalised with CLIP's statistics; H and W are multiples of the patch size.
+            images: [B, 3, H, W], normalised with CLIP's statistics; pixels past the last whole patch are left out.
             text_embeddings: [C, D].
         Returns:
             mask_logits [B, C, h, w], before the softmax over classes, float32 at least; `global_token` [B, D] is CLIP's

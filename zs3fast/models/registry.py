@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-_METHOD_FILES = ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")
+_FAMILY = ("clearclip", "naclip", "rcs", "sclip", "scclip")  # one model with another attention
+_METHOD_FILES = {name: name for name in ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")}
+_METHOD_FILES |= dict.fromkeys(_FAMILY, "training_free")
 _models: dict[str, type[nn.Module]] = {}
 
 
@@ -43,5 +45,5 @@ def create_model(method: str, **options: Any) -> nn.Module:
         close = difflib.get_close_matches(str(method), _METHOD_FILES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"method: expected one of {', '.join(list_models())}, got {method!r}{hint}")
-    importlib.import_module(f"zs3fast.models.{method}")
+    importlib.import_module(f"zs3fast.models.{_METHOD_FILES[method]}")
     return _models[method](**options)
