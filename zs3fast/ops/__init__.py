@@ -10,6 +10,7 @@ from zs3fast.ops.proposal_attention import proposal_attention
 from zs3fast.ops.proposals_to_labels import proposals_to_labels
 from zs3fast.ops.region_bridge_attention import region_bridge_attention
 from zs3fast.ops.relationship_descriptor import relationship_descriptor
+from zs3fast.ops.self_similarity_attention import self_similarity_attention
 
 __all__ = [
     "MaskLossTerms",
@@ -21,6 +22,7 @@ __all__ = [
     "proposals_to_labels",
     "region_bridge_attention",
     "relationship_descriptor",
+    "self_similarity_attention",
     "unpack_bits",
     "use_backend",
 ]

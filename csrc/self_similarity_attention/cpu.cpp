@@ -1,0 +1,100 @@
+// self_similarity_attention, CPU: sum over the pairs (l, r) of softmax(scale l r^T + prior) v, patch queries alone.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "self_similarity_attention/kernel.h"
+
+namespace zs3fast::self_similarity_attention {
+namespace {
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512: return kernels_avx512;
+    case Isa::avx2: return kernels_avx2;
+    default: break;
+  }
+#endif
+  return kernels_baseline;
+}
+
+template <class T>
+Heads<T> heads_of(const at::Tensor& x) {
+  return {x.data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+struct Scratch {
+  explicit Scratch(int64_t floats) : data(new (std::align_val_t(64)) float[floats]) {}
+  ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  float* data;
+};
+
+std::vector<float> prior(int64_t size, double std) {
+  std::vector<float> table(size);
+  for (int64_t i = 0; i < size; ++i) table[i] = static_cast<float>(std::exp(-double(i * i) / (2 * std * std)));
+  return table;
+}
+
+at::Tensor forward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                   const std::string& similarity, double scale, at::IntArrayRef grid, int64_t num_prefix,
+                   std::optional<double> std) {
+  // half types are computed in fp32: their inputs are small beside the scores that are never stored
+  const auto q = q_in.to(at::kFloat), k = k_in.to(at::kFloat), v = v_in.to(at::kFloat);
+  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), patches = grid[0] * grid[1];
+  // lying in memory as [B, N, heads, dh]: what the next linear layer reads without a copy
+  auto output = at::empty({batch, patches, heads, v.size(3)}, q.options()).transpose(1, 2);
+
+  std::vector<float> rows, columns;
+  Problem problem{tokens,  num_prefix, grid[0], grid[1],  q.size(3), static_cast<float>(scale),
+                  nullptr, nullptr,    0,       {},       {},        heads_of<const float>(v),
+                  heads_of<float>(output)};
+  if (std.has_value()) {
+    rows = prior(grid[0], *std);
+    columns = prior(grid[1], *std);
+    problem.rows = rows.data();
+    problem.columns = columns.data();
+  }
+  const auto add = [&](const at::Tensor& left, const at::Tensor& right) {
+    problem.left[problem.streams] = heads_of<const float>(left);
+    problem.right[problem.streams++] = heads_of<const float>(right);
+  };
+  if (similarity == "qq" || similarity == "qq+kk") add(q, q);
+  if (similarity == "kk" || similarity == "qq+kk") add(k, k);
+  if (similarity == "qk") add(q, k);
+  TORCH_CHECK(problem.streams > 0, "self_similarity_attention: similarity: expected qq, kk, qq+kk or qk, got ",
+              similarity);
+
+  const Kernels& kernel = kernels();
+  const int64_t pairs = batch * heads, threads = at::get_num_threads();
+  const int64_t blocks = (patches + kQueryBlock - 1) / kQueryBlock;
+  // no more queries a task than gives every thread one; whole vectors each
+  const int64_t wanted = std::max(blocks, std::min((threads + std::max<int64_t>(pairs, 1) - 1) / std::max<int64_t>(pairs, 1), (patches + 15) / 16));
+  const int64_t step = ((patches + wanted - 1) / wanted + 15) / 16 * 16;
+  const int64_t tasks = (patches + step - 1) / step;
+  at::parallel_for(0, pairs * tasks, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(kernel.scratch(problem));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t pair = i / tasks, first = i % tasks * step;
+      kernel.forward(problem, pair / heads, pair % heads, first, std::min(first + step, patches), scratch.data);
+    }
+  });
+  return output.to(q_in.scalar_type());
+}
+
+}  // namespace
+}  // namespace zs3fast::self_similarity_attention
+
+TORCH_LIBRARY_IMPL(zs3fast_cpp, CPU, m) {
+  m.impl("self_similarity_attention", zs3fast::self_similarity_attention::forward);
+}
