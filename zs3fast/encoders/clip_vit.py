@@ -187,7 +187,7 @@ def resize_positions(
     """Position table [1 + g*g, width] -> [1 + h*w, width]: row 0 kept, the rest resized to another grid.
 
     Args:
-        scale_offset: resize by the scales (h + scale_offset) / g and (w + scale_offset) / g in place of the sizes: samples
+        scale_offset: resize by the scales (h + scale_offset) / g and (w + scale_offset) / g and not by sizes: samples
             lie at (i + 0.5) g / (h + scale_offset) - 0.5. DINO's code has 0.1, which training-free methods took over.
     """
     side = math.isqrt(table.shape[0] - 1)

@@ -114,8 +114,8 @@ class DenseClipViT(ClipViT):
         h, w = super().check_images(whole)
         if self.attention == "scclip" and h * w <= NEIGHBOURS:
             raise ValueError(
-                f"images: SC-CLIP compares a patch with {NEIGHBOURS} others: expected {NEIGHBOURS + 1} patches or more, "
-                f"got {h} x {w} of {patch} pixels"
+                f"images: SC-CLIP compares a patch with {NEIGHBOURS} others, expected {NEIGHBOURS + 1} patches or "
+                f"more, got {h} x {w} of {patch} pixels"
             )
         return h, w
 

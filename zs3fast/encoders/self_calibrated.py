@@ -32,7 +32,7 @@ _GROUP_BYTES = 32 << 20
 
 
 def stands_for(block: int, layers: int) -> int:
-    """The block in a tower of `layers` that stands for `block` of twelve: round(block * layers / 12), never the last."""
+    """The block of `layers` that stands for `block` of twelve: round(block * layers / 12), never the last."""
     return min(round(block * layers / 12), layers - 2)
 
 
