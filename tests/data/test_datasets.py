@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.data.trees import folders, palette_mask, picture, stripes, voc, write_image, write_list
+from tests.data.trees import folders, grey_png, palette_mask, picture, stripes, voc, write_image, write_list
 from zs3fast.data import list_datasets, open_dataset
 from zs3fast.data.coco import raw_table
 from zs3fast.data.folds import COCO_80_CATEGORIES, COCO_80_NAMES, fold_classes
+from zs3fast.data.layouts import read_ids
 from zs3fast.text import class_names
 
 REAL = os.environ.get("ZS3FAST_DATA")
@@ -501,3 +502,92 @@ def test_real_coco_labels_mean_what_they_show():
         dataset.class_names[c] for c in np.unique(dataset.read_labels(dataset.ids.index("000000000139"))) if c < 255
     }
     assert {"person", "chair", "dining table", "tv", "vase", "potted plant"} <= present
+
+
+# What people's folders and lists hold ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "ids"),
+    [
+        ("\ufeff2007_000032\n2007_000033\n", ["2007_000032", "2007_000033"]),
+        ("IMG.0001\nIMG.0002\n", ["IMG.0001", "IMG.0002"]),
+        ("my dog\nmy cat\n", ["my dog", "my cat"]),
+        ("2007_000032 -1\n2007_000033  1\nmy dog 0\n", ["2007_000032", "2007_000033", "my dog"]),
+        ("/JPEGImages/a.jpg /SegmentationClassAug/a.png\r\n\r\n", ["a"]),
+        ("JPEGImages/my dog.jpg SegmentationClass/my dog.png\n", ["my dog"]),
+        ("a/IMG.0001.JPG b/IMG.0001.png\na/IMG.0002 b/IMG.0002", ["IMG.0001", "IMG.0002"]),
+        ("a.jpg a.png\nb.jpeg\nc.v1.tif", ["a", "b", "c.v1"]),
+        ("JPEGImages\\a.jpg\tSegmentationClass\\a.png\n", ["a"]),
+        ("1\n0\n", ["1", "0"]),
+        ("{}\n{0}\n", ["{}", "{0}"]),
+    ],
+)
+def test_list_files(tmp_path, lines, ids):
+    (tmp_path / "list.txt").write_bytes(lines.encode())
+    assert read_ids(tmp_path / "list.txt") == ids
+
+
+def test_list_files_that_are_none(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text \(.* at byte 3\)"):
+        read_ids(tmp_path / "latin.txt")
+    write_list(tmp_path / "twice.txt", ["a.jpg", "b", "a"])
+    with pytest.raises(ValueError, match="twice.txt lists a twice"):
+        read_ids(tmp_path / "twice.txt")
+
+
+@pytest.mark.parametrize("above", ["{}", "{0}", "a{b", "{x!r:>9}", "%s"])
+def test_braces_in_a_folders_name(tmp_path, above):
+    """A path is no template: str.format on it raised IndexError, or read another folder."""
+    voc(tmp_path / above, val=("d", "{}"))
+    dataset = open_dataset("voc20", tmp_path / above, "val")
+    assert dataset.ids == ["d", "{}"] and dataset[1].image.shape == (12, 16, 3)
+
+
+def test_what_macos_writes_beside_files_is_no_pair(tmp_path):
+    place = voc(tmp_path, lists=("train", "val"))
+    (place / "SegmentationClassAug/._c.png").write_bytes(b"\0\5\x16\7")
+    assert open_dataset("voc20", tmp_path, "train").ids == ["a", "b", "c"]
+    root = folders(tmp_path / "ade", "images/training", "annotations/training", {"x": stripes((1, 2))})
+    (root / "annotations/training/._x.png").write_bytes(b"\0\5\x16\7")
+    (root / "images/training/._y.jpg").write_bytes(b"\0\5\x16\7")
+    dataset = open_dataset("ade150", root, "train")
+    assert dataset.ids == ["x"] and dataset.unlabelled() == []
+
+
+def turned(path: Path, orientation: int) -> None:
+    """Record an orientation in an image that stays stored as it is."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as image:
+        image.load()
+    image.save(path, exif=exif)
+
+
+def test_an_image_that_exif_turns_away_from_its_labels_says_exif(tmp_path):
+    place = voc(tmp_path)
+    turned(place / "JPEGImages/d.jpg", 6)
+    dataset = open_dataset("voc20", tmp_path, "val")
+    with pytest.raises(ValueError, match="d.png is 16 x 12 pixels, its image .*d.jpg 12 x 16 .*EXIF orientation is 6"):
+        dataset[0]
+
+
+def test_an_image_turned_by_180_degrees_is_noted_once(tmp_path, caplog):
+    place = voc(tmp_path)
+    for name in "de":
+        turned(place / f"JPEGImages/{name}.jpg", 3)
+    dataset = open_dataset("voc20", tmp_path, "val")
+    assert [len(dataset[index].id) for index in range(2)] == [1, 1]
+    assert [record.getMessage() for record in caplog.records if "EXIF" in record.getMessage()] == [
+        f"voc20 val: {place / 'JPEGImages/d.jpg'} was turned upright, its EXIF orientation is 3; its labels are taken "
+        "to be upright"
+    ]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_grey_mask_of_few_bits_holds_classes(tmp_path, bits):
+    """ADE raw 0, 1, 2, 5, 8 in 4 bits were read as 255, 16, 33, 84, 135: Pillow stretches greys."""
+    root = folders(tmp_path, "images/training", "annotations/training", {"x": stripes((0, 1, 2, 5, 8), (4, 20))})
+    grey_png(root / "annotations/training/x.png", stripes((0, 1, 2, 5, 8), (4, 20)).tolist(), bits)
+    assert row(open_dataset("ade150", root, "train")[0]) == [255, 0, 1, 4, 7]

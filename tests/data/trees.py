@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +60,19 @@ def folders(root: Path, images: str, labels: str, masks: dict[str, np.ndarray], 
         write_image(root / images / f"{name}.jpg", picture(number, mask.shape))
         write_image(root / labels / f"{name}{suffix}", mask)
     return root
+
+
+def grey_png(path: Path, values: list[list[int]], bits: int) -> None:
+    """A grey PNG of 1, 2, 4 or 8 bits, as tools write masks; Pillow itself writes no 2 and 4."""
+    rows = []
+    for row in values:
+        binary = "".join(f"{value:0{bits}b}" for value in row)
+        binary += "0" * (-len(binary) % 8)
+        rows.append(b"\0" + bytes(int(binary[i : i + 8], 2) for i in range(0, len(binary), 8)))
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", len(values[0]), len(values), bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)

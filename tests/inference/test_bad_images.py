@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from zs3fast.utils.images import read_image
+from tests.data.trees import grey_png
+from zs3fast.utils import images
+from zs3fast.utils.images import image_files, read_image, read_mask_file
 
 
 def gradient(height=20, width=30):
@@ -218,13 +222,195 @@ def test_arrays_and_tensors():
         (np.zeros((4, 4, 3), bool), TypeError, "got bool"),
         (np.full((4, 4, 3), 128.0), ValueError, "floats must lie in 0..1, got 128 to 128"),
         (np.full((4, 4, 3), np.nan), ValueError, "floats must lie in 0..1, got nan"),
+        (np.full((4, 4, 3), 1.0000001, np.float32), ValueError, "floats must lie in 0..1, got 1.0000001 to 1.0000001$"),
         (torch.zeros(20, 30, 3), ValueError, r"channels first, \[3, H, W\], got \[20, 30, 3\]"),
         (torch.zeros(1, 3, 20, 30), ValueError, r"got \[1, 3, 20, 30\]"),
         (torch.zeros(3, 4, 4, dtype=torch.int32), TypeError, "got int32"),
-        (b"bytes", TypeError, "expected a path, a PIL image, an array or a tensor, got bytes"),
+        (b"bytes", ValueError, "image: the data is not a picture"),
+        (5, TypeError, "expected a path, a PIL image, an array or a tensor, bytes or a file, got int"),
         (None, TypeError, "got NoneType"),
     ],
 )
 def test_what_is_no_picture(image, error, message):
     with pytest.raises(error, match=message):
         read_image(image)
+
+
+def multi_page_tiff(path):
+    pages = [Image.fromarray(gradient()), Image.fromarray(gradient()[::-1])]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+
+
+@pytest.mark.parametrize("keep", [0.55, 0.7, 0.9])
+def test_a_tiff_whose_second_page_is_cut_off_gives_its_first(tmp_path, keep):
+    """Counting its frames, which walks to the missing page, let out a TypeError and ended a folder's run."""
+    path = tmp_path / "pages.tif"
+    multi_page_tiff(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.warns(UserWarning, match="pages.tif holds .* frames, only the first is used"):
+        assert np.array_equal(read_image(path)[0], gradient())
+
+
+def test_a_tiff_with_garbage_for_a_second_page_gives_its_first(tmp_path):
+    path = tmp_path / "pages.tif"
+    multi_page_tiff(path)
+    first = path.read_bytes()
+    data = bytearray(first)
+    half = len(data) // 2
+    data[half:] = np.random.default_rng(0).integers(0, 256, len(data) - half, np.uint8).tobytes()
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.array_equal(read_image(path)[0], gradient())
+
+
+@pytest.mark.parametrize("suffix", ["avif", "dds", "blp", "jp2", "ico", "tga", "psd", "ppm", "webp", "gif", "mpo"])
+def test_whatever_a_decoder_raises_is_one_error_that_names_the_file(tmp_path, suffix):
+    """Their decoders raise RuntimeErrors, NotImplementedErrors, TypeErrors, ... by the bytes they meet."""
+    path, rng = tmp_path / f"x.{suffix}", np.random.default_rng(0)
+    good = tmp_path / "good"
+    if suffix == "psd":
+        good.write_bytes(psd())
+    else:
+        image = Image.fromarray(gradient(32, 32))
+        image = image.convert("P") if suffix == "blp" else image
+        image.save(good, "JPEG2000" if suffix == "jp2" else suffix.upper())
+    data = good.read_bytes()
+    read_image(good)
+    refused = 0
+    for trial in range(150):
+        bad = bytearray(data[: rng.integers(8, len(data) + 1)] if trial % 2 else data)
+        for at in rng.integers(4, len(bad), rng.integers(1, 8)):
+            bad[at] = rng.integers(0, 256)
+        path.write_bytes(bad)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                read_image(path)
+            except ValueError as error:
+                refused += 1
+                assert str(error).startswith("image: ") and path.name in str(error)
+    assert refused
+
+
+def psd(layers=2):
+    """A PSD of 4 x 3 red pixels with so many (empty) layers."""
+    header = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 3, 4, 8, 3)
+    record = struct.pack(">iiiiH", 0, 0, 3, 4, 0) + b"8BIMnorm" + bytes([255, 0, 0, 0]) + struct.pack(">I", 0)
+    info = struct.pack(">h", layers) + record * layers
+    section = struct.pack(">I", len(info)) + info + struct.pack(">I", 0)
+    pixels = bytes([255] * 12 + [0] * 24)
+    return header + struct.pack(">II", 0, 0) + struct.pack(">I", len(section)) + section + struct.pack(">H", 0) + pixels
+
+
+def test_a_psd_of_two_layers_gives_its_composite(tmp_path):
+    """Its frames are its layers, counted from 1: there is no frame 0 to go to."""
+    (tmp_path / "x.psd").write_bytes(psd())
+    with Image.open(tmp_path / "x.psd") as image:
+        assert image.n_frames == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels, _ = read_image(tmp_path / "x.psd")
+    assert pixels.shape == (3, 4, 3) and (pixels == [255, 0, 0]).all()
+
+
+def test_an_opened_animation_stays_where_it_was(tmp_path):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue", "lime")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "x.gif") as image:
+        image.seek(2)
+        with pytest.warns(UserWarning, match="3 frames"):
+            read_image(image)
+        assert image.tell() == 2
+
+
+def test_bytes_and_files(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    for source in (data, bytearray(data), io.BytesIO(data)):
+        pixels, path = read_image(source)
+        assert np.array_equal(pixels, gradient()) and path is None
+    with open(tmp_path / "a.png", "rb") as file:
+        assert np.array_equal(read_image(file)[0], gradient())
+    with pytest.raises(ValueError, match="image: the data cannot be read"):
+        read_image(data[:60])
+
+
+def test_large_images_are_converted_in_strips_to_the_same_bytes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (37, 23, 4), np.uint8))
+    sixteen = Image.fromarray(rng.integers(0, 65536, (37, 23), np.uint16))
+    pictures = [rgba, rgba.convert("CMYK"), rgba.convert("RGB").quantize(9), sixteen, rgba.convert("1")]
+    whole = [read_image(picture)[0] for picture in pictures]
+    monkeypatch.setattr(images, "_STRIP", 100)
+    for picture, expected in zip(pictures, whole, strict=True):
+        assert np.array_equal(read_image(picture)[0], expected)
+
+
+# masks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_greys_of_few_bits_are_the_numbers_that_lie_in_the_file(tmp_path, bits):
+    """Pillow scales them to 0..255: 1 of 4 bits was 17, another class."""
+    values = np.arange(2**bits).reshape(1, -1).repeat(2, 0)
+    grey_png(tmp_path / "m.png", values.tolist(), bits)
+    read, note = read_mask_file(tmp_path / "m.png")
+    assert np.array_equal(read, values) and note is None
+
+
+@pytest.mark.parametrize("top", [1, 20, 149, 255])
+def test_greys_of_a_pgm_are_its_numbers(tmp_path, top):
+    values = np.arange(top + 1)
+    (tmp_path / "m.pgm").write_bytes(f"P5 {top + 1} 1 {top}\n".encode() + bytes(values.tolist()))
+    assert np.array_equal(read_mask_file(tmp_path / "m.pgm")[0], values[None])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_greys_of_a_tiff_of_few_bits(tmp_path, bits):
+    values = list(range(2**bits))
+    packed = int("".join(f"{value:0{bits}b}" for value in values), 2).to_bytes(len(values) * bits // 8, "big")
+    tags = [(256, 4, len(values)), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, 1)]
+    tags += [(273, 4, 8 + 2 + 12 * 8 + 4), (278, 4, 1), (279, 4, len(packed))]
+    body = b"".join(struct.pack("<HHI", tag, kind, 1) + struct.pack("<I", value) for tag, kind, value in tags)
+    (tmp_path / "m.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + body + bytes(4) + packed)
+    assert read_mask_file(tmp_path / "m.tif")[0].tolist() == [values]
+
+
+def test_sixteen_bit_and_palette_masks(tmp_path):
+    values = np.array([[0, 1, 300, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "m.png")
+    assert read_mask_file(tmp_path / "m.png")[0].tolist() == values.tolist()
+    for colours, noted in (([0, 0, 0, 255, 0, 0], False), ([0, 0, 0, 1, 1, 1], False), ([0] * 3 + [120] * 3, True)):
+        image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+        image.putpalette(colours)
+        image.save(tmp_path / "p.png")
+        read, note = read_mask_file(tmp_path / "p.png")
+        assert read.tolist() == [[0, 1]]
+        assert (note is not None) == noted
+    assert "p.png has a palette of greys; its indices (0, 1) are taken as labels, not the greys (0, 120)" in note
+
+
+def test_masks_that_are_none(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "rgb.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(ValueError, match="labels: .*rgb.png is a picture of mode RGB, expected class indices in one"):
+        read_mask_file(tmp_path / "rgb.png")
+    with pytest.raises(ValueError, match="labels: .*text.png is not a picture"):
+        read_mask_file(tmp_path / "text.png")
+    with pytest.raises(FileNotFoundError, match="labels: no file .*none.png"):
+        read_mask_file(tmp_path / "none.png")
+
+
+# folders -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_of_a_folder_is_an_image(tmp_path):
+    names = "b.jpg A.PNG c.webp ._a.jpg .a_labels.part.png x.pdf x.mpg x.h5 x.txt x.eps IMG.HEIC raw.nef x.tif".split()
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    found, unread = image_files(tmp_path.iterdir())
+    assert [path.name for path in found] == ["A.PNG", "b.jpg", "c.webp", "x.tif"]
+    assert [path.name for path in unread] == ["IMG.HEIC", "raw.nef"]

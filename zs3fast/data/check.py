@@ -41,6 +41,7 @@ class CheckReport:
     images:       int64 [C]: sound pairs in which each class occurs.  pixels: int64 [C]: its pixels in them.
     ignored:      pixels that carry the ignore index.
     unlabelled:   images beside those of the pairs that have no label map, see `SegmentationDataset.unlabelled`.
+    notes:        remarks on sound pairs, see `SegmentationDataset.notes`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class CheckReport:
     ignored: int
     unlabelled: list[Path]
     class_names: list[str] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def absent(self) -> list[str]:
@@ -75,7 +77,7 @@ def check_dataset(
     total = len(dataset) if limit is None else min(limit, len(dataset))
     counts = np.zeros((2, dataset.num_classes), np.int64)
     ignored, broken = 0, []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with _quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(lambda index: _pair(dataset, index), range(total))
         for done, (name, result) in enumerate(zip(dataset.ids, results), 1):
             if isinstance(result, str):
@@ -97,6 +99,7 @@ def check_dataset(
         ignored=ignored,
         unlabelled=dataset.unlabelled(),
         class_names=dataset.class_names,
+        notes=list(dataset.notes.values()),
     )
 
 
@@ -104,8 +107,8 @@ def _pair(dataset: SegmentationDataset, index: int) -> np.ndarray | str:
     """Pixels of every class and, last, ignored ones; or what is wrong with the pair."""
     try:
         labels = dataset[index].labels
-    except (ValueError, OSError) as error:
-        return " ".join(str(error).split())
+    except (ValueError, OSError, MemoryError) as error:
+        return " ".join(str(error).split()) or "not enough memory"
     counts = np.bincount(np.where(labels == dataset.ignore_index, dataset.num_classes, labels).ravel())
     return np.pad(counts, (0, dataset.num_classes + 1 - len(counts)))
 

@@ -45,6 +45,8 @@ def data_check(
     for report in reports:
         _say_broken(report)
         _say_unlabelled(report)
+        for note in report.notes:
+            stdout.print(f"[yellow]note[/] {report.name} {report.split}: {escape(note)}", soft_wrap=True)
     if any(report.broken for report in reports):
         raise typer.Exit(RUN_ERROR)
 

@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from zs3fast.data import ade, coco, context, voc
 from zs3fast.data.folds import fold_classes
-from zs3fast.data.layouts import INVALID, Source, names_in
+from zs3fast.data.layouts import INVALID, Source, fill, names_in
 from zs3fast.text import unseen_classes
-from zs3fast.utils.images import DECODER_ERRORS, read_image
+from zs3fast.utils.errors import ImageError
+from zs3fast.utils.images import read_image_file, read_mask_file
 
 logger = logging.getLogger("zs3fast")
 
@@ -62,6 +62,7 @@ class SegmentationDataset(Dataset[Sample]):
     ignore_index: the label of pixels that count nowhere: 255, or 65535 where C > 255.
     ids:          names of the pairs.
     background:   of PASCAL-5i and COCO-20i the last class, which is a negative for all others; else None.
+    notes:        remarks on pairs that were read and can be used, the first of each kind.
     """
 
     def __init__(self, name: str, split: str, source: Source, root: Path, fold: int | None = None) -> None:
@@ -73,6 +74,7 @@ class SegmentationDataset(Dataset[Sample]):
         self.ignore_index = source.ignore_index
         self.ids = source.ids
         self.background = self.num_classes - 1 if name in FOLDED else None
+        self.notes: dict[str, str] = {}
         self._source = source
 
     @property
@@ -104,26 +106,42 @@ class SegmentationDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """A pair. FileNotFoundError or ValueError, naming the file, where it is missing, unreadable or does not fit."""
         labels = self.read_labels(index)
-        image, _ = read_image(self.image_path(index))
+        path = self.image_path(index)
+        image, orientation = read_image_file(path)
         if image.shape[:2] != labels.shape:
             sizes = [f"{width} x {height}" for height, width in (image.shape[:2], labels.shape)]
-            raise ValueError(
-                f"labels: {self.label_path(index)} is {sizes[1]} pixels, its image {self.image_path(index)} {sizes[0]}"
+            stored = orientation >= 5 and image.shape[1::-1] == labels.shape
+            why = f" (upright; its EXIF orientation is {orientation}, and the labels lie on the stored pixels)"
+            raise ImageError(
+                f"labels: {self.label_path(index)} is {sizes[1]} pixels, its image {path} {sizes[0]}"
+                f"{why if stored else ''}"
+            )
+        if orientation != 1:
+            self.note(
+                "EXIF",
+                f"{path} was turned upright, its EXIF orientation is {orientation}; its labels are taken to be upright",
             )
         return Sample(image, labels, self.ids[index])
 
+    def note(self, kind: str, text: str) -> None:
+        """Keep and log a remark on pairs that can be used, the first of its kind."""
+        if self.notes.setdefault(kind, text) is text:
+            logger.warning("%s %s: %s", self.name, self.split, text)
+
     def image_path(self, index: int) -> Path:
-        return Path(self._source.image_pattern.format(self.ids[index]))
+        return fill(self._source.image_pattern, self.ids[index])
 
     def label_path(self, index: int) -> Path:
         choice = self._source.label_choice
         pattern = self._source.label_patterns[0 if choice is None else choice[index]]
-        return Path(pattern.format(self.ids[index]))
+        return fill(pattern, self.ids[index])
 
     def read_labels(self, index: int) -> np.ndarray:
         """Int32 [H, W] labels of a pair, without its image."""
         path = self.label_path(index)
-        values = _read_mask(path)
+        values, note = read_mask_file(path)
+        if note is not None:
+            self.note("palette", note)
         table = self._source.table
         known = values.max(initial=0) < len(table) and values.min(initial=0) >= 0
         labels = table[values] if known else np.full(values.shape, INVALID, np.int32)
@@ -226,24 +244,6 @@ def _open_world(root: str | os.PathLike[str] | None, split: str, fold: int | Non
     if root is not None or fold is not None:
         raise ValueError(f"root, fold: {PAINTED} has neither, expected None, got {root} and {fold}")
     return WorldDataset(split)
-
-
-def _read_mask(path: Path) -> np.ndarray:
-    """Values of a mask file as stored, [H, W] of an integer type."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            values = np.asarray(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"labels: no file {path}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"labels: {path} is not a picture") from None
-    except DECODER_ERRORS as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"labels: {path} cannot be read, it may be cut off or damaged ({reason})") from None
-    if mode != "P" and mode != "L" and not mode.startswith("I"):
-        raise ValueError(f"labels: {path} is a picture of mode {mode}, expected class indices in one channel")
-    return values
 
 
 def _invalid(values: np.ndarray, table: np.ndarray) -> np.ndarray:

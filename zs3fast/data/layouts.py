@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from zs3fast.utils.errors import FileFormatError
+from zs3fast.utils.files import hidden
+
+_IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|tiff?|webp|bmp|gif)$", re.IGNORECASE)
+_IMAGE_PATH = re.compile(rf"(.*?{_IMAGE_SUFFIX.pattern[:-1]})(?=\s|$)", re.IGNORECASE)
 
 INVALID = -1  # in a table: this value is not a label of the dataset
 
@@ -17,7 +24,7 @@ class Source:
     """Where the pairs of one split are and what the values of its masks mean.
 
     ids:            names of the pairs, in dataset order.
-    image_pattern:  path of an image with {} for the id.
+    image_pattern:  path of an image, its last {} for the id.
     label_patterns: the same for masks; `label_choice` [n] says which of them an id has (None: the first).
     class_names:    C names.
     table:          int32 [256] or [65536]: mask value -> class index, `ignore_index` or -1 for what is no label.
@@ -60,7 +67,7 @@ class Folders:
             return []
         names = (name for name in os.listdir(root / self.labels) if name.endswith(self.label_suffix))
         skipped = (name for name in names if self.not_suffix is None or not name.endswith(self.not_suffix))
-        return sorted(name[: -len(self.label_suffix)] for name in skipped if not name.startswith("."))
+        return sorted(name[: -len(self.label_suffix)] for name in skipped if not hidden(name))
 
 
 def find_root(root: Path, prefixes: Sequence[str], holds: Callable[[Path], bool], expected: str) -> Path:
@@ -102,9 +109,12 @@ def folder_source(place: Path, layout: Folders, class_names: Iterable[str], igno
 
 
 def read_ids(path: Path) -> list[str]:
-    """Ids of a list file, one a line: "2007_000032", or a path (or an image and a mask path) whose stem is the id."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    ids = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    """Ids of a list file, one a line; UTF-8, with or without a byte order mark.
+
+    A line is an id, "2007_000032" or "IMG.0001 (2)"; or an id and VOC's -1, 0 or 1 behind it; or a path, or an image's
+    and a mask's path, where the id is the first one's name without an image's suffix.
+    """
+    ids = [_id(line.strip()) for line in read_text(path).splitlines() if line.strip()]
     if not ids:
         raise ValueError(f"{path} lists nothing")
     if len(set(ids)) != len(ids):
@@ -114,9 +124,35 @@ def read_ids(path: Path) -> list[str]:
     return ids
 
 
+def _id(line: str) -> str:
+    columns = line.split()
+    if len(columns) > 1 and columns[-1] in ("-1", "0", "1"):  # VOC's lists of a class
+        line = line[: -len(columns[-1])].rstrip()
+    first = _IMAGE_PATH.match(line)
+    if first:
+        line = first[1]
+    elif any("/" in column or "\\" in column for column in columns):
+        line = line.split()[0]
+    return _IMAGE_SUFFIX.sub("", re.split(r"[/\\]", line)[-1])
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, without its byte order mark; an error names the file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def fill(pattern: str, name: str) -> Path:
+    """The path of an id: what stands for the pattern's last {}; braces of the folders above are their names'."""
+    before, _, after = pattern.rpartition("{}")
+    return Path(before + name + after)
+
+
 def names_in(folder: Path) -> set[str]:
-    """File names of a folder; none where there is no folder."""
-    return set(os.listdir(folder)) if folder.is_dir() else set()
+    """File names of a folder, hidden ones left out; none where there is no folder."""
+    return {name for name in os.listdir(folder) if not hidden(name)} if folder.is_dir() else set()
 
 
 def value_table(values: dict[int, int], ignored: Iterable[int], ignore_index: int) -> np.ndarray:

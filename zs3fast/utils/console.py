@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -57,6 +58,13 @@ class SafeConsole(Console):
         return super().render_str(safe, **options)
 
 
+def _spell_out(record: logging.LogRecord) -> bool:
+    """Names in the log's lines, which Python itself prints, are as harmless as in ours."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
+logging.getLogger("zs3fast").addFilter(_spell_out)
 stderr = SafeConsole(stderr=True, soft_wrap=True, highlight=False)
 stdout = SafeConsole(soft_wrap=True, highlight=False)
 
