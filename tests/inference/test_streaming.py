@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import threading
 import time
 from contextlib import closing
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from zs3fast.inference.streaming import Transfers, ahead, current_item, default_workers, grouped, overlapped, working_on
-from zs3fast.utils.files import replacing
 
 CPU = torch.device("cpu")
 LONG = 30  # seconds: what waits so long waits for something that does not come
@@ -174,27 +172,3 @@ def test_working_on_is_put_back():
         with working_on("b"):
             assert current_item() == "b"
         assert current_item() == "a"
-
-
-def test_files_written_by_threads_have_the_mode_that_open_gives(tmp_path, monkeypatch):
-    """The process's mask is read by setting it: two threads in between each other's two calls would leave it at 0."""
-    umask = os.umask
-
-    def slow(mask):
-        before = umask(mask)
-        time.sleep(0.005)
-        return before
-
-    def write(number):
-        with replacing(tmp_path / str(number)) as temporary:
-            temporary.write_text("x")
-
-    before = umask(0o027)
-    try:
-        monkeypatch.setattr(os, "umask", slow)
-        for _, outcome in ahead(range(8), write, 4):
-            outcome.result()
-        assert umask(0o027) == 0o027
-    finally:
-        umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from types import FunctionType
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("zs3fast")
 
+_turn = threading.RLock()  # of the threads that share a model; one inside would make it uncopyable
 MAX_SHAPES = 8  # a CUDA graph each, with the memory of a forward pass; torch's own limit is 8 as well
 
 
@@ -28,7 +30,7 @@ class CompiledModel:
         - CPU: numbers of images and classes are inputs too, so that it compiles once for several images and classes,
           and again for a single one of either. Another size of images compiles again.
         - CUDA: "reduce-overhead", a CUDA graph with static buffers for each (images, classes), the images filled up to
-          the next power of two, so that a few graphs serve any number of windows; use it from one thread.
+          the next power of two, so that a few graphs serve any number of windows. Threads take turns.
           This branch has not run on a GPU so far; `tests/gpu/test_pipeline.py` is what to run there.
     Beyond `MAX_SHAPES` of these, others run as the plain model; the log says so once.
 
@@ -58,11 +60,19 @@ class CompiledModel:
 
     def __call__(self, images: Tensor, text_embeddings: Tensor) -> Logits:
         """Images [B, 3, H, W] and text embeddings [C, D] -> the logits."""
+        if not self.cuda_graphs:
+            return self._call(images, text_embeddings)
+        with _turn:  # a graph's buffers are one call's
+            return self._call(images, text_embeddings)
+
+    def _call(self, images: Tensor, text_embeddings: Tensor) -> Logits:
         given, images = images, filled_up(images) if self.cuda_graphs else images
         if not self._takes(images, text_embeddings):
             out = self.model(given, text_embeddings)
             return Logits(out.mask_logits, out.trusty_logits)
         if not self.cuda_graphs:
+            # Marks are left on a tensor, and these two may be others' as well.
+            images, text_embeddings = images.view_as(images), text_embeddings.view_as(text_embeddings)
             for tensor in (images, text_embeddings):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
             return Logits(*self._run(images, text_embeddings))
@@ -77,6 +87,10 @@ class CompiledModel:
         if not self.cuda_graphs:
             counts = tuple(min(count, 2) for count in counts)  # torch tells one from several
         shape = (*counts, *images.shape[1:], images.dtype, text_embeddings.dtype)
+        with _turn:
+            return self._counted(shape)
+
+    def _counted(self, shape: tuple[object, ...]) -> bool:
         if shape not in self.shapes and len(self.shapes) >= MAX_SHAPES:
             if len(self.shapes) == MAX_SHAPES:
                 self.shapes.add(())  # said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ logger = logging.getLogger("zs3fast")
 TINY, TINY_DEFAULT = "zs3fast-tiny", "clip_rc"  # the small models in the package, and the best of them
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_LISTS_KEPT = 16  # class lists whose embeddings stay at hand
+_shared = threading.RLock()  # held while what threads share is built; a lock inside would make a Segmenter uncopyable
 
 Classes = str | Iterable[str | Sequence[str]]
 _Read = tuple[np.ndarray, str | None]  # a picture's pixels [H, W, 3] and its path
@@ -72,6 +76,10 @@ class Segmenter:
         - else, where the list is as long as the model's vocabulary: `model.seen`, as indices into the list;
         - else nothing is known and nothing is offset.
     TagCLIP's trusty map weighs seen against unseen; where only one of both kinds is on the list, it is left out.
+
+    Threads: any number may call one Segmenter at once, each with its own classes, and get the very bits that one thread
+    would; calls change nothing in the model. Changing it (`to`, weights, `model.seen`) while calls run is not safe, and
+    nor is a `tokenizer`, `proposer` or `boxes` of one's own that is not.
 
     Args:
         model: from `create_model`, `load_official` or `weights.load`; put in eval mode.
@@ -141,7 +149,8 @@ class Segmenter:
         names = whole_names(vocabulary) if class_names is None and vocabulary is not None else class_names
         self.classes = None if names is None else parse_classes(names, "class_names")
         self._rows = None if text_embeddings is None else self._named_rows(text_embeddings)
-        self._encoded: tuple[tuple[ClassEntry, ...], Tensor] | None = None
+        self._encoded: dict[tuple[ClassEntry, ...], Tensor] = {}
+        Image.init()  # Pillow's formats, which two threads that find them unregistered could miss
 
     @classmethod
     def from_pretrained(
@@ -213,18 +222,21 @@ class Segmenter:
     @property
     def text_encoder(self) -> TextEncoder:
         """The text tower; built from open_clip when first asked for, if none was given."""
-        if self._text_encoder is None:
-            config = self.model.config
-            if not self.model.weights_loaded:
-                logger.warning("the model's weights are untrained, so its text tower is too: labels mean nothing")
-                self._text_encoder = TextEncoder.from_open_clip(config["clip"], None, tokenizer=self._tokenizer)
-                return self._text_encoder.to(self.device)
-            if not isinstance(config["clip"], str) and config.get("pretrained") is None:
-                raise ValueError("text_encoder: expected one, since this model's CLIP has no name to find a tower by")
-            pretrained = config.get("pretrained") or "openai"
-            self._text_encoder = TextEncoder.from_open_clip(config["clip"], pretrained, tokenizer=self._tokenizer)
-            self._text_encoder.to(self.device)
-        return self._text_encoder
+        with _shared:
+            if self._text_encoder is None:
+                self._text_encoder = self._own_text_encoder().to(self.device)
+            return self._text_encoder
+
+    def _own_text_encoder(self) -> TextEncoder:
+        config = self.model.config
+        if not self.model.weights_loaded:
+            logger.warning("the model's weights are untrained, so its text tower is too: labels mean nothing")
+            return TextEncoder.from_open_clip(config["clip"], None, tokenizer=self._tokenizer)
+        if not isinstance(config["clip"], str) and config.get("pretrained") is None:
+            raise ValueError("text_encoder: expected one, since this model's CLIP has no name to find a tower by")
+        return TextEncoder.from_open_clip(
+            config["clip"], config.get("pretrained") or "openai", tokenizer=self._tokenizer
+        )
 
     @torch.no_grad()
     def __call__(
@@ -293,7 +305,6 @@ class Segmenter:
             raise ValueError(f"batch_size: {self.model.method} takes pictures one by one, got {batch_size}")
         plan = self._plan(classes, seen, min_score, background)
         workers = default_workers(self.device) if workers is None else workers
-        Image.init()  # Pillow's formats, which two threads that find them unregistered could miss
 
         def prepare(image: Any) -> tuple[_Read, Tensor | None]:
             pixels, source = read_image(image)
@@ -372,11 +383,15 @@ class Segmenter:
         return None
 
     def _text_embeddings(self, entries: tuple[ClassEntry, ...]) -> Tensor:
-        """[C, D] on the model's device; the same tensor as long as the list stays the same."""
-        if self._encoded is None or self._encoded[0] != entries or self._encoded[1].device != self.device:
-            rows = self._chosen_rows(entries) if self._rows else self._encode(entries)
-            self._encoded = entries, rows.to(self.device)
-        return self._encoded[1]
+        """[C, D] on the model's device; the same tensor for as long as the list is among the last few."""
+        rows = self._encoded.get(entries)
+        if rows is None or rows.device != self.device:
+            rows = (self._chosen_rows(entries) if self._rows else self._encode(entries)).to(self.device)
+            with _shared:
+                self._encoded[entries] = rows
+                while len(self._encoded) > _LISTS_KEPT:
+                    self._encoded.pop(next(iter(self._encoded)))
+        return rows
 
     def _encode(self, entries: tuple[ClassEntry, ...]) -> Tensor:
         return self.text_encoder.encode(entries, self.templates, text_token=self.model.text_token)

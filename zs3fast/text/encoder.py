@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,15 +20,17 @@ from zs3fast.text.vocabulary import ClassEntry, parse_classes
 from zs3fast.utils.open_clip import clip_model_config, create_open_clip, quiet_open_clip
 
 logger = logging.getLogger("zs3fast")
+_tokenizing = threading.Lock()  # tokenizers of the hub keep settings of the call in themselves
 
 Tokenizer = Callable[[list[str]], Tensor]
 TEXT_TOKENS = ("projected", "pre_projection")
+CACHE_FORMAT = 2  # 1: a pass of one thread could disturb another's, and wrong rows were kept
 _TEXT_KEYS = ("positional_embedding", "token_embedding.", "text_projection", "ln_final.", "transformer.")
 _OPTIONAL_KEYS = ("attn_mask", "logit_scale", "logit_bias")  # of a whole CLIP state dict: no weights of the text tower
 
 
 class TextEncoder:
-    """Encodes class names with a CLIP text tower.
+    """Encodes class names with a CLIP text tower; several threads may share one.
 
     Args:
         tower: token ids [n, context] -> text features [n, D]; open_clip's `TextTransformer`, or a module alike.
@@ -159,6 +162,7 @@ class TextEncoder:
         if not self.cache:
             return self._encode(tokens, entries, len(templates), text_token)
         key = {
+            "format": CACHE_FORMAT,
             "model": self.name,
             "weights": tensor_digest(*self.tower.state_dict().values()),
             "architecture": f"{self.tower} heads={getattr(self.tower, 'heads', None)}",
@@ -181,7 +185,8 @@ class TextEncoder:
         return torch.stack([scaled(rows.mean(0)) for rows in of_class])
 
     def _tokenize(self, sentences: list[str]) -> Tensor:
-        tokens = self.tokenizer(sentences)
+        with _tokenizing:
+            tokens = self.tokenizer(sentences)
         # Tokenizers cut silently. Whoever has an `encode` lets us see the uncut length: words, start and end.
         encode, context = getattr(self.tokenizer, "encode", None), tokens.shape[1]
         for sentence in sentences if isinstance(self.tokenizer, open_clip.SimpleTokenizer) else ():
@@ -192,31 +197,36 @@ class TextEncoder:
 
 def _features(tower: nn.Module, tokens: Tensor) -> Tensor:
     """`tower(tokens)`, without what lies behind the longest sentence: in a causal tower it reaches no feature."""
-    causal = isinstance(tower, TextTransformer) and tower.attn_mask is not None and tower.cls_emb is None
-    if not causal or tower.pool_type != "argmax":
+    if not _pools_at_the_end(tower) or tower.attn_mask is None:
         return tower(tokens)
-    length, mask = int(tokens.argmax(1).max()) + 1, tower.attn_mask
-    tower.attn_mask = mask[:length, :length]
-    try:
-        return tower(tokens[:, :length])
-    finally:
-        tower.attn_mask = mask
+    ends, projection = _end_tokens(tower, tokens), tower.text_projection
+    if projection is None:
+        return ends
+    return projection(ends) if isinstance(projection, nn.Module) else ends @ projection
 
 
 def _end_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
-    """What `_features` projects: the tower's tokens after its last norm, at the end of each text; [n, width]."""
-    if not isinstance(tower, TextTransformer) or tower.cls_emb is not None or tower.pool_type != "argmax":
+    """What `_features` projects: the tower's tokens after its last norm, at the end of each text; [n, width].
+
+    The tower is shared, by threads too: nothing of it is changed to look inside.
+    """
+    if not _pools_at_the_end(tower):
         raise ValueError(
             "text_token: 'pre_projection' needs a CLIP text tower that pools at the end of the text, got "
             f"{type(tower).__name__}"
         )
-    seen: list[Tensor] = []
-    hook = tower.ln_final.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    try:
-        _features(tower, tokens)
-    finally:
-        hook.remove()
-    return seen[0][torch.arange(len(tokens), device=tokens.device), tokens.argmax(1)]
+    ends, mask = tokens.argmax(1), tower.attn_mask
+    length = tokens.shape[1] if mask is None else int(ends.max()) + 1
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens[:, :length]).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = tower.ln_final(tower.transformer(x, attn_mask=None if mask is None else mask[:length, :length]))
+    return x[torch.arange(len(x), device=x.device), ends]
+
+
+def _pools_at_the_end(tower: nn.Module) -> bool:
+    """Whether it is open_clip's tower in CLIP's own form, whose feature is the token at the end of the text."""
+    plain = isinstance(tower, TextTransformer) and tower.cls_emb is None and tower.pool_type == "argmax"
+    return plain and not tower.use_pad_mask and not tower.output_tokens
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -15,15 +15,15 @@ class WeightCache:
 
     Nothing is kept while gradients are recorded or a graph is traced, or for tensors born in inference mode, whose
     writes torch does not count. Writes through `.data` are invisible to torch too: call `clear` after them.
+    Threads may share one: each gets the result of its own tensors.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self._stamp: list[tuple[Any, ...]] | None = None
-        self._sources: list[weakref.ref[Tensor]] = []
-        self._value: Any = None
+        # One tuple, read and replaced whole: stamp, sources and value of different calls never meet.
+        self._kept: tuple[list[tuple[Any, ...]], list[weakref.ref[Tensor]], Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
         return WeightCache()
@@ -39,8 +39,9 @@ class WeightCache:
         if any(source.is_inference() for source in sources) or torch.is_autocast_enabled(sources[0].device.type):
             return compute()
         stamp = [(source._version, source.data_ptr(), source.device, source.dtype) for source in sources]
-        same = stamp == self._stamp and all(ref() is source for ref, source in zip(self._sources, sources))
-        if not same:
-            self._value = compute()
-            self._stamp, self._sources = stamp, [weakref.ref(source) for source in sources]
-        return self._value
+        kept = self._kept
+        if kept is not None and kept[0] == stamp and all(ref() is source for ref, source in zip(kept[1], sources)):
+            return kept[2]
+        value = compute()
+        self._kept = stamp, [weakref.ref(source) for source in sources], value
+        return value
