@@ -190,14 +190,15 @@ def train_steps(
     rank: int, count: int, port: int, setting: Setting, precision: str, way: str, args: dict[str, Any], out: str
 ) -> None:
     """One process of a run on prepared images: the loop's own iteration, without reading and logging."""
-    from zs3fast.training import distributed, loop, optimiser, setup
+    from zs3fast.training import loop, optimiser, setup
     from zs3fast.training.config import OptimizerConfig
     from zs3fast.training.steps import OneStageStep
+    from zs3fast.utils import distributed
 
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(max(args["threads"] // count, 1))
-    with distributed.workers(args["device"]) as group:
+    with distributed.dist_env(args["device"]) as group:
         model = make_model(f"zs3fast{way}", setting, str(group.device))
         optimiser.freeze(model)
         images, text = make_inputs(setting)
@@ -209,7 +210,7 @@ def train_steps(
         step.to(group.device).train()
         if way == " compiled":
             step.compile()
-        spread = distributed.spread(step, "ddp", group)
+        spread = distributed.parallelize(step, "ddp", group)
         optimizer = optimiser.make_optimizer(model, OptimizerConfig())
         split = setup.Shares(setting.batch, share, share, 1)
         samples = []
@@ -245,7 +246,7 @@ def measure_activations(args: argparse.Namespace, method: str, classes: int) -> 
 
 def kept_bytes(contender: str, setting: Setting, device: str) -> int:
     """Bytes that autograd keeps of one forward pass with its loss; weights apart."""
-    from zs3fast.training.memory import kept_for_backward
+    from zs3fast.utils.memory import kept_for_backward
 
     model = make_model(contender, setting, device)
     side = "official" if contender == "official" else "zs3fast"

@@ -11,7 +11,7 @@ import torch
 
 from tests.evaluation.toy import PAIRS, ToyDataset, toy_labels, toy_masks
 from zs3fast.evaluation import PartialResults, evaluate, evaluate_pairs
-from zs3fast.evaluation.processes import joined, place
+from zs3fast.utils.distributed import dist_env, rank_and_world
 
 
 def both_reports(partial_folder=None, resume=False):
@@ -34,8 +34,8 @@ def worker(rank, port, folder, count):
         RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    with joined("cpu"):
-        assert place() == (rank, count)
+    with dist_env("cpu"):
+        assert rank_and_world() == (rank, count)
         result = both_reports(f"{folder}/partial", resume=True)
     with open(f"{folder}/{rank}.pickle", "wb") as file:
         pickle.dump(result, file)

@@ -96,12 +96,12 @@ def test_the_package_s_configuration(tmp_path, world_clip):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": 1}, "unknown key 'seeds'; did you mean 'seed'"),
+        ({"seeds": 1}, "unknown key 'seeds'; did you mean seed"),
         ({"clip": {"embed_dim": 8}}, "clip: the configuration lacks vision_cfg, text_cfg"),
         ({"clip": {**CLIP, "hub": "x"}}, "clip: unknown hub"),
         ({"data": {"size": 64}}, "data.size: expected clip.vision_cfg.image_size, 32, got 64"),
         ({"batch_size": 1}, "batch_size: expected at least 2, got 1"),
-        ({"precision": "fp16"}, "precision: expected fp32 or bf16, got 'fp16'"),
+        ({"precision": "fp16"}, "precision: expected one of fp32, bf16, got 'fp16'"),
     ],
 )
 def test_bad_configurations(changes, message, tmp_path):

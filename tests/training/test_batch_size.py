@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests.training import tiny_run
 from zs3fast.training import batch_size, command
 from zs3fast.training.batch_size import BatchSizes, Classes, Trial, find_batch_size, largest_batch, micro_batch
-from zs3fast.training.distributed import Workers
+from zs3fast.utils.distributed import DistEnv
 
 GIB = 2**30
 CLASSES = Classes([f"class {i}" for i in range(20)], list(range(15)), 255)
@@ -116,7 +116,7 @@ def test_one_process_alone_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_errors_of_the_configuration_are_told(tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path)
-    with pytest.raises(ValueError, match="unknown key 'model.num_prompt'; did you mean 'model.num_prompts'"):
+    with pytest.raises(ValueError, match="unknown key 'model.num_prompt'; did you mean num_prompts"):
         find_batch_size(replace(config, model={**config.model, "num_prompt": 3}), memory_gib=3)
 
 
@@ -130,5 +130,5 @@ def test_every_method_has_a_step(tmp_path: Path, method: str) -> None:
     batch = batch_size.synthetic_batch(config, CLASSES, 3)
     assert batch["images"].shape == (3, 3, size, size) and batch["labels"].shape == (3, size, size)
     assert set(CLASSES.seen) & set(batch["labels"][2].unique().tolist()) and batch["labels"].max() < 20
-    runs = list(batch_size._iterations(config, CLASSES, 2, Workers(0, 1, torch.device("cpu"))))
+    runs = list(batch_size._iterations(config, CLASSES, 2, DistEnv(0, 1, torch.device("cpu"))))
     assert len(runs) == 1 + batch_size.TIMED

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from zs3fast.training.config import changed_keys, from_dict, list_configs, load_config, save_config
+from zs3fast.training.settings import SettingsError
 
 
 @pytest.mark.parametrize("name", list_configs())
@@ -62,12 +64,12 @@ def test_overrides_and_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'"),
-        ("optimizer.weight_dekay=1", "unknown key 'optimizer.weight_dekay'; did you mean 'optimizer.weight_decay'"),
+        ("optimiser.lr=1", "unknown key 'optimiser'; did you mean optimizer\\?"),
+        ("optimizer.weight_dekay=1", "unknown key 'optimizer.weight_dekay'; did you mean optimizer.weight_decay"),
         ("iterations=many", "iterations: expected a whole number, got 'many'"),
         ("iterations=0", "iterations: expected at least 1, got 0"),
         ("compile=1", "compile: expected true or false, got 1"),
-        ("setting=inductve", "setting: expected one of .* got 'inductve'; did you mean 'inductive'"),
+        ("setting=inductve", "setting: expected one of .* got 'inductve'; did you mean inductive"),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected 2 values"),
         ("epochs=3", "iterations, epochs: expected one of them, got both"),
         ("seed=[", "--set seed: not valid YAML"),
@@ -89,6 +91,51 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "a.yaml")
     with pytest.raises(ValueError, match="maft has no transductive training"):
         from_dict({"method": "maft", "setting": "transductive", "iterations": 1})
+
+
+def test_every_wrong_key_has_a_line_that_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "under.yaml").write_text("iterations: 5\nbatch_size: 0\noptimizer: {lr: -1.0, eps: yes}\n")
+    own = tmp_path / "mine.yaml"
+    own.write_text("base: under.yaml\nschedule: {kind: cosine, min_lr: .nan}\nlr: 1\ndata: 5\n")
+    with pytest.raises(SettingsError) as caught:
+        load_config(own, ["optimizer.betas=[0.9, 1.5]", "text.templates=[1]"])
+    under = tmp_path / "under.yaml"
+    assert sorted(caught.value.lines) == sorted(
+        [
+            f"{under}: batch_size: expected at least 1, got 0",
+            f"{under}: optimizer.lr: expected at least 0, got -1.0",
+            f"{under}: optimizer.eps: expected a number, got True",
+            f"{own}: schedule.kind: expected one of poly, cyclic_cosine, got 'cosine'; did you mean cyclic_cosine?",
+            f"{own}: schedule.min_lr: expected at least 0, got nan",
+            f"{own}: unknown key 'lr'; did you mean optimizer.lr?",
+            f"{own}: data: expected keys and values, got 5",
+            "--set optimizer.betas[1]: expected below 1, got 1.5",
+            "--set text.templates: expected text or a list of text, got [1]",
+        ]
+    )
+
+
+def test_files_that_are_no_yaml_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for content, message in (
+        (b"iterations: \xff\n", "expected text in UTF-8"),
+        (b"a: [1\nb: 2", "not valid YAML at line 2"),
+        (b"a: 2024-13-45", "not valid YAML"),
+        (b"- 1", "expected keys and values, got list"),
+        (b"base: 3", "base: expected a name or a path, got 3"),
+        (b"3: 4\niterations: 1", "unknown key '3'"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{path}: {message}") as caught:
+            load_config(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_settings_cannot_be_changed_into_nonsense() -> None:
+    config = load_config("zegclip_voc20_inductive", ["optimizer.lr=1e-3"])
+    assert config.optimizer.lr == 1e-3 and isinstance(config.optimizer.lr, float)
+    with pytest.raises(ValueError):
+        replace(config, batch_size=0)
 
 
 def test_changed_keys_leave_out_what_is_free() -> None:

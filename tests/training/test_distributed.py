@@ -16,11 +16,11 @@ from tests.training import tiny_run
 from zs3fast import weights
 from zs3fast.training import checkpoints
 from zs3fast.training.config import TrainConfig, load_config, save_config
-from zs3fast.training.distributed import Workers
 from zs3fast.training.logs import RunLog
 from zs3fast.training.loop import train
 from zs3fast.training.setup import open_data, shares, text_embeddings
 from zs3fast.training.validation import validate
+from zs3fast.utils.distributed import DistEnv
 
 
 def losses(folder: Path) -> list[float]:
@@ -119,7 +119,7 @@ def test_sharded_encoder(one: Path, tmp_path: Path) -> None:
     assert [entry.pop("iteration") for entry in entries] == [3, 6]
     assert len(list((folder / "predictions").glob("*_v0.png"))) == 2 and (folder / "best.safetensors").is_file()
     model, _ = weights.load(folder / "weights.safetensors")
-    alone, config = Workers(0, 1, torch.device("cpu")), replace(config, output=str(tmp_path / "alone"))
+    alone, config = DistEnv(0, 1, torch.device("cpu")), replace(config, output=str(tmp_path / "alone"))
     log = RunLog(config.folder, alone, 0, 6, 4, False)
     text = text_embeddings(config, open_data(config), model)
     scores = validate(config, model, text, alone, log, 6)

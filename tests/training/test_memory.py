@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.tiny import tiny_inputs, tiny_labels
 from tests.training.test_steps import any_step
-from zs3fast.training.memory import kept_for_backward
+from zs3fast.utils.memory import kept_for_backward
 
 # KiB that each image of 64 x 64 adds in the tiny models: 3 blocks of width 48 on 1 + 16 tokens, a decoder of width 32.
 STATED = {"zegclip": 191, "tagclip": 235, "clip_rc": 589, "clsclip": 252, "maft": 164}

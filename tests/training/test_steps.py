@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from tests.tiny import NUM_CLASSES, SEEN, tiny_inputs, tiny_labels, tiny_model
 from zs3fast.training import loop
-from zs3fast.training.distributed import Workers
 from zs3fast.training.proposing import connected_labels
 from zs3fast.training.setup import Shares, checkpoint_blocks
 from zs3fast.training.steps import OneStageStep, PairStep, ProposalStep, Step
+from zs3fast.utils.distributed import DistEnv
 
 
 def uneven_batch(count: int = 4) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def gradients(step: Step, batch: dict[str, Tensor], parts: int) -> tuple[float, 
     step.zero_grad(set_to_none=True)
     images = len(batch["images"])
     split = Shares(images, images, images // parts, parts)
-    terms = loop.gradients(step, step, batch, split, Workers(0, 1, torch.device("cpu")), (0, 0))
+    terms = loop.gradients(step, step, batch, split, DistEnv(0, 1, torch.device("cpu")), (0, 0))
     return float(terms["loss"]), {n: p.grad.clone() for n, p in step.named_parameters() if p.grad is not None}
 
 

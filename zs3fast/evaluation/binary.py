@@ -15,9 +15,9 @@ from zs3fast.evaluation.confusion import (
     as_labels,
     check_counter,
     check_pair,
-    sum_over_processes,
 )
 from zs3fast.evaluation.ratios import json_number, mean, percent
+from zs3fast.utils.distributed import sum_over_processes
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,9 +92,9 @@ def evaluate(
     """
     from zs3fast.evaluation.job import noted, prepare
     from zs3fast.evaluation.partial import PartialResults
-    from zs3fast.evaluation.processes import joined, place
+    from zs3fast.utils.distributed import dist_env
 
-    with one_line_errors(USAGE_ERROR), joined(device) as where:
+    with one_line_errors(USAGE_ERROR), dist_env(device) as env:
         if worst < 0:
             raise ValueError(f"worst: expected at least 0, got {worst}")
         job = prepare(
@@ -116,14 +116,15 @@ def evaluate(
             eval_size=eval_size,
             denominator=denominator,
             quantize=quantize,
-            device=where,
+            device=str(env.device),
         )
-        main = place()[0] == 0
         partial = PartialResults(output / "partial", {**job.settings, "limit": limit}, resume)
         with one_line_errors(RUN_ERROR):
-            with _progress(main) as progress:
-                report = job.run(limit=limit, device=where, workers=workers, progress=progress, partial=partial)
-            if main:
+            with _progress(env.main) as progress:
+                report = job.run(
+                    limit=limit, device=str(env.device), workers=workers, progress=progress, partial=partial
+                )
+            if env.main:
                 _write(job, noted(report, job.published), fold, worst, output)
                 partial.clear()
 

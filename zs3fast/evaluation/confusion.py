@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from zs3fast.utils.distributed import sum_over_processes
 from zs3fast.utils.rendering import UNLABELLED
 
 Labels = Tensor | np.ndarray
@@ -64,12 +64,6 @@ class Confusion:
         """Sum the counts of all processes into each (once: a second call would count the others again)."""
         sum_over_processes(self.table)
         return self
-
-
-def sum_over_processes(table: Tensor) -> None:
-    """In-place sum over the processes of torch.distributed; nothing to do where there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(table)
 
 
 def check_counter(num_classes: int, ignore_index: int) -> None:

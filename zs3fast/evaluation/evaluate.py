@@ -18,10 +18,10 @@ from zs3fast.evaluation.binary import BinaryCounts, PairScores
 from zs3fast.evaluation.confusion import Confusion
 from zs3fast.evaluation.pairs import group_by_image
 from zs3fast.evaluation.partial import PartialResults
-from zs3fast.evaluation.processes import place
 from zs3fast.evaluation.protocols import LabelledImages, Setting
 from zs3fast.evaluation.ratios import mean, percent
 from zs3fast.evaluation.scores import DENOMINATORS, Scores, class_iou, pixel_accuracy, scores
+from zs3fast.utils.distributed import rank_and_world
 
 Progress = Callable[[int, int], None]  # work items done in this process, of how many
 
@@ -222,7 +222,7 @@ def _run(
     partial: PartialResults | None,
 ) -> list[ItemScore]:
     """Score this process's share of (image index, what to ask), add up all processes; records in dataset order."""
-    rank, world = place()
+    rank, world = rank_and_world()
     earlier, earlier_records = _earlier(partial, rank)
     scored = {record["image"] for record in earlier_records}
     mine = [item for item in items if item[0] not in scored][rank::world]
@@ -259,12 +259,12 @@ def _earlier(partial: PartialResults | None, rank: int) -> tuple[np.ndarray | No
             loaded = [partial.load()]
         except ValueError as error:  # for all processes to raise
             loaded = [error]
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         dist.broadcast_object_list(loaded, src=0)
     if isinstance(loaded[0], ValueError):
         raise loaded[0]
     partial.start(rank)
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         dist.barrier()  # all have chosen their file before the first is written
     return loaded[0]
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zs3fast.training import distributed, loop, memory, setup
+from zs3fast.training import loop, setup
 from zs3fast.training.config import TrainConfig, from_dict
 from zs3fast.training.optimiser import freeze, make_optimizer
+from zs3fast.utils import distributed, memory
 
 MOST = 1024
 SPARE = 0.9  # of the memory that is free, where no budget is given
@@ -140,9 +141,7 @@ def _budget(device: str, memory_gib: float | None) -> int | None:
     if device.startswith("cuda"):
         return given
     free = memory.available_bytes()
-    if given is None and free is None:
-        raise ValueError("memory: expected a budget in GiB, since this system does not say what is free")
-    if given is not None and free is not None and given > free:
+    if given is not None and given > free:
         raise ValueError(f"memory: expected at most {free / 2**30:.1f} GiB, which are free, got {memory_gib:g}")
     return int(SPARE * free) if given is None else given
 
@@ -191,13 +190,13 @@ def main() -> None:
 
 
 def _try(config: TrainConfig, vocabulary: Classes, batch_size: int, budget: int | None) -> dict[str, Any]:
-    with distributed.workers(config.device) as group:
-        if group.device.type == "cpu" and memory.resident_bytes() > budget:
+    with distributed.dist_env(config.device) as env:
+        if env.device.type == "cpu" and memory.resident_bytes() > budget:
             return NO_ROOM  # the libraries alone
-        _limit(group.device, budget)
-        seconds = [time.perf_counter() - started for started in _iterations(config, vocabulary, batch_size, group)]
-    cuda = group.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(group.device) if cuda else memory.peak_resident_bytes()
+        _limit(env.device, budget)
+        seconds = [time.perf_counter() - started for started in _iterations(config, vocabulary, batch_size, env)]
+    cuda = env.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(env.device) if cuda else memory.peak_resident_bytes()
     if budget is not None and peak > budget:
         return NO_ROOM
     return {"peak_bytes": peak, "seconds": sum(seconds[-TIMED:]) / TIMED}
@@ -217,9 +216,9 @@ def _limit(device: torch.device, budget: int | None) -> None:
     torch.cuda.set_per_process_memory_fraction(budget / total, device)
 
 
-def _iterations(config: TrainConfig, vocabulary: Classes, size: int, group: distributed.Workers) -> Iterator[float]:
+def _iterations(config: TrainConfig, vocabulary: Classes, size: int, env: distributed.DistEnv) -> Iterator[float]:
     """Run the loop's iterations; yields when each began."""
-    device = group.device
+    device = env.device
     model = setup.new_model(config, vocabulary)
     freeze(model)
     rows = torch.nn.functional.normalize(torch.randn(len(vocabulary.class_names), model.embed_dim), dim=-1)
@@ -229,7 +228,7 @@ def _iterations(config: TrainConfig, vocabulary: Classes, size: int, group: dist
     split = setup.Shares(size, size, size, 1)
     for iteration in range(1 + TIMED):
         started = time.perf_counter()
-        loop.gradients(step, step, batch, split, group, (config.seed, iteration))
+        loop.gradients(step, step, batch, split, env, (config.seed, iteration))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

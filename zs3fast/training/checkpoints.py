@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from zs3fast.text.cache import tensor_digest
-from zs3fast.training.distributed import assign, whole
-from zs3fast.utils.files import replacing
+from zs3fast.utils.distributed import assign, full_tensor
+from zs3fast.utils.files import replacing, write_tensors
 from zs3fast.weights import CheckpointError
 
 METADATA_KEY = "zs3fast_training"
@@ -92,7 +91,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         tensors[f"weights.{name}"] = parameter
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{moment}.{name}"] = value
-    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -102,9 +101,9 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any], keep: int) -> Path:
     """Write `tensors` and `facts` (with "iteration"), then delete all but the last `keep` checkpoints."""
     path = checkpoint_path(folder, facts["iteration"])
-    described = {**facts, "digest": _digest(tensors)}
+    described = {**facts, "digest": _digest(tensors, facts)}
     with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(described)})
+        write_tensors(tensors, temporary, {METADATA_KEY: json.dumps(described)})
         durable(temporary)
     durable(path)
     for old in list_checkpoints(folder)[:-keep]:
@@ -127,7 +126,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: the checkpoint is damaged ({error}); {remedy}") from None
     if facts is None:
         raise CheckpointError(f"{path}: not a training checkpoint (weights alone start a run through init_from)")
-    if _digest(tensors) != facts.pop("digest", None):
+    if not isinstance(facts, dict) or facts.pop("digest", None) != _digest(tensors, facts):
         raise CheckpointError(f"{path}: the checkpoint is damaged (its contents do not match their digest); {remedy}")
     return tensors, facts
 
@@ -164,6 +163,8 @@ def frozen_digest(model: nn.Module, text_embeddings: Tensor) -> str:
     return tensor_digest(*frozen, text_embeddings)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def _digest(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
+    """Of everything a checkpoint holds: names, types, shapes and values of its tensors, and its facts."""
     names = sorted(tensors)
-    return tensor_digest(torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8), *(tensors[n] for n in names))
+    described = json.dumps([names, json.loads(json.dumps(facts))], sort_keys=True)
+    return tensor_digest(torch.tensor(list(described.encode()), dtype=torch.uint8), *(tensors[n] for n in names))

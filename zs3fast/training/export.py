@@ -5,24 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from zs3fast import weights
 from zs3fast.models.registry import create_model
 from zs3fast.text import TextEncoder
 from zs3fast.training.checkpoints import durable
-from zs3fast.training.distributed import Workers, whole
+from zs3fast.utils.distributed import DistEnv, full_tensor, is_sharded
 from zs3fast.weights.files import TEXT_PREFIX
 
 
-def export_weights(model: nn.Module, path: Path, group: Workers) -> None:
+def export_weights(model: nn.Module, path: Path, env: DistEnv) -> None:
     """Write the whole model, frozen weights included; every process must call this.
 
     A CLIP that has no name to find its text tower by takes it along.
     """
-    tower = _own_tower(model) if group.main else {}
+    tower = _own_tower(model) if env.main else {}
     model = whole_model(model)
-    if group.main:
+    if env.main:
         weights.save(model, path, tower)
         durable(path)
 
@@ -30,10 +29,10 @@ def export_weights(model: nn.Module, path: Path, group: Workers) -> None:
 def whole_model(model: nn.Module) -> nn.Module:
     """The model, or where it is sharded a whole copy of it on the CPU; every process must call this."""
     state = model.state_dict()
-    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+    if not any(is_sharded(tensor) for tensor in state.values()):
         return model
     copy = create_model(**{**model.config, "pretrained": None})
-    copy.load_state_dict({name: whole(tensor).cpu() for name, tensor in state.items()})
+    copy.load_state_dict({name: full_tensor(tensor).cpu() for name, tensor in state.items()})
     return copy
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from zs3fast.training.distributed import Workers
+from zs3fast.utils.distributed import DistEnv
 
 
 class RunLog:
@@ -24,13 +24,13 @@ class RunLog:
     all images of the iteration. Lines behind `start` are of an earlier attempt and are cut off.
     """
 
-    def __init__(self, folder: Path, group: Workers, start: int, stop: int, images: int, tensorboard: bool):
+    def __init__(self, folder: Path, env: DistEnv, start: int, stop: int, images: int, tensorboard: bool):
         self.path = folder / "log.jsonl"
-        self._group, self._images = group, images
+        self._group, self._images = env, images
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self._writer = self._progress = None
         self._since = time.perf_counter()
-        if not group.main:
+        if not env.main:
             return
         _cut(self.path, start)
         self.console = Console(soft_wrap=True, highlight=False)

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from zs3fast.data.datasets import ids_digest
-from zs3fast.training import checkpoints, distributed, setup, validation
+from zs3fast.training import checkpoints, setup, validation
 from zs3fast.training.config import TrainConfig, changed_keys, save_config
-from zs3fast.training.distributed import Workers
 from zs3fast.training.export import export_weights
 from zs3fast.training.logs import RunLog
 from zs3fast.training.optimiser import freeze, make_optimizer, set_learning_rate
 from zs3fast.training.schedules import learning_rate
 from zs3fast.training.steps import Batch, Terms
+from zs3fast.utils import distributed
+from zs3fast.utils.distributed import DistEnv
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,15 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunResult:
         ValueError, OSError: a configuration, data, weights or a checkpoint that will not do; before the first step.
         RuntimeError: a loss that is not finite.
     """
-    with distributed.workers(config.device) as group:
-        if not group.main:
-            return _train(config, resume, group)
+    with distributed.dist_env(config.device) as env:
+        if not env.main:
+            return _train(config, resume, env)
         with checkpoints.run_lock(config.folder):
-            return _train(config, resume, group)
+            return _train(config, resume, env)
 
 
-def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
-    split = setup.shares(config, group.world)
+def _train(config: TrainConfig, resume: bool, env: DistEnv) -> RunResult:
+    split = setup.shares(config, env.world)
     previous = previous_checkpoint(config.folder, resume)
     dataset = setup.open_data(config)
     if config.validation.every:
@@ -79,8 +80,8 @@ def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
     source = {"dataset": f"{dataset.name} {dataset.split}", "items": len(data), "ids": ids_digest(dataset.ids)}
     tensors, facts = _read(previous, config, frozen, source) if previous else ({}, {"iteration": 0, "best": None})
 
-    step = setup.build_step(config, dataset, model, text, group.device)
-    spread = distributed.spread(step, config.parallel, group)
+    step = setup.build_step(config, dataset, model, text, env.device)
+    spread = distributed.parallelize(step, config.parallel, env)
     optimizer = make_optimizer(model, config.optimizer)
     if previous:
         checkpoints.restore(tensors, model, optimizer, previous)
@@ -88,23 +89,23 @@ def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
     start, best = facts["iteration"], facts["best"]
     if best is not None and best["metric"] != config.validation.metric:
         best = None  # scores of another kind do not compare
-    if group.main:
+    if env.main:
         checkpoints.remove_leftovers(config.folder)
         save_config(config, config.folder / "config.yaml")
-    log = RunLog(config.folder, group, start, iterations, split.total, config.log.tensorboard)
+    log = RunLog(config.folder, env, start, iterations, split.total, config.log.tensorboard)
     if previous:
         log.note(f"going on from {previous} at iteration {start} of {iterations}")
-    saved = {"config": config.to_dict(), "frozen": frozen, "data": source, "world": group.world}
+    saved = {"config": config.to_dict(), "frozen": frozen, "data": source, "world": env.world}
     terms: dict[str, float] = {}
     try:
-        batches = iter(setup.make_loader(data, config, split, group, start, iterations))
+        batches = iter(setup.make_loader(data, config, split, env, start, iterations))
         for iteration in range(start, iterations):
             lr = learning_rate(config.schedule, iteration, iterations, config.optimizer.lr)
             batch = next(batches)
             if isinstance(batch, Exception):
                 raise batch
-            batch = _to_device(batch, group.device)
-            losses = gradients(spread, step, batch, split, group, (config.seed, iteration))
+            batch = _to_device(batch, env.device)
+            losses = gradients(spread, step, batch, split, env, (config.seed, iteration))
             set_learning_rate(optimizer, lr)
             if config.optimizer.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.trainable().values(), config.optimizer.clip_norm)
@@ -118,16 +119,16 @@ def _train(config: TrainConfig, resume: bool, group: Workers) -> RunResult:
             if validating or saving or done % config.log.every == 0:
                 terms = log.flush()
             if validating:
-                best = _validate(config, model, text, group, log, done, best)
+                best = _validate(config, model, text, env, log, done, best)
             if done in config.checkpoint.export_at:
-                export_weights(model, config.folder / f"weights_{done:08d}.safetensors", group)
+                export_weights(model, config.folder / f"weights_{done:08d}.safetensors", env)
             if saving:
-                _save(config, model, optimizer, group, {**saved, "iteration": done, "lr": lr, "best": best})
+                _save(config, model, optimizer, env, {**saved, "iteration": done, "lr": lr, "best": best})
     finally:
         log.close()
     weights = config.folder / "weights.safetensors"
-    export_weights(model, weights, group)
-    group.barrier()
+    export_weights(model, weights, env)
+    env.barrier()
     return RunResult(config.folder, weights, iterations, terms, best)
 
 
@@ -136,17 +137,17 @@ def gradients(
     step: nn.Module,
     batch: Batch,
     split: setup.Shares,
-    group: Workers,
+    env: DistEnv,
     seed: tuple[int, int],
 ) -> Terms:
     """Gradients of one iteration into `.grad`; the mean of its loss terms on this process."""
     parts = [{name: value[i : i + split.micro_batch] for name, value in batch.items()} for i in _starts(split)]
     average = step.count(batch)
     if average is not None:
-        average = group.total(average).clamp_min(1) / (group.world * split.micro_batches)
+        average = env.total(average).clamp_min(1) / (env.world * split.micro_batches)
     sums: Terms = {}
     for index, part in enumerate(parts):
-        torch.manual_seed(_mix(*seed, group.rank * split.micro_batches + index))
+        torch.manual_seed(_mix(*seed, env.rank * split.micro_batches + index))
         with distributed.accumulating(spread, more=index + 1 < len(parts)):
             terms = {name: term / len(parts) for name, term in spread(part, average).items()}
             terms["loss"].backward()
@@ -199,9 +200,9 @@ def _read(
     return tensors, facts
 
 
-def _save(config: TrainConfig, model: nn.Module, optimizer: Any, group: Workers, facts: dict[str, Any]) -> None:
+def _save(config: TrainConfig, model: nn.Module, optimizer: Any, env: DistEnv, facts: dict[str, Any]) -> None:
     tensors = checkpoints.state_tensors(model, optimizer)
-    if group.main:
+    if env.main:
         facts["position"] = facts["iteration"] * config.batch_size
         checkpoints.write_checkpoint(config.folder, tensors, facts, config.checkpoint.keep)
 
@@ -210,16 +211,16 @@ def _validate(
     config: TrainConfig,
     model: nn.Module,
     text: Tensor,
-    group: Workers,
+    env: DistEnv,
     log: RunLog,
     done: int,
     best: dict[str, Any] | None,
 ) -> dict[str, Any] | None:
     """Score the model, draw some predictions, keep the weights if they are the best so far."""
-    scores = validation.validate(config, model, text, group, log, done)
+    scores = validation.validate(config, model, text, env, log, done)
     value = scores.get(config.validation.metric)  # hIoU needs seen and unseen classes among the images
     log.note(f"validation at {done}: " + "  ".join(f"{name} {score:.2f}" for name, score in scores.items()))
     if value is None or (best is not None and not value > best["value"]):
         return best
-    export_weights(model, config.folder / "best.safetensors", group)
+    export_weights(model, config.folder / "best.safetensors", env)
     return {"metric": config.validation.metric, "value": value, "iteration": done}

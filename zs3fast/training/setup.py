@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import logging
@@ -28,9 +27,10 @@ from zs3fast.evaluation.evaluate import Reader
 from zs3fast.models.registry import create_model
 from zs3fast.text import TextEncoder, load_text_embeddings, resolve_templates, whole_names
 from zs3fast.training.config import ONE_STAGE, TrainConfig
-from zs3fast.training.distributed import Workers, encoder_blocks
 from zs3fast.training.proposing import build_proposal_step
 from zs3fast.training.steps import OneStageStep, PairStep, Step
+from zs3fast.utils.distributed import DistEnv, encoder_blocks
+from zs3fast.utils.options import did_you_mean
 
 logger = logging.getLogger("zs3fast")
 
@@ -104,19 +104,19 @@ def iterations(config: TrainConfig, samples: int) -> int:
 
 
 def make_loader(
-    data: TrainingSet, config: TrainConfig, split: Shares, group: Workers, start: int, stop: int
+    data: TrainingSet, config: TrainConfig, split: Shares, env: DistEnv, start: int, stop: int
 ) -> DataLoader:
     """Batches of this process from iteration `start` to `stop`, in order, read ahead by worker processes.
 
     In place of a batch that cannot be read comes the error, for the loop to raise.
     """
-    sampler = PositionSampler(start, split.total, group.rank, group.world, stop)
+    sampler = PositionSampler(start, split.total, env.rank, env.world, stop)
     count = config.data.workers
     return DataLoader(
         Reader(data),
         batch_sampler=sampler,
         num_workers=count,
-        pin_memory=group.device.type == "cuda",
+        pin_memory=env.device.type == "cuda",
         worker_init_fn=seed_worker,
         collate_fn=_collated,
     )
@@ -249,9 +249,8 @@ def _model_options(config: TrainConfig, dataset: Vocabulary) -> dict[str, Any]:
     known = _known_options(config.method)
     for key in config.model:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean 'model.{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
-            raise ValueError(f"config: unknown key 'model.{key}'; {hint}")
+            hint = did_you_mean(key, known) or f"; known: {', '.join(sorted(known))}"
+            raise ValueError(f"config: unknown key 'model.{key}'{hint}")
     supervised = config.setting == "supervised"
     options = {
         "num_classes": len(dataset.class_names),

@@ -18,9 +18,9 @@ from zs3fast.inference.segmenter import Segmenter
 from zs3fast.text import whole_names
 from zs3fast.training import setup
 from zs3fast.training.config import ONE_STAGE, TrainConfig
-from zs3fast.training.distributed import Workers
 from zs3fast.training.export import whole_model
 from zs3fast.training.logs import RunLog
+from zs3fast.utils.distributed import DistEnv
 from zs3fast.utils.rendering import save_picture
 
 METRICS = ("hiou", "miou", "miou_seen", "miou_unseen", "pacc", "macc")
@@ -28,7 +28,7 @@ PAIR_METRICS = ("miou", "fb_iou")
 
 
 def validate(
-    config: TrainConfig, model: nn.Module, text: Tensor, group: Workers, log: RunLog, done: int
+    config: TrainConfig, model: nn.Module, text: Tensor, env: DistEnv, log: RunLog, done: int
 ) -> dict[str, float]:
     """Score the model on the validation split, each image in one of the processes, and draw its first pictures.
 
@@ -36,7 +36,7 @@ def validate(
     """
     dataset = setup.open_data(config, config.validation.split)
     limit = config.validation.limit
-    shown = whole_model(model).to(group.device)
+    shown = whole_model(model).to(env.device)
     try:
         if config.method == "clsclip":
             report = _pairs(shown, text, dataset, limit)
@@ -44,8 +44,8 @@ def validate(
             segmenter = Segmenter(shown, text_embeddings=text, class_names=whole_names(dataset.class_names))
             setting = resolve_setting(config.setting, dataset, dataset.class_names)
             label = labeller(segmenter, dataset.class_names, setting.calibrated)
-            report = evaluate(label, dataset, setting=setting, limit=limit, device=group.device)
-            if group.main:
+            report = evaluate(label, dataset, setting=setting, limit=limit, device=env.device)
+            if env.main:
                 for index in range(min(config.validation.pictures, len(dataset))):
                     _draw(config, dataset, index, label, log, done)
     finally:

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import Field, Strict
 
-from zs3fast.training.config import (
-    CheckpointConfig,
-    LogConfig,
-    OptimizerConfig,
-    ScheduleConfig,
+from zs3fast.training.config import CheckpointConfig, LogConfig, OptimizerConfig, ScheduleConfig
+from zs3fast.training.settings import (
+    Count,
+    CountOrZero,
+    Text,
+    Values,
     build,
-    parse_yaml,
     plain,
+    read_text,
+    read_values,
+    save_yaml,
+    settings,
 )
-from zs3fast.utils.files import replacing
+from zs3fast.utils.options import did_you_mean
+
+_CLIP_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
 
 # Keys that a resumed run may change.
 FREE = ("output", "device", "data.workers", "checkpoint", "log", "probe_images")
 
 
-@dataclass(frozen=True)
+@settings
 class CaptionConfig:
     """The (scene, caption) pairs.  size: side of a scene in pixels.  workers: processes that paint ahead."""
 
-    size: int = 64
-    workers: int = 1
+    size: Count = 64
+    workers: CountOrZero = 1
 
 
-@dataclass(frozen=True)
+@settings
 class ContrastiveConfig:
     """A contrastive run.
 
@@ -45,14 +51,14 @@ class ContrastiveConfig:
     """
 
     clip: dict[str, Any]
-    name: str = "clip"
-    seed: int = 0
-    iterations: int = 1000
-    batch_size: int = 256
-    precision: str = "fp32"
-    probe_images: int = 4
-    device: str | None = None
-    output: str | None = None
+    name: Text = "clip"
+    seed: CountOrZero = 0
+    iterations: Count = 1000
+    batch_size: Annotated[int, Strict(), Field(ge=2)] = 256
+    precision: Literal["fp32", "bf16"] = "fp32"
+    probe_images: CountOrZero = 4
+    device: Text | None = None
+    output: Text | None = None
     data: CaptionConfig = field(default_factory=CaptionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -60,30 +66,15 @@ class ContrastiveConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in self.clip]
+        missing = [key for key in _CLIP_KEYS[:3] if key not in self.clip]
         if missing:
             raise ValueError(f"clip: the configuration lacks {', '.join(missing)}, expected those of open_clip")
-        unknown = sorted(set(self.clip) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"})
-        if unknown:
-            raise ValueError(f"clip: unknown {', '.join(unknown)}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: expected fp32 or bf16, got {self.precision!r}")
+        for key in self.clip:
+            if key not in _CLIP_KEYS:
+                raise ValueError(f"clip: unknown {key}{did_you_mean(key, _CLIP_KEYS)}")
         side = self.clip["vision_cfg"].get("image_size", 224)
         if side != self.data.size:
             raise ValueError(f"data.size: expected clip.vision_cfg.image_size, {side}, got {self.data.size}")
-        for key, value, least in (
-            ("seed", self.seed, 0),
-            ("iterations", self.iterations, 1),
-            ("batch_size", self.batch_size, 2),
-            ("probe_images", self.probe_images, 0),
-            ("data.workers", self.data.workers, 0),
-            ("optimizer.lr", self.optimizer.lr, 0),
-            ("checkpoint.every", self.checkpoint.every, 1),
-            ("checkpoint.keep", self.checkpoint.keep, 1),
-            ("log.every", self.log.every, 1),
-        ):
-            if not value >= least:
-                raise ValueError(f"{key}: expected at least {least}, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, as YAML and JSON hold them."""
@@ -102,24 +93,26 @@ def load_contrastive_config(source: str | os.PathLike[str] = "world_clip") -> Co
         FileNotFoundError, ValueError: no such file or name, broken YAML, an unknown key, a value of the wrong type or
             out of range.
     """
-    name = os.fspath(source)
-    own = Path(__file__).parents[1] / "configs"
-    known = sorted(entry.name[:-5] for entry in own.iterdir())
-    path = Path(name) if Path(name).is_file() else own / f"{name}.yaml" if name in known else None
-    if path is None:
-        raise FileNotFoundError(f"config: no file {name!r}; those of the package: {', '.join(known)}")
-    values = parse_yaml(path.read_text(encoding="utf-8"), name)
-    if not isinstance(values, dict):
-        raise ValueError(f"{name}: expected keys and values, got {type(values).__name__}")
-    return contrastive_from_dict(values)
+    return build(ContrastiveConfig, read_values(source, _find))
 
 
 def contrastive_from_dict(values: dict[str, Any]) -> ContrastiveConfig:
     """A configuration from nested dicts; unknown keys and wrong types are errors that name the key."""
-    return build(ContrastiveConfig, {"clip": {}, **values}, "")
+    return build(ContrastiveConfig, Values(values, "config"))
 
 
 def save_contrastive_config(config: ContrastiveConfig, path: str | os.PathLike[str]) -> None:
     """Write every key as YAML that `load_contrastive_config` reads back."""
-    with replacing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    save_yaml(config.to_dict(), path)
+
+
+def _find(name: str, beside: Path | None) -> tuple[str, str, Path | None]:
+    """Text of a configuration, what to call it, and its folder if it is a user's file."""
+    own = Path(__file__).parents[1] / "configs"
+    known = sorted(entry.name[:-5] for entry in own.iterdir())
+    for path in (Path(name), *([beside / name] if beside else [])):
+        if path.is_file():
+            return read_text(path), str(path), path.parent
+    if name in known:
+        return read_text(own / f"{name}.yaml"), name, None
+    raise FileNotFoundError(f"config: no file {name!r}; those of the package: {', '.join(known)}")

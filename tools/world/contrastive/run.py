@@ -25,13 +25,13 @@ from tools.world.contrastive.probe import normalised, zero_shot_probe
 from zs3fast.data.sampling import PositionSampler, seed_worker
 from zs3fast.data.world import ALL_STUFF, ALL_THINGS, VERSION, CaptionSet, name_of
 from zs3fast.data.world.captions import words
-from zs3fast.training import checkpoints, distributed
+from zs3fast.training import checkpoints
 from zs3fast.training.config import changed_keys
-from zs3fast.training.distributed import Workers
 from zs3fast.training.logs import RunLog
 from zs3fast.training.loop import RunResult, previous_checkpoint
 from zs3fast.training.optimiser import make_optimizer, set_learning_rate
 from zs3fast.training.schedules import learning_rate
+from zs3fast.utils.distributed import DistEnv, dist_env
 from zs3fast.utils.files import replacing
 from zs3fast.weights.packing import pack_clip
 
@@ -109,11 +109,11 @@ def train_clip(config: ContrastiveConfig, *, resume: bool = False) -> RunResult:
     Raises:
         ValueError, OSError: a configuration or checkpoint that will not do.  RuntimeError: a loss that is not finite.
     """
-    with distributed.workers(config.device) as group:
-        if group.world > 1:
-            raise ValueError(f"contrastive training runs in one process, got {group.world} by torchrun")
+    with dist_env(config.device) as env:
+        if env.world > 1:
+            raise ValueError(f"contrastive training runs in one process, got {env.world} by torchrun")
         with checkpoints.run_lock(config.folder):
-            return _train(config, resume, group)
+            return _train(config, resume, env)
 
 
 def rate(config: ContrastiveConfig, iteration: int) -> float:
@@ -123,15 +123,15 @@ def rate(config: ContrastiveConfig, iteration: int) -> float:
     return lr * min(1.0, (iteration + 1) / (warmup + 1))
 
 
-def _train(config: ContrastiveConfig, resume: bool, group: Workers) -> RunResult:
+def _train(config: ContrastiveConfig, resume: bool, env: DistEnv) -> RunResult:
     previous = previous_checkpoint(config.folder, resume)
     clip, tokenizer = build_clip(config)
-    step = ContrastiveStep(clip, config.precision).to(group.device).train()
+    step = ContrastiveStep(clip, config.precision).to(env.device).train()
     optimizer = make_optimizer(step, config.optimizer)
     start = _go_on(previous, config, step, optimizer) if previous else 0
     checkpoints.remove_leftovers(config.folder)
     save_contrastive_config(config, config.folder / "config.yaml")
-    log = RunLog(config.folder, group, start, config.iterations, config.batch_size, config.log.tensorboard)
+    log = RunLog(config.folder, env, start, config.iterations, config.batch_size, config.log.tensorboard)
     data = CaptionSet(config.data.size, config.seed)
     sampler = PositionSampler(start, config.batch_size, stop_iteration=config.iterations)
     loader = DataLoader(
@@ -144,7 +144,7 @@ def _train(config: ContrastiveConfig, resume: bool, group: Workers) -> RunResult
     terms: dict[str, float] = {}
     try:
         for iteration, (images, tokens) in enumerate(loader, start):
-            losses = step(images.to(group.device), tokens.to(group.device))
+            losses = step(images.to(env.device), tokens.to(env.device))
             losses["loss"].backward()
             lr = rate(config, iteration)
             set_learning_rate(optimizer, lr)

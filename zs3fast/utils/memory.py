@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import errno
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 
 def resident_bytes() -> int:
     """Resident memory of this process now."""
-    return _status_bytes("VmRSS")
+    return psutil.Process().memory_info().rss
 
 
-def available_bytes() -> int | None:
-    """Memory that new processes can take without swapping; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
-    return int(found[1]) * 1024 if found else None
+def available_bytes() -> int:
+    """Memory that new processes can take without swapping."""
+    return psutil.virtual_memory().available
 
 
 def limit_memory(limit: int) -> None:
@@ -54,9 +52,16 @@ def reset_peak_resident() -> None:
 def peak_resident_bytes() -> int:
     """Highest resident memory of this process since `reset_peak_resident`, or since its start.
 
-    Read from VmHWM, not ru_maxrss: a child's ru_maxrss starts at its parent's peak.
+    On Linux read from VmHWM, which psutil does not give: a child's ru_maxrss starts at its parent's peak.
     """
-    return _status_bytes("VmHWM")
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # not on every system
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def kept_for_backward(forward: Callable[[], Any]) -> dict[tuple[int, int], Tensor]:
@@ -77,13 +82,3 @@ def kept_for_backward(forward: Callable[[], Any]) -> dict[tuple[int, int], Tenso
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
     return kept
-
-
-def _status_bytes(key: str) -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(rf"^{key}:\s+(\d+) kB", status.read_text(), re.MULTILINE)[1]) * 1024
-    import resource  # not on every system
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,7 +1,8 @@
-"""The processes of a run: one, or as many as torchrun started."""
+"""The processes of a run: one, or as many as torchrun started; and how a model is spread over them."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,15 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from zs3fast.evaluation.processes import joined, place
+# FSDP and DTensor are imported where a model may be sharded: one process that evaluates needs neither.
 
 
 @dataclass(frozen=True)
-class Workers:
+class DistEnv:
     """This process among all of the run."""
 
     rank: int
@@ -44,14 +43,50 @@ class Workers:
             dist.barrier()
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, of torch.distributed; (0, 1) without it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 @contextmanager
-def workers(device: str | None = None) -> Iterator[Workers]:
-    """Join the processes that torchrun started, or be the only one; `device` as for `evaluation.processes.joined`."""
-    with joined(device) as place_name:
-        yield Workers(*place(), torch.device(place_name))
+def dist_env(device: str | None = None) -> Iterator[DistEnv]:
+    """Join the processes of torchrun, if it started this one, and choose this process's device.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...; None: cuda if there is one. Under torchrun plain "cuda" means the GPU of
+            the local rank.
+    Raises:
+        ValueError: a device that cannot be used here.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    started = world > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield DistEnv(*rank_and_world(), torch.device(device))
+    finally:
+        if started:
+            dist.destroy_process_group()
 
 
-def spread(step: nn.Module, parallel: str, group: Workers) -> nn.Module:
+def sum_over_processes(value: Tensor) -> None:
+    """Add the values of all processes into each, in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(value)
+
+
+def parallelize(step: nn.Module, parallel: str, env: DistEnv) -> nn.Module:
     """The training step over all processes: DDP, or FSDP2 with every encoder block and the rest sharded.
 
     DDP is told that parameters may go without a gradient. Some do (the official code trains such too), and only then
@@ -59,27 +94,29 @@ def spread(step: nn.Module, parallel: str, group: Workers) -> nn.Module:
     resume.
     """
     if parallel == "fsdp":
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
         if not dist.is_initialized():
             raise ValueError("parallel: fsdp shards over processes; start the run with torchrun")
-        mesh = dist.init_device_mesh(group.device.type, (group.world,))
+        mesh = dist.init_device_mesh(env.device.type, (env.world,))
         for block in encoder_blocks(step.model):
             fully_shard(block, mesh=mesh)
             if hasattr(block, "context"):  # keys and values of prompts are asked for outside forward
                 register_fsdp_forward_method(block, "context")
         return fully_shard(step, mesh=mesh)
-    if group.world == 1:
+    if env.world == 1:
         return step
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    devices = [group.device] if group.device.type == "cuda" else None
+    devices = [env.device] if env.device.type == "cuda" else None
     return DistributedDataParallel(step, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
 
 
 def accumulating(step: nn.Module, more: bool) -> AbstractContextManager[None]:
     """Where one micro-batch runs: gradients are exchanged unless more are to come in this iteration."""
-    if isinstance(step, FSDPModule):
+    if isinstance(step, DistributedDataParallel):
+        return step.no_sync() if more else nullcontext()
+    if hasattr(step, "set_requires_gradient_sync"):  # FSDP2
         step.set_requires_gradient_sync(not more)
-    elif isinstance(step, DistributedDataParallel) and more:
-        return step.no_sync()
     return nullcontext()
 
 
@@ -88,14 +125,23 @@ def encoder_blocks(model: nn.Module) -> list[nn.Module]:
     return list(model.encoder.transformer.resblocks) if hasattr(model.encoder, "transformer") else []
 
 
-def whole(tensor: Tensor) -> Tensor:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process holds only a part of it."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on every process (all must call); any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor into one that may be sharded."""
-    if isinstance(target, DTensor):
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
