@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from tests.training import tiny_run
 from zs3fast import weights
-from zs3fast.training import checkpoints, command, setup
+from zs3fast.training import checkpoints, command, loop, setup
 from zs3fast.training.config import from_dict, load_config, save_config
 from zs3fast.training.loop import RunResult, train
 from zs3fast.weights import CheckpointError
@@ -312,6 +312,50 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path, optimizer={"lr": 1e30}, schedule={"warmup_iterations": 0})
     with pytest.raises(RuntimeError, match=r"iteration \d: the loss is not finite"):
         train(config)
+
+
+def test_the_weights_stay_those_before_a_bad_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One term of iteration 3 is infinite and the log looks after iteration 6."""
+    config = tiny_run.config(
+        tmp_path, iterations=6, checkpoint={"every": 100}, log={"every": 100, "tensorboard": False}
+    )
+    models: list[torch.nn.Module] = []
+    plain = setup.build_step
+
+    def watched(*arguments: object) -> torch.nn.Module:
+        step = plain(*arguments)
+        models.append(step.model)
+        return step
+
+    def infinite(*arguments: object) -> dict[str, torch.Tensor]:
+        terms = gradients(*arguments)
+        return {**terms, "loss_dice": terms["loss_dice"] * float("inf")} if arguments[-1][1] == 3 else terms
+
+    gradients = loop.gradients
+    monkeypatch.setattr(setup, "build_step", watched)
+    monkeypatch.setattr(loop, "gradients", infinite)
+    with pytest.raises(RuntimeError, match=r"^iteration 3: the loss is not finite \(loss_dice inf\)"):
+        train(config)
+    three = replace(config, output=str(tmp_path / "three"), checkpoint=replace(config.checkpoint, every=3))
+    with pytest.raises(RuntimeError, match="iteration 3"):
+        train(three)
+    tensors, facts = checkpoints.read_checkpoint(checkpoints.checkpoint_path(three.folder, 3))
+    assert facts["iteration"] == 3
+    for name, parameter in models[0].trainable().items():
+        assert torch.equal(parameter, tensors[f"weights.{name}"]), name
+
+
+def test_a_checkpoint_s_header_is_digested(reference: RunResult, tmp_path: Path) -> None:
+    """ "iteration": 6 edited to 3 went on from there, to other weights."""
+    newest = checkpoints.checkpoint_path(reference.folder, 6).read_bytes()
+    path = tmp_path / "iteration_00000006.safetensors"
+    for old, new in ((b'\\"iteration\\": 6', b'\\"iteration\\": 3'), (b'\\"position\\": 24', b'\\"position\\": 42')):
+        assert newest.count(old) == 1
+        path.write_bytes(newest.replace(old, new))
+        with pytest.raises(CheckpointError, match="its contents do not match their digest"):
+            checkpoints.read_checkpoint(path)
+    path.write_bytes(newest)
+    assert checkpoints.read_checkpoint(path)[1]["iteration"] == 6
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.tiny import tiny_model
 from zs3fast.training.config import OptimizerConfig, ScheduleConfig
-from zs3fast.training.optimiser import freeze, make_optimizer
+from zs3fast.training.optimiser import finite_step, freeze, make_optimizer
 from zs3fast.training.schedules import learning_rate
+from zs3fast.utils.distributed import DistEnv
 
 
 def test_poly_with_warm_up() -> None:
@@ -83,3 +84,47 @@ def test_no_state_for_frozen_weights() -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert {id(p) for p in optimizer.state} == {id(p) for p in model.trainable().values()}
+
+
+class Trained(nn.Linear):
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
+
+
+@pytest.mark.parametrize("bad", ["loss", "loss_dice", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_changes_neither_weights_nor_state(bad: str, value: float) -> None:
+    """The loss used to be looked at some iterations after it had gone into the weights."""
+    torch.manual_seed(0)
+    model = Trained(3, 2)
+    optimizer = make_optimizer(model, OptimizerConfig(lr=0.1))
+    env = DistEnv(0, 1, torch.device("cpu"))
+
+    def step(terms: dict[str, Tensor]) -> list[Tensor]:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if bad == "gradient" and terms:
+            model.weight.grad[1, 1] = value
+        finite_step(optimizer, {"loss": torch.tensor(1.0), "loss_dice": torch.tensor(0.5), **terms}, env)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        state = [value for entry in optimizer.state.values() for value in entry.values()]
+        return [tensor.detach().clone() for tensor in (*model.parameters(), *state)]
+
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    before = step({})
+    assert not any(torch.equal(a, b) for a, b in zip(start, before))
+    after = step({bad: torch.tensor(value)} if bad != "gradient" else {"loss": torch.tensor(1.0)})
+    later = step({})  # the run has gone wrong: it does not go on behind the reader's back
+    for first, second, third in zip(before, after, later, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, third)
+
+
+def test_the_norm_is_that_before_clipping() -> None:
+    model = Trained(3, 2, bias=False)
+    optimizer = make_optimizer(model, OptimizerConfig(lr=1.0, weight_decay=0.0, betas=(0.0, 0.0), eps=1.0))
+    start = model.weight.detach().clone()
+    model.weight.grad = torch.full((2, 3), 2.0)
+    norm = finite_step(optimizer, {}, DistEnv(0, 1, torch.device("cpu")), clip_norm=0.6)
+    clipped = 2.0 * 0.6 / 24**0.5  # to within torch's 1e-6
+    assert float(norm) == pytest.approx(24**0.5)
+    assert (start - model.weight).detach().numpy() == pytest.approx(clipped / (clipped + 1.0), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from zs3fast.utils.files import replacing
 
@@ -112,3 +115,19 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "out" / ".a.part.txt").symlink_to(tmp_path / "precious")
     write(tmp_path / "out" / "a.txt")
     assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / "out" / "a.txt").read_text() == "new"
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
+    """safetensors has an error of its own for it, which no command caught."""
+    resource = pytest.importorskip("resource", reason="no limits of a file's size on this system")
+    path = tmp_path / "weights.safetensors"
+    path.write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError) as caught, replacing(path) as temporary:
+            safetensors.torch.save_file({"a": torch.zeros(10_000)}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

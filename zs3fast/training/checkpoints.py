@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from zs3fast.text.cache import tensor_digest
 from zs3fast.utils.distributed import assign, full_tensor
-from zs3fast.utils.files import replacing, write_tensors
+from zs3fast.utils.files import replacing
 from zs3fast.weights import CheckpointError
 
 METADATA_KEY = "zs3fast_training"
@@ -103,7 +104,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict[str, 
     path = checkpoint_path(folder, facts["iteration"])
     described = {**facts, "digest": _digest(tensors, facts)}
     with replacing(path) as temporary:
-        write_tensors(tensors, temporary, {METADATA_KEY: json.dumps(described)})
+        safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(described)})
         durable(temporary)
     durable(path)
     for old in list_checkpoints(folder)[:-keep]:
@@ -147,7 +148,7 @@ def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim
         for moment in _MOMENTS:
             value = tensors[f"{moment}.{name}"]
             if moment == "step":
-                state[moment] = value.clone()
+                state[moment] = value.to(parameter.device, copy=True)
             else:
                 state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 assign(state[moment], value)

@@ -59,9 +59,12 @@ class RunLog:
         values = torch.stack([torch.stack([terms[name] for name in names]) for _, _, terms in pending])
         values = (self._group.total(values) / self._group.world).cpu().double().numpy()
         for (iteration, _, _), row in zip(pending, values):
-            if not np.isfinite(row).all():
-                terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, row))
-                raise RuntimeError(f"iteration {iteration}: the loss is not finite ({terms})")
+            bad = [f"{name} {value:g}" for name, value in zip(names, row) if not np.isfinite(value)]
+            if bad:
+                raise RuntimeError(
+                    f"iteration {iteration}: the loss is not finite ({', '.join(bad)}); the weights are those of "
+                    "the iteration before"
+                )
         last = dict(zip(names, values[-1].tolist()))
         if self._group.main:
             seconds = (time.perf_counter() - self._since) / len(pending)

@@ -21,7 +21,7 @@ from zs3fast.training import checkpoints, setup, validation
 from zs3fast.training.config import TrainConfig, changed_keys, save_config
 from zs3fast.training.export import export_weights
 from zs3fast.training.logs import RunLog
-from zs3fast.training.optimiser import freeze, make_optimizer, set_learning_rate
+from zs3fast.training.optimiser import finite_step, freeze, make_optimizer, set_learning_rate
 from zs3fast.training.schedules import learning_rate
 from zs3fast.training.steps import Batch, Terms
 from zs3fast.utils import distributed
@@ -33,7 +33,9 @@ class RunResult:
     """How a run ended.
 
     folder: the run's folder.  weights: the exported weights, for `zs3fast segment --weights`.
-    iterations: its length.  terms: loss terms of the last iteration that was computed here (empty if none was).
+    iterations: its length.
+    terms: loss terms, and the norm of the gradients before clipping, of the last iteration that was computed here
+        (empty if none was).
     best: {"metric", "value", "iteration"} of the best validation, or None.
     """
 
@@ -107,11 +109,8 @@ def _train(config: TrainConfig, resume: bool, env: DistEnv) -> RunResult:
             batch = _to_device(batch, env.device)
             losses = gradients(spread, step, batch, split, env, (config.seed, iteration))
             set_learning_rate(optimizer, lr)
-            if config.optimizer.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.trainable().values(), config.optimizer.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            log.add(iteration, lr, losses)
+            norm = finite_step(optimizer, losses, env, config.optimizer.clip_norm)
+            log.add(iteration, lr, {**losses, "gradient_norm": norm})
 
             done = iteration + 1
             validating = config.validation.every and (done % config.validation.every == 0 or done == iterations)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zs3fast.training.config import OptimizerConfig
+from zs3fast.utils.distributed import DistEnv, full_tensor
 
 
 def freeze(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -52,8 +55,40 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW whose state holds the trained parameters and nothing of the frozen ones."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps)
+    """AdamW whose state holds the trained parameters and nothing of the frozen ones.
+
+    Fused, for its flag on the device: while `found_inf` is 1 a step changes nothing, neither weights nor state.
+    """
+    groups = parameter_groups(model, config)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer.found_inf = torch.zeros((), device=next(iter(model.trainable().values())).device)
+    return optimizer
+
+
+def finite_step(
+    optimizer: torch.optim.AdamW, terms: Mapping[str, Tensor], env: DistEnv, clip_norm: float | None = None
+) -> Tensor:
+    """One step of the optimiser, unless a loss term or the gradients are not finite: then neither this nor a later one.
+
+    The flag is raised on the device, by all processes alike, and nothing is waited for: weights and state stay those of
+    the last finite iteration until the log finds the numbers.
+
+    Args:
+        terms: this process's loss terms.  clip_norm: largest L2 norm of all gradients together.
+    Returns:
+        The norm of the gradients, before clipping.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    norm = full_tensor(norm.detach())
+    finite = torch.stack([norm, *(term.detach().to(norm) for term in terms.values())]).isfinite().all()
+    bad = env.total((~finite).to(optimizer.found_inf)) > 0
+    optimizer.found_inf.copy_(torch.maximum(optimizer.found_inf, bad.to(optimizer.found_inf)))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

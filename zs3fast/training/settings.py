@@ -219,6 +219,8 @@ def _line(cls: type, error: Any, values: Values) -> str:
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     parts = [part for part in error["loc"] if isinstance(part, int) or not str(part).startswith("function-")]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+    if kind == "invalid_key":  # a number, perhaps
+        key = str(parts[-1])
     if kind in ("unexpected_keyword_argument", "invalid_key"):
         return f"{values.origin(key)}: unknown key {key!r}{_hint(cls, parts)}"
     if not parts:  # what fields have to do with each other; its message is whole

@@ -82,7 +82,8 @@ def one_line_errors(code: int) -> Iterator[None]:
             raise typer.Exit(INTERRUPTED) from None
         if not isinstance(error, USER_ERRORS):
             raise
-        stderr.print(f"[red]error[/] {escape(first_line(error))}")
+        for line in getattr(error, "lines", None) or [first_line(error)]:  # settings say all that is wrong at once
+            stderr.print(f"[red]error[/] {escape(printable(line))}")
         raise typer.Exit(code) from None
 
 

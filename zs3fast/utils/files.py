@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 try:
     import fcntl
@@ -35,11 +39,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if mode is not None:
             os.chmod(temporary, mode)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # a full disk, which it does not call an OSError
+            raise _as_os_error(error, path) from None
         raise
     finally:
         os.close(handle)
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """What safetensors could not write, as Python says it: with the system's reason and the file's name."""
+    found = re.search(r"os error (\d+)|code: (\d+)", str(error))
+    code = int(found[1] or found[2]) if found else errno.EIO
+    return OSError(code, os.strerror(code) if found else str(error), os.fspath(path))
 
 
 def hidden(name: str) -> bool:

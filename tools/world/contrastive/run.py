@@ -29,7 +29,7 @@ from zs3fast.training import checkpoints
 from zs3fast.training.config import changed_keys
 from zs3fast.training.logs import RunLog
 from zs3fast.training.loop import RunResult, previous_checkpoint
-from zs3fast.training.optimiser import make_optimizer, set_learning_rate
+from zs3fast.training.optimiser import finite_step, make_optimizer, set_learning_rate
 from zs3fast.training.schedules import learning_rate
 from zs3fast.utils.distributed import DistEnv, dist_env
 from zs3fast.utils.files import replacing
@@ -148,13 +148,10 @@ def _train(config: ContrastiveConfig, resume: bool, env: DistEnv) -> RunResult:
             losses["loss"].backward()
             lr = rate(config, iteration)
             set_learning_rate(optimizer, lr)
-            if config.optimizer.clip_norm is not None:
-                nn.utils.clip_grad_norm_(clip.parameters(), config.optimizer.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = finite_step(optimizer, losses, env, config.optimizer.clip_norm)
             with torch.no_grad():
                 clip.logit_scale.clamp_(max=_LARGEST_SCALE)
-            log.add(iteration, lr, losses)
+            log.add(iteration, lr, {**losses, "gradient_norm": norm})
 
             done = iteration + 1
             saving = done % config.checkpoint.every == 0 or done == config.iterations
