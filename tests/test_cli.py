@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +100,50 @@ def test_the_same_stem_never_overwrites(place, tiny):
     assert len(stems) == len({stem.casefold() for stem in stems}) == 4
     assert sorted(stems.values()) == ["a/x.png", "b/X.jpg", "b/x-2.png", "b/x.png"]
     assert stems["x-2"] == "b/x-2.png"
+
+
+ODD_NAMES = ["..png", "...png", ".a.png", "猫" * 81 + ".png", "é" * 122 + ".png", os.fsdecode(b"caf\xe9.png")]
+
+
+def test_results_of_odd_names_lie_in_the_output_folder(place, tiny):
+    """`..png` wrote beside the output folder, over somebody's results.json; the others ended in "failed"."""
+    for name in ODD_NAMES:
+        save_photo(place / "in/x.png", (8, 8)).rename(place / "in" / name)
+    (place / "results.json").write_text("mine")
+    before = {path for path in place.iterdir() if path.name != "out"}
+    output = run("segment", *(Path("in") / name for name in ODD_NAMES), "-w", tiny, "-o", "out")
+    assert "6 of 6 pictures segmented" in output
+    assert {path for path in place.iterdir() if path.name != "out"} == before
+    assert (place / "results.json").read_text() == "mine"
+    assert len(list((place / "out").iterdir())) == 18
+    sources = {json.loads(path.read_text(encoding="utf-8"))["source"] for path in (place / "out").glob("*.json")}
+    assert sources == {str(Path("in") / name) for name in ODD_NAMES}
+
+
+def test_names_too_long_for_three_results_stay_apart(place, tiny):
+    for name in ("猫" * 83 + "a.png", "猫" * 83 + "b.png"):
+        save_photo(place / "in/x.png").rename(place / "in" / name)
+    assert "2 of 2 pictures segmented" in run("segment", "in", "-w", tiny, "-o", "out")
+    assert len(list((place / "out").iterdir())) == 6
+
+
+def test_what_a_folder_holds_besides_images(place, tiny):
+    save_photo(place / "in/a.jpg")
+    for name in "._a.jpg .a_labels.part.png x.pdf x.mpg x.h5 notes.txt IMG_1.HEIC".split():
+        (place / "in" / name).write_bytes(b"\0\5\x16\7")
+    output = run("segment", "in", "-w", tiny, "-o", "out")
+    assert "1 of 1 pictures segmented" in output and "failed" not in output
+    assert "note in: IMG_1.HEIC is left out, as Pillow does not read .heic" in output
+    (place / "in/a.jpg").unlink()
+    assert "no pictures in in; IMG_1.HEIC is left out" in run("segment", "in", "-w", tiny, "-o", "out", code=2)
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(place, tiny):
+    save_photo(place / "in/x.png").rename(place / "in/a\x1b[31m\x07.png")
+    (place / "in/b\x1b[31m.png").write_text("no picture")
+    output = run("segment", "in", "-w", tiny, "-c", "cat, c\x1b[31mow", "-o", "out", code=1)
+    assert "1 of 2 pictures segmented" in output and "\\x1b" in output
+    assert not set(output) & set("\x1b\x07")
 
 
 def test_broken_pictures_are_listed_at_the_end(place, tiny):

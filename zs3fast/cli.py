@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -373,8 +374,11 @@ def write_result(result: Segmentation, target: Path) -> Path:
     result.save(labels)
     save_picture(result.overlay(), overlay)
     content = {**result.to_dict(), "labels": labels.name, "overlay": overlay.name}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    if any("\ud800" <= character <= "\udfff" for character in text):  # a file name that is not UTF-8
+        text = json.dumps(content, indent=1) + "\n"
     with replacing(summary) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return overlay
 
 
@@ -426,48 +430,59 @@ def _training_vocabulary(trained_on: str | None) -> dict[str, object]:
 
 
 def _find_pictures(inputs: Sequence[str]) -> list[Path]:
-    """Files as given, the pictures of folders, what globs match; each once, in order."""
+    """Files as given, the images of folders, what globs match; each once, in order."""
+    from zs3fast.utils.images import image_files
+
     found: dict[Path, None] = {}
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            matches = _pictures_among(path.iterdir())
+            matches, unread = image_files(path.iterdir())
         elif path.exists() or not glob.has_magic(text):
-            matches = [path]  # a file that is not there is reported with the other failures
+            matches, unread = [path], []  # a file that is not there is reported with the other failures
         else:
-            matches = _pictures_among(Path(match) for match in glob.glob(text, recursive=True))
+            matches, unread = image_files(Path(match) for match in glob.glob(text, recursive=True))
+        matches = [match for match in matches if match == path or not match.name.endswith(_OUTPUT_SUFFIXES)]
+        left_out = _left_out(unread)
         if not matches:
-            raise ValueError(f"INPUT: no pictures in {text}")
+            raise ValueError(f"INPUT: no pictures in {text}{f'; {left_out}' if left_out else ''}")
+        if left_out:
+            stderr.print(f"[yellow]note[/] {escape(text)}: {escape(left_out)}")
         found.update(dict.fromkeys(matches))
     return list(found)
 
 
-def _pictures_among(paths: Iterator[Path]) -> list[Path]:
-    from PIL import Image
-
-    suffixes = set(Image.registered_extensions())
-    return sorted(
-        path
-        for path in paths
-        if path.suffix.lower() in suffixes and path.is_file() and not path.name.endswith(_OUTPUT_SUFFIXES)
-    )
+def _left_out(unread: list[Path]) -> str:
+    if not unread:
+        return ""
+    suffixes = ", ".join(sorted({path.suffix.lower() for path in unread}))
+    which = unread[0].name if len(unread) == 1 else f"{len(unread)} files, such as {unread[0].name}, are"
+    return f"{which}{' is' if len(unread) == 1 else ''} left out, as Pillow does not read {suffixes}"
 
 
 def _distinct_stems(pictures: list[Path]) -> dict[Path, str]:
     """Names of the results: the picture's stem, with a number where another picture has it (on any file system)."""
-    natural = {picture.stem.casefold() for picture in pictures}
+    natural = {_stem(picture).casefold() for picture in pictures}
     used: set[str] = set()
     stems = {}
     for picture in pictures:
-        stem, number = picture.stem, 1
+        stem, number = _stem(picture), 1
         while stem.casefold() in used or (number > 1 and stem.casefold() in natural):
             number += 1
-            stem = f"{picture.stem}-{number}"
+            stem = _stem(picture, f"-{number}")
         used.add(stem.casefold())
         stems[picture] = stem
         if number > 1:
             stderr.print(f"[yellow]note[/] {escape(str(picture))}: results are named {escape(stem)}, its own is taken")
     return stems
+
+
+def _stem(picture: Path, end: str = "") -> str:
+    """What the names of a picture's results begin with: its stem (never "." or "..", nor hidden), as long as fits."""
+    stem = picture.stem.lstrip(".") or "picture"
+    while len(os.fsencode(stem + end)) + max(map(len, _OUTPUT_SUFFIXES)) > 255:  # bytes are what is counted
+        stem = stem[:-1]
+    return stem + end
 
 
 def _device(device: str | None) -> str:

@@ -66,6 +66,11 @@ def test_lists_are_copies():
         ([("sofa", "couch"), "cat"], [("sofa", "couch"), ("cat",)]),
         (whole_names(["screen, crt screen", "screen,  silver"]), [("screen, crt screen",), ("screen, silver",)]),
         ("猫, Straße", [("猫",), ("Straße",)]),
+        (
+            "salt &amp; pepper, 747, (other), 3d printer, t-shirt",
+            [("salt &amp; pepper",), ("747",), ("(other)",)] + [("3d printer",), ("t-shirt",)],
+        ),
+        ([("cat; dog",), ("0: cat",)], [("cat; dog",), ("0: cat",)]),  # verbatim, as datasets name them
     ],
 )
 def test_parse_classes_keeps_order_and_synonyms(given, expected):
@@ -85,6 +90,21 @@ def test_parse_classes_keeps_order_and_synonyms(given, expected):
         (whole_names(["screen, crt", "Screen,  crt"]), "classes: 'Screen, crt' is given twice"),
         ([("cat", " ")], "classes: .*no class"),
         (["hot dog", "hot  dog"], "classes: 'hot dog' is given twice"),
+        (["caf\u00e9", "cafe\u0301"], "classes: 'cafe\u0301' is given twice"),
+        ([("salt & pepper",), ("salt &amp; pepper",)], "classes: 'salt &amp; pepper' is given twice"),
+        (["salt &amp; pepper", "Salt & Pepper"], "classes: 'Salt & Pepper' is given twice"),
+        (["men's room", "men\u2019s room"], "is given twice"),
+        ("cat;dog", "expected names with commas between them, got 'cat;dog'; write 'cat, dog'"),
+        ("cat | dog, cow", "write 'cat, dog, cow'"),
+        ("cat\ndog\n", "write 'cat, dog'"),
+        ("\u732b\u3001\u72ac", "write '\u732b, \u72ac'"),
+        ("0: cat", "got '0: cat'; write 'cat'"),
+        ("0: cat, 1: dog", "write 'cat, dog'"),
+        (["1. cat", "2. dog"], "got '1. cat'; write 'cat'"),
+        (["1\tcat"], "write 'cat'"),
+        (["- cat"], "write 'cat'"),
+        ('["cat", "dog"]', "write 'cat, dog'"),
+        ("['cat', 'dog']", "write 'cat, dog'"),
     ],
 )
 def test_bad_class_lists_name_the_argument(given, message):
@@ -110,6 +130,17 @@ def test_class_file(tmp_path):
         (b"cat\ndog\ncat\n", r"'cat' is given twice \(classes 1 and 3\)"),
         (b"cat\nsofa,,couch\n", "line 2: .*empty name"),
         (b"caf\xe9\n", "not UTF-8"),
+        (b"cat;dog\n", "line 1: .*write 'cat, dog'"),
+        (b"cat\n0: dog\n", "line 2: .*write 'dog'"),
+        (b'["cat", "dog"', "is not JSON"),
+        (b'["cat", 5]', "expected a list of names, .* got 5 for a name"),
+        (b'["cat", [], "dog"]', "for a name"),
+        (b'["cat", {"name": "dog"}]', "got an object for a name"),
+        (b'["cat", "Cat"]', "'Cat' is given twice"),
+        (b'{"cat": [], "cat": ["kitty"]}', "'cat' is given twice"),
+        (b'{"0": "cat", "1": "dog"}', "got numbered names; write a list of them"),
+        (b"[" * 100_000, "is not JSON"),
+        ("cat".encode("utf-16"), "not UTF-8"),
     ],
 )
 def test_bad_class_files_are_named(tmp_path, content, message):
@@ -118,6 +149,39 @@ def test_bad_class_files_are_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_class_file(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["classes.json", "classes.txt"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('["cat", "sofa"]', [("cat",), ("sofa",)]),  # on one line, which as text is one class
+        ('[\n "screen, silver",\n ["sofa", "couch"]\n]', [("screen, silver",), ("sofa", "couch")]),
+        (
+            '\ufeff{"sofa": ["couch"], "cat": [], "dog": null, "tv": "telly"}',
+            [("sofa", "couch"), ("cat",), ("dog",), ("tv", "telly")],
+        ),
+    ],
+)
+def test_class_files_of_json(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_class_file(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize("content", ['name\ncat\n"screen, silver"\n', 'cat\r\n\r\n"screen, silver",\r\n'])
+def test_class_files_of_csv(tmp_path, content):
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8")
+    assert read_class_file(tmp_path / "a.csv") == [("cat",), ("screen, silver",)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("cat,dog\n", "expected one column, a name a line, got 2 in 'cat,dog'"), ("cat;dog\n", "write 'cat, dog'")],
+)
+def test_csv_of_more_columns_is_refused(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"a.csv: {message}|{message}"):
+        read_class_file(tmp_path / "a.csv")
 
 
 def test_templates():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+
+from zs3fast.utils.errors import FileFormatError
+from zs3fast.utils.text_files import read_json, read_text
 
 # In the dataset's folder, the first that is there; {} is the dataset's name.
 CLASS_FILES = ("class_names.txt", "classes.txt", "labels.txt", "{}.txt", "{}.json", "class_names.json")
@@ -30,18 +32,18 @@ def read_class_names(dataset: str, place: Path, count: int) -> tuple[str, ...]:
 
 def _read(path: Path, count: int) -> tuple[str, ...]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if path.suffix == ".json" else _lines(path, text, count)
-    except ValueError as error:  # of decoding, of JSON and ours
-        raise ValueError(f"{path} is no list of class names: {error}") from None
+        names = read_json(path) if path.suffix == ".json" else _lines(read_text(path), count)
+    except ValueError as error:  # what is not JSON or UTF-8, and ours
+        reason = str(error).removeprefix(f"{path} is ")
+        raise FileFormatError(f"{path} is no list of class names: {reason}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"{path} is no list of class names: expected strings")
+        raise FileFormatError(f"{path} is no list of class names: expected strings")
     if len(names) != count:
-        raise ValueError(f"{path} holds {len(names)} class names, expected {count}")
+        raise FileFormatError(f"{path} holds {len(names)} class names, expected {count}")
     return tuple(name.strip() for name in names)
 
 
-def _lines(path: Path, text: str, count: int) -> list[str]:
+def _lines(text: str, count: int) -> list[str]:
     lines = [line for line in text.splitlines() if line.strip()]
     matches = [_NUMBERED.match(line) for line in lines]
     if not all(matches):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zs3fast.utils.errors import FileFormatError
 from zs3fast.utils.files import hidden
+from zs3fast.utils.text_files import read_text
 
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|tiff?|webp|bmp|gif)$", re.IGNORECASE)
 _IMAGE_PATH = re.compile(rf"(.*?{_IMAGE_SUFFIX.pattern[:-1]})(?=\s|$)", re.IGNORECASE)
@@ -134,14 +134,6 @@ def _id(line: str) -> str:
     elif any("/" in column or "\\" in column for column in columns):
         line = line.split()[0]
     return _IMAGE_SUFFIX.sub("", re.split(r"[/\\]", line)[-1])
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, without its byte order mark; an error names the file."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def fill(pattern: str, name: str) -> Path:

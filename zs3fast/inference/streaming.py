@@ -22,7 +22,7 @@ from torch import Tensor
 
 Item, Kept, Result = TypeVar("Item"), TypeVar("Kept"), TypeVar("Result")
 Failed = Callable[[Any, Exception], None]
-ITEM_ERRORS = (ValueError, OSError, RuntimeError)  # of an item that is no good; others are mistakes in a program
+ITEM_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)  # of an item that is no good; others are ours
 _MOST_THREADS = 8
 _item: ContextVar[Any] = ContextVar("zs3fast_item", default=None)
 

@@ -1,10 +1,11 @@
 """Class names and their embeddings: vocabularies, templates, class-name files, the text tower and its disk cache."""
 
 from zs3fast.text.cache import cache_dir
+from zs3fast.text.class_files import read_class_file
 from zs3fast.text.class_lists import class_names, datasets, seen_classes, unseen_classes
 from zs3fast.text.embeddings import load_text_embeddings
 from zs3fast.text.templates import MULTI, SINGLE, TEMPLATES, resolve_templates
-from zs3fast.text.vocabulary import parse_classes, read_class_file, whole_names
+from zs3fast.text.vocabulary import parse_classes, whole_names
 
 __all__ = [
     "MULTI",

@@ -1,14 +1,15 @@
-"""Class lists as users write them: strings, sequences and files.
+"""Class lists as users write them in strings and sequences; files of them are read by `class_files`.
 
 A class is a tuple of names: the first is displayed, the others are synonyms whose embeddings are averaged with its own.
 """
 
 from __future__ import annotations
 
-import os
+import functools
+import html
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 ClassEntry = tuple[str, ...]
 
@@ -22,11 +23,11 @@ def parse_classes(classes: str | Iterable[str | Sequence[str]], argument: str = 
             commas are part of them.
         argument: what error messages call `classes`.
     Raises:
-        ValueError: no class, an empty name, or a class given twice (case and spacing do not tell names apart: CLIP
-            reads both alike).
+        ValueError: no class, an empty name, another notation ("cat; dog", "0: cat"), or a class given twice
+            (`same_name` says which spellings CLIP reads alike).
     """
     if isinstance(classes, str):
-        entries = [(name,) for name in _names(classes, argument)]
+        entries = [(name,) for name in names_of(classes, argument)]
     else:
         entries = [_entry(item, argument) for item in classes]
     return check_entries(entries, argument)
@@ -35,26 +36,6 @@ def parse_classes(classes: str | Iterable[str | Sequence[str]], argument: str = 
 def whole_names(names: Iterable[str]) -> list[ClassEntry]:
     """A dataset's class names as classes: each is one name, commas and all, as published text embeddings read them."""
     return [(name,) for name in names]
-
-
-def read_class_file(path: str | os.PathLike[str]) -> list[ClassEntry]:
-    """Classes of a text file: one a line, synonyms after commas, "sofa, couch"; UTF-8.
-
-    A `#` at the start of a line or after a space begins a comment; empty lines are skipped; order is kept.
-
-    Raises:
-        ValueError: not UTF-8, no class, an empty name, a class given twice. FileNotFoundError: no such file.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"classes: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    entries = []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if line:
-            entries.append(tuple(_names(line, f"classes: {path}, line {number}")))
-    return check_entries(entries, f"classes: {path}")
 
 
 def check_entries(entries: list[ClassEntry], argument: str) -> list[ClassEntry]:
@@ -69,21 +50,56 @@ def check_entries(entries: list[ClassEntry], argument: str) -> list[ClassEntry]:
     return entries
 
 
+@functools.lru_cache(maxsize=4096)
 def same_name(name: str) -> str:
-    """What of a name CLIP's tokenizer tells apart: case and spacing do not matter."""
-    return " ".join(name.split()).casefold()
+    """What of a name CLIP's tokenizer tells apart.
+
+    Case and spacing do not matter to it, nor how an accent is encoded (NFC, NFD), curled quotes, wide letters and
+    ligatures, which it mends with ftfy, nor HTML's names of characters ("&amp;").
+    """
+    import ftfy  # what open_clip's tokenizer uses
+
+    name = html.unescape(html.unescape(ftfy.fix_text(name)))
+    return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
 
 
 def _entry(item: str | Sequence[str], argument: str) -> ClassEntry:
     if isinstance(item, str):
-        return tuple(_names(item, argument))
+        return tuple(names_of(item, argument))
     if not isinstance(item, Sequence) or not item or not all(isinstance(name, str) for name in item):
         raise TypeError(f"{argument}: each class is a name, a line of synonyms or a tuple of names, got {item!r}")
     return tuple(_name(name, name, argument) for name in item)
 
 
-def _names(line: str, argument: str) -> list[str]:
+def names_of(line: str, argument: str) -> list[str]:
+    """The names of a line, commas between them."""
+    check_spelling(line, argument)
     return [_name(name, line, argument) for name in line.split(",")]
+
+
+def check_spelling(line: str, argument: str) -> None:
+    """Raise for what is a list in another notation, "cat; dog" or "0: cat", and show the right one."""
+    better = _better(html.unescape(html.unescape(line)).strip())
+    if better is not None:
+        raise ValueError(f"{argument}: expected names with commas between them, got {line.strip()!r}; write {better!r}")
+
+
+def _better(line: str) -> str | None:
+    """The line as it should have been written, where it looks like another notation."""
+    separators = r"[;|\n\uff1b\uff0c\u3001]"  # the last ones: wide semicolon and comma, ideographic comma
+    if re.search(separators, line):
+        return _joined(re.split(f"{separators}|,", line))
+    if re.match(r"\d+\s*[:=\t]\s*\S|\d+[.)]\s+\S", line):  # "0: cat" and "1. cat", as lists of labels are kept
+        return _joined(re.sub(r"^\s*\d+\s*[:=\t.)]\s*", "", part) for part in line.split(","))
+    if re.match(r"[-*]\s+\S", line):  # a list of YAML or Markdown
+        return line[1:].strip()
+    if re.fullmatch(r"\[.*[,'\"].*\]|\{.*[,'\"].*\}|\(.*[,'\"].*\)", line):  # a list of JSON or Python
+        return _joined(part.strip(" '\"") for part in line[1:-1].split(","))
+    return None
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return ", ".join(part.strip() for part in parts if part.strip())
 
 
 def _name(name: str, line: str, argument: str) -> str:
