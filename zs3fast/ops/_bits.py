@@ -21,7 +21,8 @@ def pack_bits(masks: Tensor) -> Tensor:
     N = masks.shape[-1]
     words = num_words(N)
     bits = F.pad(masks, (0, 32 * words - N)).unflatten(-1, (words, 32)).to(torch.int32)
-    return (bits << torch.arange(32, dtype=torch.int32, device=masks.device)).sum(-1, dtype=torch.int32)
+    place = torch.arange(32, dtype=torch.int32, device=masks.device)
+    return torch.bitwise_left_shift(bits, place).sum(-1, dtype=torch.int32)
 
 
 def unpack_bits(bits: Tensor, N: int) -> Tensor:

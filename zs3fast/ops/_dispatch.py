@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -87,6 +87,10 @@ def register(op: str, backend: str, run: Callable[..., Any], objections: Objecti
     _implementations.setdefault(op, {})[backend] = Implementation(run, objections)
 
 
+@overload
+def registered(op: None = None) -> list[str]: ...
+@overload
+def registered(op: str) -> dict[str, Implementation]: ...
 def registered(op: str | None = None) -> dict[str, Implementation] | list[str]:
     """The backends of one op, or the names of all ops."""
     return sorted(_implementations) if op is None else dict(_implementations[op])

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from zs3fast.ops import _dispatch
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+_AUTOCAST = (
+    "cpu",
+    "cuda",
+    "mps",
+    "xpu",
+    "hpu",
+    "xla",
+    "mtia",
+    "privateuseone",
+)  # torch.amp's own list is not traceable
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+
+def autocast(*tensors: MaybeTensor) -> tuple[MaybeTensor, ...]:
     """The tensors in the dtype of the autocast region they are in, if any; None and float64 stay as they are."""
     first = next(t for t in tensors if t is not None)
     if not autocasting(first):
@@ -20,7 +34,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def autocasting(tensor: Tensor) -> bool:
     """Whether `autocast` will make one dtype of tensors on this device."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def triton_objections(tensor: Tensor) -> list[str]:

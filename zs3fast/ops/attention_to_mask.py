@@ -17,10 +17,25 @@ Dropout is defined by a formula, so every backend drops the same elements and th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from zs3fast.ops import _dispatch, _matmul
+from zs3fast.ops import _flops, _matmul
+from zs3fast.ops._attention import (
+    accumulator,
+    as_heads,
+    check_heads,
+    cpp_objections,
+    empty_heads,
+    empty_lse,
+    triton_objections,
+)
+from zs3fast.ops._checks import check_number, is_int
+from zs3fast.ops._register import Backward, register_op
+
+OP = "attention_to_mask"
 
 _U32 = 0xFFFFFFFF
 
@@ -63,7 +78,7 @@ def dropout_keep(shape: tuple[int, int, int, int], dropout_p: float, seed: Tenso
 
     counter = torch.broadcast_tensors(axis((N + 3) // 4, 2), axis(C, 1), axis(B * heads, 0), axis(1, 0) * 0)
     words = torch.stack(philox4x32(counter, seed), dim=-1)  # [B * heads, C, N / 4, 4]
-    return words.flatten(2)[..., :N].unflatten(0, (B, heads)) >= dropout_threshold(dropout_p)
+    return torch.ge(words.flatten(2)[..., :N].unflatten(0, (B, heads)), dropout_threshold(dropout_p))
 
 
 def _reference_with_lse(
@@ -75,10 +90,11 @@ def _reference_with_lse(
     if v is not None:
         probabilities = scores.softmax(-1)
         if dropout_p > 0:
-            keep = dropout_keep(tuple(scores.shape), dropout_p, seed)
+            assert seed is not None
+            keep = dropout_keep(_four(scores), dropout_p, seed)
             probabilities = torch.where(keep, probabilities / (1 - dropout_p), 0)
         output = probabilities @ v
-    return output, masks, scores.to(_accumulator(q.dtype)).logsumexp(-1)
+    return output, masks, scores.to(accumulator(q.dtype)).logsumexp(-1)
 
 
 def reference(
@@ -92,9 +108,8 @@ def reference(
     seed: int | Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Cross-attention and mean pre-softmax scores, with every head's scores stored: see `attention_to_mask`."""
-    if dropout_p > 0:
-        seed = _seed_tensor(seed, q.device)
-    return _reference_with_lse(q, k, v, scale, dropout_p, seed, need_masks)[:2]
+    drawn = _seed_tensor(seed, q.device) if dropout_p > 0 else None
+    return _reference_with_lse(q, k, v, scale, dropout_p, drawn, need_masks)[:2]
 
 
 def attention_to_mask(
@@ -127,9 +142,10 @@ def attention_to_mask(
     Source: ZegCLIP (CVPR 2023) section 3.2; the mean over heads of scores, not probabilities, is what its code does.
     """
     _check(q, k, v, scale, dropout_p, need_masks, seed)
-    q, k, v = _matmul.autocast(q, k, v)
     if v is None:
+        q, k = _matmul.autocast(q, k)
         return None, _masks_only(q, k, scale)
+    q, k, v = _matmul.autocast(q, k, v)
     seed_tensor = _seed_tensor(seed, q.device) if dropout_p > 0 else None
     output, masks, _ = torch.ops.zs3fast.attention_to_mask(q, k, v, scale, dropout_p, seed_tensor, need_masks)
     return output, masks if need_masks else None
@@ -153,93 +169,89 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 def _check(
     q: Tensor, k: Tensor, v: Tensor | None, scale: float, dropout_p: float, need_masks: bool, seed: int | None
 ) -> None:
-    name = "attention_to_mask"
-    for label, x in (("q", q), ("k", k), ("v", v)):
-        if x is None and label == "v":
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: {label} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: {label} must be floating point, got {x.dtype}")
-        if x.ndim != 4:
-            raise ValueError(f"{name}: {label} must be [B, heads, tokens, dh], got shape {list(x.shape)}")
-        if x.dtype != q.dtype and not _matmul.autocasting(q):
-            raise TypeError(f"{name}: {label} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: {label} must be on q's device {q.device}, got {x.device}")
+    check_heads(OP, q, k=k, **({} if v is None else {"v": v}))
     B, heads, _, dh = q.shape
-    if heads < 1 or dh < 1:
-        raise ValueError(f"{name}: q must have at least one head of at least one column, got shape {list(q.shape)}")
     if k.shape[:2] != (B, heads) or k.shape[3] != dh or k.shape[2] < 1:
-        raise ValueError(f"{name}: k must be [{B}, {heads}, N >= 1, {dh}] to fit q, got shape {list(k.shape)}")
+        raise ValueError(f"{OP}: k must be [{B}, {heads}, N >= 1, {dh}] to fit q, got shape {list(k.shape)}")
     if v is not None and v.shape != k.shape:
-        raise ValueError(f"{name}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+        raise ValueError(f"{OP}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
     if v is None and not need_masks:
-        raise ValueError(f"{name}: v is None and need_masks is False: nothing to compute")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+        raise ValueError(f"{OP}: v is None and need_masks is False: nothing to compute")
+    check_number(OP, "scale", scale)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"{name}: dropout_p must be a number, got {type(dropout_p).__name__}")
+        raise TypeError(f"{OP}: dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt))):
-        raise TypeError(f"{name}: seed must be an int or None, got {type(seed).__name__}")
+        raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}")
+    if seed is not None and not is_int(seed):
+        raise TypeError(f"{OP}: seed must be an int or None, got {type(seed).__name__}")
     if isinstance(seed, int) and not 0 <= seed < 2**63:
-        raise ValueError(f"{name}: seed must be in [0, 2^63), got {seed}")
+        raise ValueError(f"{OP}: seed must be in [0, 2^63), got {seed}")
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
-
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, bool need_masks)"
-    " -> (Tensor output, Tensor mask_logits, Tensor lse)"
-)
-_BACKWARD_SCHEMA = (
-    "(Tensor grad_output, Tensor? grad_masks, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
-    " float scale, float dropout_p, Tensor? seed) -> (Tensor dq, Tensor dk, Tensor dv)"
-)
-for _namespace in ("zs3fast", "zs3fast_cpp"):
-    torch.library.define(f"{_namespace}::attention_to_mask", _SCHEMA)
-    torch.library.define(f"{_namespace}::attention_to_mask_backward", _BACKWARD_SCHEMA)
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("zs3fast::attention_to_mask", "default")
-def _run(*args):
-    return _dispatch.call("attention_to_mask", *args)
-
-
-@torch.library.impl("zs3fast::attention_to_mask_backward", "default")
-def _run_backward(*args):
-    return _dispatch.call("attention_to_mask_backward", *args)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _empty_heads(x: Tensor) -> Tensor:
-    """[B, heads, tokens, dh] in memory [B, tokens, heads, dh]: the next linear layer reads it without a copy."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-@torch.library.register_fake("zs3fast::attention_to_mask")
-def _fake(q, k, v, scale, dropout_p, seed, need_masks):
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None, need_masks: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     masks = q.new_empty(q.shape[0], q.shape[2], k.shape[2]) if need_masks else q.new_empty(0)
-    return _empty_heads(q), masks, q.new_empty(q.shape[:3], dtype=_accumulator(q.dtype))
+    return empty_heads(q), masks, empty_lse(q)
 
 
-@torch.library.register_fake("zs3fast::attention_to_mask_backward")
-def _fake_backward(grad_output, grad_masks, q, k, v, output, lse, scale, dropout_p, seed):
-    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+def _fake_backward(
+    grad_output: Tensor, grad_masks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_heads(q), empty_heads(k), empty_heads(v)
 
 
-def _setup_context(ctx, inputs, output):
+def _reference_run(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None, need_masks: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, masks, lse = _reference_with_lse(q, k, v, scale, dropout_p, seed, need_masks)
+    assert output is not None
+    return as_heads(output), q.new_empty(0) if masks is None else masks, lse
+
+
+def _reference_backward_run(
+    grad_output: Tensor,
+    grad_masks: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dS = P (dP - sum_n P dP) + dM / heads, with sum_n P dP = output . grad_output; half types accumulate in fp32."""
+    dtype = q.dtype
+    grad_output, q, k, v, output = (x.to(lse.dtype) for x in (grad_output, q, k, v, output))
+    probabilities = ((q @ k.mT) * scale - lse.unsqueeze(-1)).exp()
+    gradient, dropped = grad_output @ v.mT, probabilities
+    if dropout_p > 0:
+        assert seed is not None
+        factor = dropout_keep(_four(probabilities), dropout_p, seed) / (1 - dropout_p)
+        gradient, dropped = gradient * factor, probabilities * factor
+    scores = probabilities * (gradient - (output * grad_output).sum(-1, keepdim=True))
+    if grad_masks is not None:
+        scores = scores + grad_masks.unsqueeze(1) / q.shape[1]
+    dq, dk, dv = (scores @ k) * scale, (scores.mT @ q) * scale, dropped.mT @ grad_output
+    return as_heads(dq.to(dtype)), as_heads(dk.to(dtype)), as_heads(dv.to(dtype))
+
+
+def _four(x: Tensor) -> tuple[int, int, int, int]:
+    a, b, c, d = x.shape
+    return a, b, c, d
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, ctx.scale, ctx.dropout_p, seed, ctx.need_masks = inputs
     ctx.save_for_backward(q, k, v, output[0], output[2], seed)
     ctx.mark_non_differentiable(output[2])
 
 
-def _autograd(ctx, grad_output, grad_masks, _grad_lse):
+def _gradients(ctx: Any, grad_output: Tensor, grad_masks: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, output, lse, seed = ctx.saved_tensors
     grads = torch.ops.zs3fast.attention_to_mask_backward(
         grad_output, grad_masks if ctx.need_masks else None, q, k, v, output, lse, ctx.scale, ctx.dropout_p, seed
@@ -247,72 +259,31 @@ def _autograd(ctx, grad_output, grad_masks, _grad_lse):
     return (*grads, None, None, None, None)
 
 
-torch.library.register_autograd("zs3fast::attention_to_mask", _autograd, setup_context=_setup_context)
+def _flops_of(products: int, q: _flops.Shape, k: _flops.Shape) -> int:
+    B, heads, C, dh = q
+    return _flops.attention(C, k[2], B * heads, dh, products)
 
 
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
-def _as_heads(x: Tensor) -> Tensor:
-    return _empty_heads(x).copy_(x)
-
-
-def _reference_run(q, k, v, scale, dropout_p, seed, need_masks):
-    output, masks, lse = _reference_with_lse(q, k, v, scale, dropout_p, seed, need_masks)
-    return _as_heads(output), masks if need_masks else q.new_empty(0), lse
-
-
-def _reference_backward_run(grad_output, grad_masks, q, k, v, output, lse, scale, dropout_p, seed):
-    """dS = P (dP - sum_n P dP) + dM / heads, with sum_n P dP = output . grad_output; half types accumulate in fp32."""
-    dtype = q.dtype
-    grad_output, q, k, v, output = (x.to(lse.dtype) for x in (grad_output, q, k, v, output))
-    probabilities = ((q @ k.mT) * scale - lse.unsqueeze(-1)).exp()
-    gradient, dropped = grad_output @ v.mT, probabilities
-    if dropout_p > 0:
-        factor = dropout_keep(tuple(probabilities.shape), dropout_p, seed) / (1 - dropout_p)
-        gradient, dropped = gradient * factor, probabilities * factor
-    scores = probabilities * (gradient - (output * grad_output).sum(-1, keepdim=True))
-    if grad_masks is not None:
-        scores = scores + grad_masks.unsqueeze(1) / q.shape[1]
-    grads = (scores @ k) * scale, (scores.mT @ q) * scale, dropped.mT @ grad_output
-    return tuple(_as_heads(x.to(dtype)) for x in grads)
-
-
-def _cpp_run(*args):
-    return torch.ops.zs3fast_cpp.attention_to_mask(*args)
-
-
-def _cpp_backward_run(*args):
-    return torch.ops.zs3fast_cpp.attention_to_mask_backward(*args)
-
-
-def _triton_run(*args):
-    from zs3fast.kernels import attention_to_mask as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward_run(*args):
-    from zs3fast.kernels import attention_to_mask as kernels
-
-    return kernels.backward(*args)
-
-
-_CPP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # half types are computed in fp32
-
-
-def _cpp_objections(q: Tensor, *_args: object) -> list[str]:
-    return _dispatch.cpp_objections(q, _CPP_DTYPES)
-
-
-def _triton_objections(q: Tensor, *_args: object) -> list[str]:
-    reasons = _matmul.triton_objections(q)
-    return reasons + ([f"heads of width dh = {q.shape[-1]}, at most 128"] if q.shape[-1] > 128 else [])
-
-
-_dispatch.register("attention_to_mask", "reference", _reference_run, _dispatch.never)
-_dispatch.register("attention_to_mask", "cpp", _cpp_run, _cpp_objections)
-_dispatch.register("attention_to_mask", "triton", _triton_run, _triton_objections)
-_dispatch.register("attention_to_mask_backward", "reference", _reference_backward_run, _dispatch.never)
-_dispatch.register("attention_to_mask_backward", "cpp", _cpp_backward_run, _cpp_objections)
-_dispatch.register("attention_to_mask_backward", "triton", _triton_backward_run, _triton_objections)
+register_op(
+    OP,
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, bool need_masks)"
+        " -> (Tensor output, Tensor mask_logits, Tensor lse)"
+    ),
+    fake=_fake,
+    reference=_reference_run,
+    flops=lambda q, k, *_: _flops_of(2, q, k),
+    backends={"cpp": cpp_objections, "triton": triton_objections},
+    backward=Backward(
+        schema=(
+            "(Tensor grad_output, Tensor? grad_masks, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
+            " float scale, float dropout_p, Tensor? seed) -> (Tensor dq, Tensor dk, Tensor dv)"
+        ),
+        fake=_fake_backward,
+        reference=_reference_backward_run,
+        flops=lambda _grad, _masks, q, k, *_: _flops_of(5, q, k),
+        backends={"cpp": cpp_objections, "triton": triton_objections},
+        setup_context=_setup_context,
+        gradients=_gradients,
+    ),
+)

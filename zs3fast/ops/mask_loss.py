@@ -20,14 +20,18 @@ Arithmetic bounds it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.ops import _dispatch
+from zs3fast.ops import _dispatch, _flops
+from zs3fast.ops._checks import check_float_tensor
+from zs3fast.ops._register import Backward, register_op
+
+OP = "mask_loss"
 
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -85,7 +89,8 @@ def reference_backward(
     dz = of_focal * torch.where(target, -alpha, 1 - alpha) * slope
     dz = dz + (of_prob + torch.where(target, of_intersection, 0)) * z.sigmoid() * (-z).sigmoid()
     grad = torch.ops.aten.upsample_bilinear2d_backward(dz, list(labels.shape[1:]), list(mask_logits.shape), False)
-    return grad.to(mask_logits.dtype, memory_format=torch.contiguous_format)
+    contiguous: Tensor = grad.to(mask_logits.dtype, memory_format=torch.contiguous_format)
+    return contiguous
 
 
 def _upsample(mask_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,32 +166,32 @@ def _average_masks(present: Tensor, dtype: torch.dtype) -> Tensor:
 def _check(
     mask_logits: Tensor, labels: Tensor, ignore_index: int, alpha: float, gamma: float, num_masks: Tensor | float | None
 ) -> None:
-    name = "mask_loss"
-    if not mask_logits.is_floating_point():
-        raise TypeError(f"{name}: mask_logits must be floating point, got {mask_logits.dtype}")
+    check_float_tensor(OP, "mask_logits", mask_logits)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{OP}: labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype not in _LABEL_DTYPES:
         expected = ", ".join(str(d)[6:] for d in _LABEL_DTYPES)
-        raise TypeError(f"{name}: labels must be integers ({expected}), got {labels.dtype}")
+        raise TypeError(f"{OP}: labels must be integers ({expected}), got {labels.dtype}")
     if mask_logits.dim() != 4 or 0 in mask_logits.shape[1:]:
-        raise ValueError(f"{name}: mask_logits must be [B, C, h, w] with C, h, w >= 1, got {list(mask_logits.shape)}")
+        raise ValueError(f"{OP}: mask_logits must be [B, C, h, w] with C, h, w >= 1, got {list(mask_logits.shape)}")
     if labels.dim() != 3 or 0 in labels.shape[1:]:
-        raise ValueError(f"{name}: labels must be [B, H, W] with H, W >= 1, got {list(labels.shape)}")
+        raise ValueError(f"{OP}: labels must be [B, H, W] with H, W >= 1, got {list(labels.shape)}")
     B, C = mask_logits.shape[:2]
     if labels.shape[0] != B:
-        raise ValueError(f"{name}: mask_logits holds B = {B} images, labels {labels.shape[0]}")
+        raise ValueError(f"{OP}: mask_logits holds B = {B} images, labels {labels.shape[0]}")
     if labels.device != mask_logits.device:
-        raise ValueError(f"{name}: mask_logits is on {mask_logits.device}, labels on {labels.device}")
+        raise ValueError(f"{OP}: mask_logits is on {mask_logits.device}, labels on {labels.device}")
     if 0 <= ignore_index < C:
-        raise ValueError(f"{name}: ignore_index must lie outside the classes 0..{C - 1}, got {ignore_index}")
+        raise ValueError(f"{OP}: ignore_index must lie outside the classes 0..{C - 1}, got {ignore_index}")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"{name}: alpha must be in 0..1, got {alpha}")
+        raise ValueError(f"{OP}: alpha must be in 0..1, got {alpha}")
     if not 0 <= gamma < float("inf"):
-        raise ValueError(f"{name}: gamma must be finite and >= 0, got {gamma}")
+        raise ValueError(f"{OP}: gamma must be finite and >= 0, got {gamma}")
     if isinstance(num_masks, Tensor):
         if num_masks.numel() != 1:
-            raise ValueError(f"{name}: num_masks must be a number or have one element, got {list(num_masks.shape)}")
+            raise ValueError(f"{OP}: num_masks must be a number or have one element, got {list(num_masks.shape)}")
     elif num_masks is not None and not num_masks > 0:
-        raise ValueError(f"{name}: num_masks must be positive, got {num_masks}")
+        raise ValueError(f"{OP}: num_masks must be positive, got {num_masks}")
 
 
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -195,85 +200,39 @@ def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
     if wrong.any():
         b, y, x = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"mask_loss: labels must be channels 0..{classes - 1} or ignore_index = {ignore_index}, "
+            f"{OP}: labels must be channels 0..{classes - 1} or ignore_index = {ignore_index}, "
             f"got {labels[b, y, x].item()} at (b, y, x) = ({b}, {y}, {x})"
         )
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
-
-_SCHEMA = (
-    "(Tensor mask_logits, Tensor labels, float alpha, float gamma)"
-    " -> (Tensor focal_sum, Tensor intersection, Tensor prob_sum, Tensor target_count)"
-)
-_BACKWARD_SCHEMA = (
-    "(Tensor grad_focal_sum, Tensor grad_intersection, Tensor grad_prob_sum, Tensor mask_logits, Tensor labels,"
-    " float alpha, float gamma) -> Tensor"
-)
-for _namespace in ("zs3fast", "zs3fast_cpp"):
-    torch.library.define(f"{_namespace}::mask_loss", _SCHEMA)
-    torch.library.define(f"{_namespace}::mask_loss_backward", _BACKWARD_SCHEMA)
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("zs3fast::mask_loss", "default")
-def _run(*args):
-    return _dispatch.call("mask_loss", *args)
-
-
-@torch.library.impl("zs3fast::mask_loss_backward", "default")
-def _run_backward(*args):
-    return _dispatch.call("mask_loss_backward", *args)
-
-
-@torch.library.register_fake("zs3fast::mask_loss")
-def _fake(mask_logits, labels, alpha, gamma):
+def _fake(mask_logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(mask_logits.dtype, torch.float32)
     return tuple(mask_logits.new_empty(mask_logits.shape[:2], dtype=dtype) for _ in range(4))
 
 
-@torch.library.register_fake("zs3fast::mask_loss_backward")
-def _fake_backward(grad_focal_sum, grad_intersection, grad_prob_sum, mask_logits, labels, alpha, gamma):
+def _fake_backward(
+    grad_focal_sum: Tensor, grad_intersection: Tensor, grad_prob_sum: Tensor, mask_logits: Tensor, *_args: Any
+) -> Tensor:
     return mask_logits.new_empty(mask_logits.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     mask_logits, labels, ctx.alpha, ctx.gamma = inputs
     ctx.save_for_backward(mask_logits, labels)
     ctx.mark_non_differentiable(output[3])
 
 
-def _autograd(ctx, grad_focal_sum, grad_intersection, grad_prob_sum, _grad_target_count):
+def _gradients(
+    ctx: Any, grad_focal_sum: Tensor, grad_intersection: Tensor, grad_prob_sum: Tensor, _grad_target_count: Tensor
+) -> tuple[Tensor | None, ...]:
     mask_logits, labels = ctx.saved_tensors
     grad = torch.ops.zs3fast.mask_loss_backward(
         grad_focal_sum, grad_intersection, grad_prob_sum, mask_logits, labels, ctx.alpha, ctx.gamma
     )
     return grad, None, None, None
-
-
-torch.library.register_autograd("zs3fast::mask_loss", _autograd, setup_context=_setup_context)
-
-
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
-def _compiled_run(*args):  # on the CPU or on a GPU, by the device of its tensors
-    return torch.ops.zs3fast_cpp.mask_loss(*args)
-
-
-def _compiled_backward_run(*args):
-    return torch.ops.zs3fast_cpp.mask_loss_backward(*args)
-
-
-def _triton_run(*args):
-    from zs3fast.kernels import mask_loss as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward_run(*args):
-    from zs3fast.kernels import mask_loss as kernels
-
-    return kernels.backward(*args)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # half types are computed in fp32
@@ -283,31 +242,47 @@ def _cpp_objections(mask_logits: Tensor, *_args: object) -> list[str]:
     return _dispatch.cpp_objections(mask_logits, _KERNEL_DTYPES)
 
 
-def _cpp_backward_objections(_focal: Tensor, _intersection: Tensor, _prob: Tensor, *args: object) -> list[str]:
-    return _cpp_objections(*args)
-
-
 def _cuda_objections(mask_logits: Tensor, *_args: object) -> list[str]:
-    return _dispatch.cuda_objections("mask_loss", mask_logits, _KERNEL_DTYPES)
-
-
-def _cuda_backward_objections(_focal: Tensor, _intersection: Tensor, _prob: Tensor, *args: object) -> list[str]:
-    return _cuda_objections(*args)
+    return _dispatch.cuda_objections(OP, mask_logits, _KERNEL_DTYPES)
 
 
 def _triton_objections(mask_logits: Tensor, *_args: object) -> list[str]:
     return _dispatch.triton_objections(mask_logits)
 
 
-def _triton_backward_objections(_focal: Tensor, _intersection: Tensor, _prob: Tensor, *args: object) -> list[str]:
-    return _triton_objections(*args)
+def _of_logits(objections: _dispatch.Objections) -> _dispatch.Objections:
+    """The same of the backward pass, whose first arguments are three gradients."""
+    return lambda *args: objections(*args[3:])
 
 
-_dispatch.register("mask_loss", "reference", reference, _dispatch.never)
-_dispatch.register("mask_loss", "cpp", _compiled_run, _cpp_objections)
-_dispatch.register("mask_loss", "triton", _triton_run, _triton_objections)
-_dispatch.register("mask_loss", "cuda", _compiled_run, _cuda_objections)
-_dispatch.register("mask_loss_backward", "reference", reference_backward, _dispatch.never)
-_dispatch.register("mask_loss_backward", "cpp", _compiled_backward_run, _cpp_backward_objections)
-_dispatch.register("mask_loss_backward", "triton", _triton_backward_run, _triton_backward_objections)
-_dispatch.register("mask_loss_backward", "cuda", _compiled_backward_run, _cuda_backward_objections)
+def _interpolation(logits: _flops.Shape, labels: _flops.Shape) -> int:
+    return _flops.PER_INTERPOLATED * logits[0] * logits[1] * labels[1] * labels[2]
+
+
+register_op(
+    OP,
+    schema=(
+        "(Tensor mask_logits, Tensor labels, float alpha, float gamma)"
+        " -> (Tensor focal_sum, Tensor intersection, Tensor prob_sum, Tensor target_count)"
+    ),
+    fake=_fake,
+    reference=reference,
+    flops=lambda logits, labels, *_: _interpolation(logits, labels),
+    backends={"cpp": _cpp_objections, "triton": _triton_objections, "cuda": _cuda_objections},
+    backward=Backward(
+        schema=(
+            "(Tensor grad_focal_sum, Tensor grad_intersection, Tensor grad_prob_sum, Tensor mask_logits,"
+            " Tensor labels, float alpha, float gamma) -> Tensor"
+        ),
+        fake=_fake_backward,
+        reference=reference_backward,
+        flops=lambda _focal, _overlap, _prob, logits, labels, *_: 2 * _interpolation(logits, labels),  # and transposed
+        backends={
+            "cpp": _of_logits(_cpp_objections),
+            "triton": _of_logits(_triton_objections),
+            "cuda": _of_logits(_cuda_objections),
+        },
+        setup_context=_setup_context,
+        gradients=_gradients,
+    ),
+)

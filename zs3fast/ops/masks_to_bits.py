@@ -9,12 +9,17 @@ is resampled, then compared; the sigmoid stands between the two resizes, so they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.ops import _dispatch
+from zs3fast.ops import _dispatch, _flops
 from zs3fast.ops._bits import num_words, pack_bits
+from zs3fast.ops._checks import check_bool, check_float_tensor, check_size
+from zs3fast.ops._register import register_op
 
 OP = "masks_to_bits"
 Size = tuple[int, int]
@@ -43,7 +48,7 @@ def _reference_soft(masks: Tensor, grid: Size, padded_size: Size | None, align_c
     return _resize(masks, grid, False)
 
 
-def _resize(x: Tensor, size: Size, align_corners: bool) -> Tensor:
+def _resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     if x.shape[0] * x.shape[1] == 0:  # interpolate refuses empty batches
         return x.new_empty(*x.shape[:2], *size)
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
@@ -77,75 +82,62 @@ def masks_to_bits(
     """
     _check(masks, grid, padded_size, align_corners, logits)
     padded = (padded_size or masks.shape[-2:]) if logits else masks.shape[-2:]
-    return torch.ops.zs3fast.masks_to_bits(masks.detach(), tuple(grid), tuple(padded), align_corners, logits)
+    bits: Tensor = torch.ops.zs3fast.masks_to_bits(masks.detach(), tuple(grid), tuple(padded), align_corners, logits)
+    return bits
 
 
 def _check(masks: Tensor, grid: Size, padded_size: Size | None, align_corners: bool, logits: bool) -> None:
-    if not isinstance(masks, Tensor):
-        raise TypeError(f"{OP}: masks must be a tensor, got {type(masks).__name__}")
-    if not masks.is_floating_point():
-        raise TypeError(f"{OP}: masks must be floating point, got {masks.dtype}")
+    check_float_tensor(OP, "masks", masks)
     if masks.ndim != 4:
         raise ValueError(f"{OP}: masks must be [B, Nq, height, width], got shape {list(masks.shape)}")
     if masks.shape[2] < 1 or masks.shape[3] < 1:
         raise ValueError(f"{OP}: masks need at least one pixel, got shape {list(masks.shape)}")
-    for label, value in (("logits", logits), ("align_corners", align_corners)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{OP}: {label} must be True or False, got {value!r}")
+    check_bool(OP, "logits", logits)
+    check_bool(OP, "align_corners", align_corners)
     if not logits and (padded_size is not None or align_corners):
         what = "align_corners" if padded_size is None else "padded_size"
         raise ValueError(f"{OP}: {what} says how logits are upsampled: it goes with logits=True")
-    for label, pair in (("grid", grid), ("padded_size", padded_size)):
-        if pair is None and label == "padded_size":
-            continue
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_int, pair)):
-            raise TypeError(f"{OP}: {label} must be two ints (height, width), got {pair!r}")
-        if pair[0] < 1 or pair[1] < 1:
-            raise ValueError(f"{OP}: {label} must be at least (1, 1), got {tuple(pair)}")
+    check_size(OP, "grid", grid)
+    if padded_size is not None:
+        check_size(OP, "padded_size", padded_size)
 
 
-def _is_int(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
-
-for _namespace in ("zs3fast", "zs3fast_cpp"):
-    torch.library.define(
-        f"{_namespace}::{OP}",
-        "(Tensor masks, SymInt[2] grid, SymInt[2] padded_size, bool align_corners, bool logits) -> Tensor",
-    )
-
-
-@torch.library.impl(f"zs3fast::{OP}", "default")
-def _run(*args):
-    return _dispatch.call(OP, *args)
-
-
-@torch.library.register_fake(f"zs3fast::{OP}")
-def _fake(masks, grid, padded_size, align_corners, logits):
+def _fake(masks: Tensor, grid: Size, padded_size: Size, align_corners: bool, logits: bool) -> Tensor:
     return masks.new_empty(*masks.shape[:2], num_words(grid[0] * grid[1]), dtype=torch.int32)
 
 
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
-def _reference_run(masks, grid, padded_size, align_corners, logits):
+def _reference_run(masks: Tensor, grid: Size, padded_size: Size, align_corners: bool, logits: bool) -> Tensor:
     return reference(masks, grid, padded_size=padded_size, align_corners=align_corners, logits=logits)
 
 
-def _compiled_run(*args):  # on the CPU or on a GPU, by the device of its tensors
-    return torch.ops.zs3fast_cpp.masks_to_bits(*args)
-
-
-def _triton_run(*args):
-    from zs3fast.kernels import masks_to_bits as kernels
-
-    return kernels.masks_to_bits(*args)
+def _count(masks: _flops.Shape, grid: Size, _padded: Size, _align: bool, logits: bool) -> int:
+    """A patch interpolates between four values, of logits each interpolated itself."""
+    return _flops.PER_INTERPOLATED * masks[0] * masks[1] * grid[0] * grid[1] * (5 if logits else 1)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_dispatch.register(OP, "reference", _reference_run, _dispatch.never)
-_dispatch.register(OP, "cpp", _compiled_run, lambda masks, *_: _dispatch.cpp_objections(masks, _KERNEL_DTYPES))
-_dispatch.register(OP, "triton", _triton_run, lambda masks, *_: _dispatch.triton_objections(masks, _KERNEL_DTYPES))
-_dispatch.register(OP, "cuda", _compiled_run, lambda masks, *_: _dispatch.cuda_objections(OP, masks, _KERNEL_DTYPES))
+
+
+def _cpp_objections(masks: Tensor, *_args: Any) -> list[str]:
+    return _dispatch.cpp_objections(masks, _KERNEL_DTYPES)
+
+
+def _triton_objections(masks: Tensor, *_args: Any) -> list[str]:
+    return _dispatch.triton_objections(masks, _KERNEL_DTYPES)
+
+
+def _cuda_objections(masks: Tensor, *_args: Any) -> list[str]:
+    return _dispatch.cuda_objections(OP, masks, _KERNEL_DTYPES)
+
+
+register_op(
+    OP,
+    schema="(Tensor masks, SymInt[2] grid, SymInt[2] padded_size, bool align_corners, bool logits) -> Tensor",
+    fake=_fake,
+    reference=_reference_run,
+    flops=_count,
+    backends={"cpp": _cpp_objections, "triton": _triton_objections, "cuda": _cuda_objections},
+)

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.ops import _dispatch
+from zs3fast.ops import _dispatch, _flops
+from zs3fast.ops._checks import check_float_tensor, check_number, check_size, is_int
+from zs3fast.ops._register import register_op
 
 OP = "masks_to_labels"
 TRUSTY_WEIGHTINGS = ("both", "seen", "unseen", "off")
@@ -212,10 +214,7 @@ def _check_tensors(mask_logits: Tensor, trusty_logits: Tensor | None, trusty_wei
     for name, x in (("mask_logits", mask_logits), ("trusty_logits", trusty_logits)):
         if x is None and name == "trusty_logits":
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{OP}: {name} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{OP}: {name} must be floating point, got {x.dtype}")
+        x = check_float_tensor(OP, name, x)
         if x.ndim != 4:
             raise ValueError(f"{OP}: {name} must be 4-d, got shape {list(x.shape)}")
         if any(n == 0 for n in x.shape[1:]):
@@ -239,19 +238,18 @@ def _check_tensors(mask_logits: Tensor, trusty_logits: Tensor | None, trusty_wei
 def _check_classes(
     classes: int, seen: Sequence[int] | None, seen_offset: float, top_k: int, dtype: torch.dtype
 ) -> None:
-    if not isinstance(seen_offset, (int, float)):
-        raise TypeError(f"{OP}: seen_offset must be a number, got {type(seen_offset).__name__}")
+    check_number(OP, "seen_offset", seen_offset)
     if not math.isfinite(seen_offset):
         raise ValueError(f"{OP}: seen_offset must be finite, got {seen_offset}")
     if seen is not None:
         if isinstance(seen, Tensor):
             raise TypeError(f"{OP}: seen must be a sequence of ints, got a tensor (use .tolist())")
-        wrong = [c for c in seen if not _is_int(c) or c < 0 or c >= classes]
+        wrong = [c for c in seen if not is_int(c) or c < 0 or c >= classes]
         if wrong:
             raise ValueError(f"{OP}: seen must hold class indices 0..{classes - 1}, got {wrong[:5]}")
         if len(set(seen)) != len(seen):
             raise ValueError(f"{OP}: seen holds a class index twice")
-    if not _is_int(top_k) or not 1 <= top_k <= classes:
+    if not is_int(top_k) or not 1 <= top_k <= classes:
         raise ValueError(f"{OP}: top_k must be in 1..C = {classes}, got {top_k!r}")
     if dtype not in LABEL_DTYPES:
         expected = ", ".join(str(d)[6:] for d in LABEL_DTYPES)
@@ -268,17 +266,13 @@ def _check_geometry(
     windows: Sequence[Size] | None,
 ) -> None:
     for name, pair in (("size", size), ("crop_size", crop_size), ("canvas_size", canvas_size)):
-        if pair is None and name != "size":
-            continue
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(n) for n in pair):
-            raise TypeError(f"{OP}: {name} must be two ints (height, width), got {pair!r}")
-        if pair[0] < 1 or pair[1] < 1:
-            raise ValueError(f"{OP}: {name} must be positive, got {tuple(pair)}")
+        if pair is not None or name == "size":
+            check_size(OP, name, pair)
     if windows is not None:
         if crop_size is None:
             raise ValueError(f"{OP}: windows need crop_size, the size of one window")
         for window in windows:
-            if not isinstance(window, Sequence) or len(window) != 2 or not all(_is_int(n) for n in window):
+            if not isinstance(window, Sequence) or len(window) != 2 or not all(is_int(n) for n in window):
                 raise TypeError(f"{OP}: windows must hold pairs of ints (y, x), got {window!r}")
     crop, canvas, offsets = _plan(size, crop_size, canvas_size, windows)
     if not offsets:
@@ -291,10 +285,6 @@ def _check_geometry(
     hole = _uncovered(crop, canvas, offsets)
     if hole is not None:
         raise ValueError(f"{OP}: no window covers canvas pixel {hole} (crop {crop}, canvas {canvas}, {offsets})")
-
-
-def _is_int(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
 
 
 def _uncovered(crop: Size, canvas: Size, offsets: list[tuple[int, int]]) -> tuple[int, int] | None:
@@ -311,36 +301,51 @@ def _uncovered(crop: Size, canvas: Size, offsets: list[tuple[int, int]]) -> tupl
     return None
 
 
-_SCHEMA = (
-    "(Tensor mask_logits, Tensor? trusty_logits, int[] seen, float seen_offset, str trusty_weighting, SymInt[2] size,"
-    " SymInt[2] crop_size, SymInt[2] canvas_size, SymInt[] windows, int top_k, ScalarType dtype, bool return_details)"
-    " -> (Tensor labels, Tensor scores, Tensor nan_count)"
-)
-torch.library.define(f"zs3fast::{OP}", _SCHEMA)
-torch.library.define(f"zs3fast_cpp::{OP}", _SCHEMA)
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl(f"zs3fast::{OP}", "default")
-def _(*args):
-    return _dispatch.call(OP, *args)
-
-
-@torch.library.register_fake(f"zs3fast::{OP}")
-def _(mask_logits, trusty_logits, seen, offset, weighting, size, crop, canvas, windows, top_k, dtype, return_details):
+def _fake(
+    mask_logits: Tensor,
+    trusty_logits: Tensor | None,
+    seen: list[int],
+    offset: float,
+    weighting: str,
+    size: list[int],
+    crop: list[int],
+    canvas: list[int],
+    windows: list[int],
+    top_k: int,
+    dtype: torch.dtype,
+    return_details: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch = mask_logits.shape[0] // (len(windows) // 2)
     shape = (batch, *size) if top_k == 1 else (batch, top_k, *size)
-    details = (shape, (batch,)) if return_details else ((0,), (0,))
     return (
         mask_logits.new_empty(shape, dtype=dtype),
-        mask_logits.new_empty(details[0], dtype=torch.promote_types(mask_logits.dtype, torch.float32)),
-        mask_logits.new_empty(details[1], dtype=torch.int64),
+        mask_logits.new_empty(shape if return_details else (0,), dtype=_score_dtype(mask_logits)),
+        mask_logits.new_empty((batch,) if return_details else (0,), dtype=torch.int64),
     )
 
 
-def _run_reference(
-    mask_logits, trusty_logits, seen, offset, weighting, size, crop, canvas, windows, top_k, dtype, return_details
-):
-    labels, scores, nan_count = reference(
+def _score_dtype(mask_logits: Tensor) -> torch.dtype:
+    return torch.promote_types(mask_logits.dtype, torch.float32)
+
+
+def _reference_run(
+    mask_logits: Tensor,
+    trusty_logits: Tensor | None,
+    seen: list[int],
+    offset: float,
+    weighting: str,
+    size: list[int],
+    crop: list[int],
+    canvas: list[int],
+    windows: list[int],
+    top_k: int,
+    dtype: torch.dtype,
+    return_details: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    result = reference(
         mask_logits,
         size,
         seen,
@@ -354,28 +359,38 @@ def _run_reference(
         dtype=dtype,
         return_details=True,
     )
+    assert isinstance(result, LabelMap)
+    labels, scores, nan_count = (x.contiguous() for x in result)  # gathered along the classes, they lie otherwise
     if not return_details:
         scores, nan_count = scores.new_empty(0), nan_count.new_empty(0)
     return labels, scores, nan_count
 
 
-def _run_compiled(*args):  # on the CPU or on a GPU, by the device of its tensors
-    return torch.ops.zs3fast_cpp.masks_to_labels(*args)
-
-
-def _run_triton(*args):
-    from zs3fast.kernels import masks_to_labels as kernel
-
-    return kernel.masks_to_labels(*args)
-
-
 _CUDA_MAX_CLASSES = 8192  # which of them are seen travels as an argument of the kernel
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _cpp_objections(mask_logits: Tensor, *_args: Any) -> list[str]:
+    return _dispatch.cpp_objections(mask_logits, _KERNEL_DTYPES)
+
+
+def _triton_objections(mask_logits: Tensor, *_args: Any) -> list[str]:
+    return _dispatch.triton_objections(mask_logits, _KERNEL_DTYPES)
 
 
 def _cuda_objections(
-    logits, _trusty=None, _seen=(), _offset=0.0, _weighting="off", size=(), crop=(), canvas=(), windows=(0, 0), top_k=1,
-    *_,
-):  # fmt: skip
+    logits: Tensor,
+    _trusty: Tensor | None = None,
+    _seen: Sequence[int] = (),
+    _offset: float = 0.0,
+    _weighting: str = "off",
+    size: Size = (),
+    crop: Size = (),
+    canvas: Size = (),
+    windows: Sequence[int] = (0, 0),
+    top_k: int = 1,
+    *_args: Any,
+) -> list[str]:
     reasons = _dispatch.cuda_objections(OP, logits, _KERNEL_DTYPES)
     if len(windows) > 2 or not tuple(size) == tuple(crop) == tuple(canvas):
         reasons.append("takes one window of the size of the labels alone")
@@ -386,8 +401,35 @@ def _cuda_objections(
     return reasons
 
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_dispatch.register(OP, "reference", _run_reference, _dispatch.never)
-_dispatch.register(OP, "cpp", _run_compiled, lambda logits, *_: _dispatch.cpp_objections(logits, _KERNEL_DTYPES))
-_dispatch.register(OP, "triton", _run_triton, lambda logits, *_: _dispatch.triton_objections(logits, _KERNEL_DTYPES))
-_dispatch.register(OP, "cuda", _run_compiled, _cuda_objections)
+def _count(
+    logits: _flops.Shape,
+    trusty: _flops.Shape | None,
+    _seen: list[int],
+    _offset: float,
+    _weighting: str,
+    size: Size,
+    crop: Size,
+    canvas: Size,
+    offsets: list[int],
+    *_args: Any,
+) -> int:
+    """Every class and the trusty map at every pixel of every window, and the last resize where there is one."""
+    windows, classes = logits[0], logits[1] + (trusty is not None)
+    pixels = windows * crop[0] * crop[1]
+    resized = 0 if tuple(size) == tuple(canvas) else size[0] * size[1] * logits[1]
+    images = windows // (len(offsets) // 2)
+    return _flops.PER_INTERPOLATED * (pixels * classes + images * resized)
+
+
+register_op(
+    OP,
+    schema=(
+        "(Tensor mask_logits, Tensor? trusty_logits, int[] seen, float seen_offset, str trusty_weighting,"
+        " SymInt[2] size, SymInt[2] crop_size, SymInt[2] canvas_size, SymInt[] windows, int top_k, ScalarType dtype,"
+        " bool return_details) -> (Tensor labels, Tensor scores, Tensor nan_count)"
+    ),
+    fake=_fake,
+    reference=_reference_run,
+    flops=_count,
+    backends={"cpp": _cpp_objections, "triton": _triton_objections, "cuda": _cuda_objections},
+)

@@ -15,12 +15,25 @@ heads = 12, dh = 64, Nq = 100, N = 900: 0.28 GFLOP if every patch is kept, 28 MF
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zs3fast.ops import _dispatch, _matmul, _mma
+from zs3fast.ops import _flops, _matmul, _mma
+from zs3fast.ops._attention import (
+    accumulator,
+    as_heads,
+    check_heads,
+    cpp_objections,
+    empty_heads,
+    empty_lse,
+    triton_objections,
+)
 from zs3fast.ops._bits import num_words, pack_bits, unpack_bits
+from zs3fast.ops._checks import check_number
+from zs3fast.ops._dispatch import Implementation
+from zs3fast.ops._register import Backward, register_op
 
 OP = "proposal_attention"
 
@@ -66,33 +79,22 @@ def proposal_attention(
     q, k_self, v_self, k, v = _matmul.autocast(q, k_self, v_self, k, v)
     bits = pack_bits(masks) if masks.dtype == torch.bool else masks
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.zs3fast.proposal_attention(q, k_self, v_self, k, v, bits, scale)[0]
+    output: Tensor
+    output, _ = torch.ops.zs3fast.proposal_attention(q, k_self, v_self, k, v, bits, scale)
+    return output
 
 
 def _check(q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float | None) -> None:
-    for label, x in (("q", q), ("k_self", k_self), ("v_self", v_self), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{OP}: {label} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{OP}: {label} must be floating point, got {x.dtype}")
-        if x.ndim != 4:
-            raise ValueError(f"{OP}: {label} must be [B, heads, tokens, dh], got shape {list(x.shape)}")
-        if x.dtype != q.dtype and not _matmul.autocasting(q):
-            raise TypeError(f"{OP}: {label} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{OP}: {label} must be on q's device {q.device}, got {x.device}")
+    check_heads(OP, q, k_self=k_self, v_self=v_self, k=k, v=v)
     if not isinstance(masks, Tensor):
         raise TypeError(f"{OP}: masks must be a tensor, got {type(masks).__name__}")
     if masks.dtype not in (torch.bool, torch.int32):
         raise TypeError(f"{OP}: masks must be bool, or int32 bits, got {masks.dtype}")
     if masks.device != q.device:
         raise ValueError(f"{OP}: masks must be on q's device {q.device}, got {masks.device}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise TypeError(f"{OP}: scale must be a number or None, got {type(scale).__name__}")
+    check_number(OP, "scale", scale, optional=True)
 
     B, heads, Nq, dh = q.shape
-    if heads < 1 or dh < 1:
-        raise ValueError(f"{OP}: q must have at least one head of at least one column, got shape {list(q.shape)}")
     for label, x in (("k_self", k_self), ("v_self", v_self)):
         if x.shape != q.shape:
             raise ValueError(f"{OP}: {label} must have q's shape {list(q.shape)}, got {list(x.shape)}")
@@ -107,81 +109,40 @@ def _check(q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, mask
         raise ValueError(f"{OP}: masks must be [{B}, {Nq}, {last}], {what}, got {list(masks.shape)}")
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
-
-_INPUTS = "Tensor q, Tensor k_self, Tensor v_self, Tensor k, Tensor v, Tensor bits"
-for _namespace in ("zs3fast", "zs3fast_cpp"):
-    torch.library.define(
-        f"{_namespace}::proposal_attention", f"({_INPUTS}, float scale) -> (Tensor output, Tensor lse)"
-    )
-    torch.library.define(
-        f"{_namespace}::proposal_attention_backward",
-        f"(Tensor grad_output, {_INPUTS}, Tensor output, Tensor lse, float scale)"
-        " -> (Tensor dq, Tensor dk_self, Tensor dv_self, Tensor dk, Tensor dv)",
-    )
-torch.library.define(
-    "zs3fast_cpp::proposal_attention_wgmma", f"({_INPUTS}, float scale) -> (Tensor output, Tensor lse)"
-)
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("zs3fast::proposal_attention", "default")
-def _run(*args):
-    return _dispatch.call("proposal_attention", *args)
+def _fake(
+    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, bits: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return empty_heads(q), empty_lse(q)
 
 
-@torch.library.impl("zs3fast::proposal_attention_backward", "default")
-def _run_backward(*args):
-    return _dispatch.call("proposal_attention_backward", *args)
+def _fake_backward(grad_output: Tensor, *tensors_and_rest: Any) -> tuple[Tensor, ...]:
+    return tuple(map(empty_heads, tensors_and_rest[:5]))
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _empty_heads(x: Tensor) -> Tensor:
-    """[B, heads, tokens, dh] lying in memory as [B, tokens, heads, dh]: joining the heads is a view."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-@torch.library.register_fake("zs3fast::proposal_attention")
-def _fake(q, k_self, v_self, k, v, bits, scale):
-    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=_accumulator(q.dtype))
-
-
-@torch.library.register_fake("zs3fast::proposal_attention_backward")
-def _fake_backward(grad_output, q, k_self, v_self, k, v, bits, output, lse, scale):
-    return tuple(map(_empty_heads, (q, k_self, v_self, k, v)))
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx, grad_output, _grad_lse):
-    grads = torch.ops.zs3fast.proposal_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale)
-    return (*grads, None, None)
-
-
-torch.library.register_autograd("zs3fast::proposal_attention", _autograd, setup_context=_setup_context)
-
-
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
-def _as_heads(x: Tensor) -> Tensor:
-    return _empty_heads(x).copy_(x)
-
-
-def _reference_run(q, k_self, v_self, k, v, bits, scale):
+def _reference_run(
+    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, bits: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     keep = unpack_bits(bits, k.shape[2])
     scores = _scores(q, k_self, k, keep, scale)
-    lse = scores.to(_accumulator(q.dtype)).logsumexp(-1)
-    return _as_heads(reference(q, k_self, v_self, k, v, keep, scale)), lse
+    lse = scores.to(accumulator(q.dtype)).logsumexp(-1)
+    return as_heads(reference(q, k_self, v_self, k, v, keep, scale)), lse
 
 
-def _reference_backward_run(grad_output, q, k_self, v_self, k, v, bits, output, lse, scale):
+def _reference_backward_run(
+    grad_output: Tensor,
+    q: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
     """dS = P (dP - sum P dP), with sum P dP = output . grad_output; half types accumulate in fp32."""
     dtype, keep = q.dtype, unpack_bits(bits, k.shape[2])
     wide = (x.to(lse.dtype) for x in (grad_output, q, k_self, v_self, k, v, output))
@@ -192,43 +153,28 @@ def _reference_backward_run(grad_output, q, k_self, v_self, k, v, bits, output, 
     own_ds = own_p * ((grad_output * v_self).sum(-1, keepdim=True) - delta) * scale
     ds = p * (grad_output @ v.mT - delta) * scale
     grads = (ds @ k + own_ds * k_self, own_ds * q, own_p * grad_output, ds.mT @ q, p.mT @ grad_output)
-    return tuple(_as_heads(x.to(dtype)) for x in grads)
+    return tuple(as_heads(x.to(dtype)) for x in grads)
 
 
-def _cpp_run(*args):
-    return torch.ops.zs3fast_cpp.proposal_attention(*args)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _cpp_backward_run(*args):
-    return torch.ops.zs3fast_cpp.proposal_attention_backward(*args)
+def _gradients(ctx: Any, grad_output: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.zs3fast.proposal_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale)
+    return (*grads, None, None)
 
 
-def _triton_run(*args):
-    from zs3fast.kernels import proposal_attention as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward_run(*args):
-    from zs3fast.kernels import proposal_attention as kernels
-
-    return kernels.backward(*args)
-
-
-_CPP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # half types are computed in fp32
-
-
-def _cpp_objections(first: Tensor, *_args: object) -> list[str]:
-    return _dispatch.cpp_objections(first, _CPP_DTYPES)
-
-
-def _triton_objections(first: Tensor, *_args: object) -> list[str]:
-    reasons = _matmul.triton_objections(first)
-    return reasons + ([f"heads of width dh = {first.shape[-1]}, at most 128"] if first.shape[-1] > 128 else [])
+def _flops_of(products: int, q: _flops.Shape, k: _flops.Shape) -> int:
+    """As torch counts attention under a mask: every patch kept."""
+    B, heads, Nq, dh = q
+    return _flops.attention(Nq, k[2] + 1, B * heads, dh, products)
 
 
 # forward alone: its log-sum-exp is what the other backends' backward passes need
-def _cuda_objections(q: Tensor, *args: object) -> list[str]:
+def _cuda_objections(q: Tensor, *args: Any) -> list[str]:
     return _mma.objections(OP, q, *args[:4])  # k_self, v_self, k, v
 
 
@@ -236,11 +182,29 @@ def _wgmma_objections(q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: T
     return _mma.wgmma_objections(OP, k, v, q, k_self, v_self)
 
 
-_dispatch.register("proposal_attention", "reference", _reference_run, _dispatch.never)
-_dispatch.register("proposal_attention", "cpp", _cpp_run, _cpp_objections)
-_dispatch.register("proposal_attention", "triton", _triton_run, _triton_objections)
-_dispatch.register("proposal_attention", "cuda", partial(_mma.run, OP), _cuda_objections)
-_dispatch.register("proposal_attention", "cuda:wgmma", partial(_mma.run_wgmma, OP), _wgmma_objections)
-_dispatch.register("proposal_attention_backward", "reference", _reference_backward_run, _dispatch.never)
-_dispatch.register("proposal_attention_backward", "cpp", _cpp_backward_run, _cpp_objections)
-_dispatch.register("proposal_attention_backward", "triton", _triton_backward_run, _triton_objections)
+_INPUTS = "Tensor q, Tensor k_self, Tensor v_self, Tensor k, Tensor v, Tensor bits"
+register_op(
+    OP,
+    schema=f"({_INPUTS}, float scale) -> (Tensor output, Tensor lse)",
+    fake=_fake,
+    reference=_reference_run,
+    flops=lambda q, _k_self, _v_self, k, *_: _flops_of(2, q, k),
+    backends={
+        "cpp": cpp_objections,
+        "triton": triton_objections,
+        "cuda": Implementation(partial(_mma.run, OP), _cuda_objections),
+        "cuda:wgmma": Implementation(partial(_mma.run_wgmma, OP), _wgmma_objections),
+    },
+    backward=Backward(
+        schema=(
+            f"(Tensor grad_output, {_INPUTS}, Tensor output, Tensor lse, float scale)"
+            " -> (Tensor dq, Tensor dk_self, Tensor dv_self, Tensor dk, Tensor dv)"
+        ),
+        fake=_fake_backward,
+        reference=_reference_backward_run,
+        flops=lambda _grad, q, _k_self, _v_self, k, *_: _flops_of(5, q, k),
+        backends={"cpp": cpp_objections, "triton": triton_objections},
+        setup_context=_setup_context,
+        gradients=_gradients,
+    ),
+)

@@ -12,13 +12,16 @@ loses to another for all values in the intervals is not computed there, which le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.ops import _dispatch
+from zs3fast.ops import _dispatch, _flops
+from zs3fast.ops._checks import check_bool, check_float_tensor, check_size
+from zs3fast.ops._register import register_op
 
 OP = "proposals_to_labels"
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -144,10 +147,7 @@ def _resize(x: Tensor, size: tuple[int, ...], align_corners: bool) -> Tensor:
 
 def _check_tensors(class_weights: Tensor, masks: Tensor) -> None:
     for name, x, ndim in (("class_weights", class_weights, 3), ("masks", masks, 4)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{OP}: {name} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{OP}: {name} must be floating point, got {x.dtype}")
+        check_float_tensor(OP, name, x)
         if x.ndim != ndim:
             raise ValueError(f"{OP}: {name} must be {ndim}-d, got shape {list(x.shape)}")
     if class_weights.shape[2] == 0:
@@ -181,16 +181,11 @@ def _frame(
     align_corners: bool,
 ) -> tuple[list[int], list[int]]:
     """The padded frame and the image on it, checked."""
-    for name, flag in (("logits", logits), ("align_corners", align_corners)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{OP}: {name} must be a bool, got {type(flag).__name__}")
+    check_bool(OP, "logits", logits)
+    check_bool(OP, "align_corners", align_corners)
     for name, pair in (("size", size), ("padded_size", padded_size), ("image_size", image_size)):
-        if pair is None and name != "size":
-            continue
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(n) for n in pair):
-            raise TypeError(f"{OP}: {name} must be two ints (height, width), got {pair!r}")
-        if pair[0] < 1 or pair[1] < 1:
-            raise ValueError(f"{OP}: {name} must be positive, got {tuple(pair)}")
+        if pair is not None or name == "size":
+            check_size(OP, name, pair)
     own = list(masks.shape[2:])
     padded = own if padded_size is None else list(padded_size)
     if not logits and padded != own:
@@ -201,25 +196,20 @@ def _frame(
     return padded, image
 
 
-def _is_int(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-_SCHEMA = (
-    "(Tensor class_weights, Tensor masks, SymInt[2] size, bool logits, SymInt[2] padded_size, SymInt[2] image_size,"
-    " bool align_corners, ScalarType dtype, bool return_scores) -> (Tensor labels, Tensor scores)"
-)
-torch.library.define(f"zs3fast::{OP}", _SCHEMA)
-torch.library.define(f"zs3fast_cpp::{OP}", _SCHEMA)
-
-
-@torch.library.impl(f"zs3fast::{OP}", "default")
-def _(*args):
-    return _dispatch.call(OP, *args)
-
-
-@torch.library.register_fake(f"zs3fast::{OP}")
-def _(class_weights, masks, size, logits, padded_size, image_size, align_corners, dtype, return_scores):
+def _fake(
+    class_weights: Tensor,
+    masks: Tensor,
+    size: Size,
+    logits: bool,
+    padded_size: Size,
+    image_size: Size,
+    align_corners: bool,
+    dtype: torch.dtype,
+    return_scores: bool,
+) -> tuple[Tensor, Tensor]:
     shape = (masks.shape[0], *size)
     return (
         masks.new_empty(shape, dtype=dtype),
@@ -227,7 +217,17 @@ def _(class_weights, masks, size, logits, padded_size, image_size, align_corners
     )
 
 
-def _run_reference(class_weights, masks, size, logits, padded_size, image_size, align_corners, dtype, return_scores):
+def _reference_run(
+    class_weights: Tensor,
+    masks: Tensor,
+    size: Size,
+    logits: bool,
+    padded_size: Size,
+    image_size: Size,
+    align_corners: bool,
+    dtype: torch.dtype,
+    return_scores: bool,
+) -> tuple[Tensor, Tensor]:
     labels, scores = reference(
         class_weights,
         masks,
@@ -239,32 +239,48 @@ def _run_reference(class_weights, masks, size, logits, padded_size, image_size, 
         dtype=dtype,
         return_scores=True,
     )
-    return labels, scores if return_scores else scores.new_empty(0)
+    return labels.contiguous(), scores.contiguous() if return_scores else scores.new_empty(0)
 
 
-def _run_cpp(*args):
-    return torch.ops.zs3fast_cpp.proposals_to_labels(*args)
-
-
-def _run_triton(*args):
-    from zs3fast.kernels import proposals_to_labels as kernel
-
-    return kernel.proposals_to_labels(*args)
+def _count(
+    class_weights: _flops.Shape,
+    masks: _flops.Shape,
+    size: Size,
+    logits: bool,
+    padded: Size,
+    image: Size,
+    *_args: Any,
+) -> int:
+    """The product of class weights and masks, the resize of every mask, and of logits the upsampling before it."""
+    B, Nq, C = class_weights
+    pixels = size[0] * size[1]
+    upsampled = padded[0] * padded[1] if logits and tuple(padded) != tuple(masks[2:]) else 0
+    resized = pixels if tuple(size) != tuple(image) else 0
+    return 2 * B * Nq * C * pixels + _flops.PER_INTERPOLATED * B * Nq * (upsampled + resized)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _each(objections):
+def _each(objections: Callable[[Tensor, tuple[torch.dtype, ...]], list[str]]) -> _dispatch.Objections:
     """Objections to either tensor, each named once."""
 
-    def both(*args):
+    def both(*args: Any) -> list[str]:
         tensors = [arg for arg in args[:2] if isinstance(arg, Tensor)]
         return list(dict.fromkeys(reason for tensor in tensors for reason in objections(tensor, _KERNEL_DTYPES)))
 
     return both
 
 
-_dispatch.register(OP, "reference", _run_reference, _dispatch.never)
-_dispatch.register(OP, "cpp", _run_cpp, _each(_dispatch.cpp_objections))
-_dispatch.register(OP, "triton", _run_triton, _each(_dispatch.triton_objections))
+register_op(
+    OP,
+    schema=(
+        "(Tensor class_weights, Tensor masks, SymInt[2] size, bool logits, SymInt[2] padded_size,"
+        " SymInt[2] image_size, bool align_corners, ScalarType dtype, bool return_scores)"
+        " -> (Tensor labels, Tensor scores)"
+    ),
+    fake=_fake,
+    reference=_reference_run,
+    flops=_count,
+    backends={"cpp": _each(_dispatch.cpp_objections), "triton": _each(_dispatch.triton_objections)},
+)

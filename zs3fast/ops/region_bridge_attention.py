@@ -24,11 +24,24 @@ own, step 1's backward is the plain one: its probabilities are exp(s_ij - l'_i),
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zs3fast.ops import _dispatch, _matmul, _mma
+from zs3fast.ops import _flops, _matmul, _mma
+from zs3fast.ops._attention import (
+    accumulator,
+    as_heads,
+    check_heads,
+    cpp_objections,
+    empty_heads,
+    empty_lse,
+    triton_objections,
+)
+from zs3fast.ops._checks import check_number, check_size, is_int
+from zs3fast.ops._dispatch import Implementation
+from zs3fast.ops._register import Backward, register_op
 
 OP = "region_bridge_attention"
 
@@ -58,7 +71,7 @@ def _reference_with_lse(
 ) -> tuple[Tensor, Tensor]:
     scores = (q @ k.mT) * scale  # [B, heads, Eq, E]
     scores = scores.masked_fill(~_query_mask(q, k, num_prefix, grid, regions), float("-inf"))
-    return scores.softmax(-1) @ v, scores.to(_accumulator(q.dtype)).logsumexp(-1)
+    return scores.softmax(-1) @ v, scores.to(accumulator(q.dtype)).logsumexp(-1)
 
 
 def _query_mask(q: Tensor, k: Tensor, num_prefix: int, grid: tuple[int, int], regions: tuple[int, int]) -> Tensor:
@@ -117,7 +130,9 @@ def region_bridge_attention(
     _check(q, k, v, num_prefix, grid, regions, scale, skip_prompts)
     q, k, v = _matmul.autocast(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.zs3fast.region_bridge_attention(q, k, v, num_prefix, tuple(grid), tuple(regions), scale)[0]
+    output: Tensor
+    output, _ = torch.ops.zs3fast.region_bridge_attention(q, k, v, num_prefix, tuple(grid), tuple(regions), scale)
+    return output
 
 
 def _check(
@@ -130,36 +145,20 @@ def _check(
     scale: float | None,
     skip_prompts: bool,
 ) -> None:
-    for label, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{OP}: {label} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{OP}: {label} must be floating point, got {x.dtype}")
-        if x.ndim != 4:
-            raise ValueError(f"{OP}: {label} must be [B, heads, tokens, dh], got shape {list(x.shape)}")
-        if x.dtype != q.dtype and not _matmul.autocasting(q):
-            raise TypeError(f"{OP}: {label} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{OP}: {label} must be on q's device {q.device}, got {x.device}")
-    if not _is_int(num_prefix):
+    check_heads(OP, q, k=k, v=v)
+    if not is_int(num_prefix):
         raise TypeError(f"{OP}: num_prefix must be an int, got {type(num_prefix).__name__}")
     if num_prefix < 1:
         raise ValueError(f"{OP}: num_prefix must be at least 1 (the global token), got {num_prefix}")
-    for label, pair, letters in (("grid", grid, "(h, w)"), ("regions", regions, "(rh, rw)")):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_int, pair)):
-            raise TypeError(f"{OP}: {label} must be two ints {letters}, got {pair!r}")
-        if pair[0] < 1 or pair[1] < 1:
-            raise ValueError(f"{OP}: {label} {letters} must be at least (1, 1), got {tuple(pair)}")
+    check_size(OP, "grid", grid)
+    check_size(OP, "regions", regions)
     if regions[0] > grid[0] or regions[1] > grid[1]:
         raise ValueError(
             f"{OP}: regions {tuple(regions)} do not fit the grid {tuple(grid)}: every region needs a patch of its own"
         )
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise TypeError(f"{OP}: scale must be a number or None, got {type(scale).__name__}")
+    check_number(OP, "scale", scale, optional=True)
 
     B, heads, _, dh = q.shape
-    if heads < 1 or dh < 1:
-        raise ValueError(f"{OP}: q must have at least one head of at least one column, got shape {list(q.shape)}")
     N, M = grid[0] * grid[1], regions[0] * regions[1]
     queries = (1 if skip_prompts else num_prefix) + N + M
     for label, x, prefix, rows in (
@@ -175,129 +174,72 @@ def _check(
         raise ValueError(f"{OP}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
 
 
-def _is_int(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
+# --- registration ----------------------------------------------------------------------------------------------------
+
+Pair = tuple[int, int]
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
-
-_LAYOUT = "SymInt num_prefix, SymInt[2] grid, SymInt[2] regions, float scale"
-for _namespace in ("zs3fast", "zs3fast_cpp"):
-    torch.library.define(
-        f"{_namespace}::region_bridge_attention",
-        f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor output, Tensor lse)",
-    )
-    torch.library.define(
-        f"{_namespace}::region_bridge_attention_backward",
-        f"(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, {_LAYOUT})"
-        " -> (Tensor dq, Tensor dk, Tensor dv)",
-    )
-torch.library.define(
-    "zs3fast_cpp::region_bridge_attention_wgmma",
-    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor output, Tensor lse)",
-)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, num_prefix: int, grid: Pair, regions: Pair, scale: float
+) -> tuple[Tensor, Tensor]:
+    return empty_heads(q), empty_lse(q)
 
 
-@torch.library.impl("zs3fast::region_bridge_attention", "default")
-def _run(*args):
-    return _dispatch.call("region_bridge_attention", *args)
+def _fake_backward(grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_heads(q), empty_heads(k), empty_heads(v)
 
 
-@torch.library.impl("zs3fast::region_bridge_attention_backward", "default")
-def _run_backward(*args):
-    return _dispatch.call("region_bridge_attention_backward", *args)
+def _reference_run(
+    q: Tensor, k: Tensor, v: Tensor, num_prefix: int, grid: Pair, regions: Pair, scale: float
+) -> tuple[Tensor, Tensor]:
+    output, lse = _reference_with_lse(q, k, v, num_prefix, grid, regions, scale)
+    return as_heads(output), lse
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _empty_heads(x: Tensor) -> Tensor:
-    """[B, heads, tokens, dh] lying in memory as [B, tokens, heads, dh]: joining the heads is a view."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-@torch.library.register_fake("zs3fast::region_bridge_attention")
-def _fake(q, k, v, num_prefix, grid, regions, scale):
-    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=_accumulator(q.dtype))
-
-
-@torch.library.register_fake("zs3fast::region_bridge_attention_backward")
-def _fake_backward(grad_output, q, k, v, output, lse, num_prefix, grid, regions, scale):
-    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, *ctx.layout = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx, grad_output, _grad_lse):
-    q, k, v, output, lse = ctx.saved_tensors
-    grads = torch.ops.zs3fast.region_bridge_attention_backward(grad_output, q, k, v, output, lse, *ctx.layout)
-    return (*grads, None, None, None, None)
-
-
-torch.library.register_autograd("zs3fast::region_bridge_attention", _autograd, setup_context=_setup_context)
-
-
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
-def _as_heads(x: Tensor) -> Tensor:
-    return _empty_heads(x).copy_(x)
-
-
-def _reference_run(*args):
-    output, lse = _reference_with_lse(*args)
-    return _as_heads(output), lse
-
-
-def _reference_backward_run(grad_output, q, k, v, output, lse, num_prefix, grid, regions, scale):
+def _reference_backward_run(
+    grad_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    num_prefix: int,
+    grid: Pair,
+    regions: Pair,
+    scale: float,
+) -> tuple[Tensor, ...]:
     """dS = P (dP - sum P dP), with sum P dP = output . grad_output; half types accumulate in fp32."""
     dtype, mask = q.dtype, _query_mask(q, k, num_prefix, grid, regions)
     grad_output, q, k, v, output = (x.to(lse.dtype) for x in (grad_output, q, k, v, output))
     scores = ((q @ k.mT) * scale).masked_fill(~mask, float("-inf"))
     probabilities = (scores - lse.unsqueeze(-1)).exp()
     ds = probabilities * (grad_output @ v.mT - (output * grad_output).sum(-1, keepdim=True)) * scale
-    return tuple(_as_heads(x.to(dtype)) for x in (ds @ k, ds.mT @ q, probabilities.mT @ grad_output))
+    return tuple(as_heads(x.to(dtype)) for x in (ds @ k, ds.mT @ q, probabilities.mT @ grad_output))
 
 
-def _cpp_run(*args):
-    return torch.ops.zs3fast_cpp.region_bridge_attention(*args)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, *ctx.layout = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _cpp_backward_run(*args):
-    return torch.ops.zs3fast_cpp.region_bridge_attention_backward(*args)
+def _gradients(ctx: Any, grad_output: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, output, lse = ctx.saved_tensors
+    grads = torch.ops.zs3fast.region_bridge_attention_backward(grad_output, q, k, v, output, lse, *ctx.layout)
+    return (*grads, None, None, None, None)
 
 
-def _triton_run(*args):
-    from zs3fast.kernels import region_bridge_attention as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward_run(*args):
-    from zs3fast.kernels import region_bridge_attention as kernels
-
-    return kernels.backward(*args)
-
-
-_CPP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # half types are computed in fp32
-
-
-def _cpp_objections(first: Tensor, *_args: object) -> list[str]:
-    return _dispatch.cpp_objections(first, _CPP_DTYPES)
-
-
-def _triton_objections(first: Tensor, *_args: object) -> list[str]:
-    reasons = _matmul.triton_objections(first)
-    return reasons + ([f"heads of width dh = {first.shape[-1]}, at most 128"] if first.shape[-1] > 128 else [])
+def _flops_of(products: int, q: _flops.Shape, num_prefix: int, grid: Pair, regions: Pair) -> int:
+    """The pairs under the mask, not the E x E: what steps 1 to 3 above multiply."""
+    B, heads, queries, dh = q
+    N, M = grid[0] * grid[1], regions[0] * regions[1]
+    in_windows = M * (grid[0] // regions[0]) * (grid[1] // regions[1])
+    pairs = (queries - M) * (num_prefix + N) + 2 * in_windows + M
+    return _flops.attention(1, pairs, B * heads, dh, products)
 
 
 # forward alone: its log-sum-exp is what the other backends' backward passes need
-def _cuda_objections(q: Tensor, *args: object) -> list[str]:
+def _cuda_objections(q: Tensor, *args: Any) -> list[str]:
     return _mma.objections(OP, q, *args[:2])  # k, v
 
 
@@ -305,11 +247,29 @@ def _wgmma_objections(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> list[s
     return _mma.wgmma_objections(OP, k, v, q)
 
 
-_dispatch.register("region_bridge_attention", "reference", _reference_run, _dispatch.never)
-_dispatch.register("region_bridge_attention", "cpp", _cpp_run, _cpp_objections)
-_dispatch.register("region_bridge_attention", "triton", _triton_run, _triton_objections)
-_dispatch.register("region_bridge_attention", "cuda", partial(_mma.run, OP), _cuda_objections)
-_dispatch.register("region_bridge_attention", "cuda:wgmma", partial(_mma.run_wgmma, OP), _wgmma_objections)
-_dispatch.register("region_bridge_attention_backward", "reference", _reference_backward_run, _dispatch.never)
-_dispatch.register("region_bridge_attention_backward", "cpp", _cpp_backward_run, _cpp_objections)
-_dispatch.register("region_bridge_attention_backward", "triton", _triton_backward_run, _triton_objections)
+_LAYOUT = "SymInt num_prefix, SymInt[2] grid, SymInt[2] regions, float scale"
+register_op(
+    OP,
+    schema=f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor output, Tensor lse)",
+    fake=_fake,
+    reference=_reference_run,
+    flops=lambda q, _k, _v, *layout: _flops_of(2, q, *layout[:3]),
+    backends={
+        "cpp": cpp_objections,
+        "triton": triton_objections,
+        "cuda": Implementation(partial(_mma.run, OP), _cuda_objections),
+        "cuda:wgmma": Implementation(partial(_mma.run_wgmma, OP), _wgmma_objections),
+    },
+    backward=Backward(
+        schema=(
+            f"(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, {_LAYOUT})"
+            " -> (Tensor dq, Tensor dk, Tensor dv)"
+        ),
+        fake=_fake_backward,
+        reference=_reference_backward_run,
+        flops=lambda _grad, q, _k, _v, _output, _lse, *layout: _flops_of(5, q, *layout[:3]),
+        backends={"cpp": cpp_objections, "triton": triton_objections},
+        setup_context=_setup_context,
+        gradients=_gradients,
+    ),
+)

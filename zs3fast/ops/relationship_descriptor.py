@@ -12,11 +12,19 @@ fp32. The backward pass is two such products: H = grad W1, summed against visual
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _dispatch, _matmul
+from zs3fast.ops._checks import check_float_tensor
+from zs3fast.ops._flops import Shape
+from zs3fast.ops._register import Backward, register_op
+
+OP = "relationship_descriptor"
 
 
 def reference(
@@ -68,26 +76,23 @@ def relationship_descriptor(
         [B, C, D'] or [B, M, C, D'], contiguous. Differentiable in every tensor, once.
     Source: ZegCLIP (CVPR 2023) section 3.3; CLIP-RC eq. 5 with region tokens.
     """
-    name = "relationship_descriptor"
-    _check_text(name, text, weight, bias)
-    _check_tensor(name, "visual", visual, text)
+    _check_text(OP, text, weight, bias)
+    _check_tensor(OP, "visual", visual, text)
     D = text.shape[1]
     if visual.ndim not in (2, 3) or visual.shape[-1] != D:
-        raise ValueError(f"{name}: visual must be [B, D] or [B, M, D] with text's D = {D}, got {list(visual.shape)}")
+        raise ValueError(f"{OP}: visual must be [B, D] or [B, M, D] with text's D = {D}, got {list(visual.shape)}")
     if text_term is not None:
-        _check_tensor(name, "text_term", text_term, text)
+        _check_tensor(OP, "text_term", text_term, text)
         if text_term.shape != (text.shape[0], weight.shape[0]):
             expected = [text.shape[0], weight.shape[0]]
-            raise ValueError(f"{name}: text_term must be [C, D'] = {expected}, got {list(text_term.shape)}")
-    text, visual, weight, bias, text_term = _matmul.autocast(text, visual, weight, bias, text_term)
-    return torch.ops.zs3fast.relationship_descriptor(text, visual, weight, bias, text_term)
+            raise ValueError(f"{OP}: text_term must be [C, D'] = {expected}, got {list(text_term.shape)}")
+    tensors = _matmul.autocast(text, visual, weight, bias, text_term)
+    descriptor: Tensor = torch.ops.zs3fast.relationship_descriptor(*tensors)
+    return descriptor
 
 
 def _check_tensor(name: str, label: str, x: Tensor, text: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {label} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: {label} must be floating point, got {x.dtype}")
+    check_float_tensor(name, label, x)
     if x.device != text.device:
         raise ValueError(f"{name}: {label} must be on text's device {text.device}, got {x.device}")
     if x.dtype != text.dtype and not _matmul.autocasting(text):
@@ -108,37 +113,25 @@ def _check_text(name: str, text: Tensor, weight: Tensor, bias: Tensor | None) ->
             raise ValueError(f"{name}: bias must be [D'] = [{weight.shape[0]}], got shape {list(bias.shape)}")
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
-
-_SCHEMA = "(Tensor text, Tensor visual, Tensor weight, Tensor? bias=None, Tensor? text_term=None) -> Tensor"
-# what is not needed comes back as an empty tensor; dterm is the gradient of the text term, bias's is its sum
-_BACKWARD_SCHEMA = (
-    "(Tensor grad, Tensor text, Tensor visual, Tensor weight, bool has_text_term,"
-    " bool need_text, bool need_visual, bool need_weight)"
-    " -> (Tensor dtext, Tensor dvisual, Tensor dweight, Tensor dterm)"
-)
-for _namespace in ("zs3fast", "zs3fast_cpp"):
-    torch.library.define(f"{_namespace}::relationship_descriptor", _SCHEMA)
-    torch.library.define(f"{_namespace}::relationship_descriptor_backward", _BACKWARD_SCHEMA)
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("zs3fast::relationship_descriptor", "default")
-def _run(text, visual, weight, bias=None, text_term=None):
-    return _dispatch.call("relationship_descriptor", text, visual, weight, bias, text_term)
-
-
-@torch.library.impl("zs3fast::relationship_descriptor_backward", "default")
-def _run_backward(*args):
-    return _dispatch.call("relationship_descriptor_backward", *args)
-
-
-@torch.library.register_fake("zs3fast::relationship_descriptor")
-def _fake(text, visual, weight, bias=None, text_term=None):
+def _fake(
+    text: Tensor, visual: Tensor, weight: Tensor, bias: Tensor | None = None, text_term: Tensor | None = None
+) -> Tensor:
     return visual.new_empty(*visual.shape[:-1], text.shape[0], weight.shape[0])
 
 
-@torch.library.register_fake("zs3fast::relationship_descriptor_backward")
-def _fake_backward(grad, text, visual, weight, has_text_term, need_text, need_visual, need_weight):
+def _fake_backward(
+    grad: Tensor,
+    text: Tensor,
+    visual: Tensor,
+    weight: Tensor,
+    has_text_term: bool,
+    need_text: bool,
+    need_visual: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
     return (
         text.new_empty(text.shape if need_text else 0),
         visual.new_empty(visual.shape if need_visual else 0),
@@ -147,35 +140,20 @@ def _fake_backward(grad, text, visual, weight, has_text_term, need_text, need_vi
     )
 
 
-def _setup_context(ctx, inputs, output):
-    text, visual, weight, bias, term = inputs
-    ctx.has_text_term = term is not None
-    ctx.save_for_backward(text, visual, weight)
+def _reference_run(*args: Any) -> Tensor:
+    return reference(*args).contiguous()
 
 
-def _autograd(ctx, grad):
-    text, visual, weight = ctx.saved_tensors
-    # the dispatcher leaves out trailing arguments that are their default
-    for_text, for_visual, for_weight, for_bias, for_term = (*ctx.needs_input_grad, False, False)[:5]
-    dtext, dvisual, dweight, dterm = torch.ops.zs3fast.relationship_descriptor_backward(
-        grad, text, visual, weight, ctx.has_text_term, for_text, for_visual, for_weight
-    )
-    return (
-        dtext if for_text else None,
-        dvisual if for_visual else None,
-        dweight if for_weight else None,
-        dterm.sum(0) if for_bias and not ctx.has_text_term else None,
-        dterm if for_term else None,
-    )
-
-
-torch.library.register_autograd("zs3fast::relationship_descriptor", _autograd, setup_context=_setup_context)
-
-
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
-def _reference_backward_run(grad, text, visual, weight, has_text_term, need_text, need_visual, need_weight):
+def _reference_backward_run(
+    grad: Tensor,
+    text: Tensor,
+    visual: Tensor,
+    weight: Tensor,
+    has_text_term: bool,
+    need_text: bool,
+    need_visual: bool,
+    need_weight: bool,
+) -> tuple[Tensor, ...]:
     """H = grad W1; dtext = sum_r H_r visual_r, dvisual_r = sum_c H_rc text_c, dterm = sum_r grad_r."""
     dtype = torch.promote_types(text.dtype, torch.float32)
     C, D = text.shape
@@ -199,28 +177,26 @@ def _reference_backward_run(grad, text, visual, weight, has_text_term, need_text
     return tuple(x.to(text.dtype) for x in (dtext, dvisual, dweight, dterm))
 
 
-def _reference_run(*args):
-    return reference(*args).contiguous()
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    text, visual, weight, bias, term = inputs
+    ctx.has_text_term = term is not None
+    ctx.save_for_backward(text, visual, weight)
 
 
-def _cpp_run(*args):
-    return torch.ops.zs3fast_cpp.relationship_descriptor(*args)
-
-
-def _cpp_backward_run(*args):
-    return torch.ops.zs3fast_cpp.relationship_descriptor_backward(*args)
-
-
-def _triton_run(*args):
-    from zs3fast.kernels import relationship_descriptor as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward_run(*args):
-    from zs3fast.kernels import relationship_descriptor as kernels
-
-    return kernels.backward(*args)
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    text, visual, weight = ctx.saved_tensors
+    # the dispatcher leaves out trailing arguments that are their default
+    for_text, for_visual, for_weight, for_bias, for_term = (*ctx.needs_input_grad, False, False)[:5]
+    dtext, dvisual, dweight, dterm = torch.ops.zs3fast.relationship_descriptor_backward(
+        grad, text, visual, weight, ctx.has_text_term, for_text, for_visual, for_weight
+    )
+    return (
+        dtext if for_text else None,
+        dvisual if for_visual else None,
+        dweight if for_weight else None,
+        dterm.sum(0) if for_bias and not ctx.has_text_term else None,
+        dterm if for_term else None,
+    )
 
 
 def _cpp_objections(first: Tensor, *_args: object) -> list[str]:
@@ -231,9 +207,43 @@ def _triton_objections(first: Tensor, *_args: object) -> list[str]:
     return _matmul.triton_objections(first)
 
 
-_dispatch.register("relationship_descriptor", "reference", _reference_run, _dispatch.never)
-_dispatch.register("relationship_descriptor", "cpp", _cpp_run, _cpp_objections)
-_dispatch.register("relationship_descriptor", "triton", _triton_run, _triton_objections)
-_dispatch.register("relationship_descriptor_backward", "reference", _reference_backward_run, _dispatch.never)
-_dispatch.register("relationship_descriptor_backward", "cpp", _cpp_backward_run, _cpp_objections)
-_dispatch.register("relationship_descriptor_backward", "triton", _triton_backward_run, _triton_objections)
+def _count(text: Shape, visual: Shape, weight: Shape, _bias: Shape | None = None, term: Shape | None = None) -> int:
+    """The image's half for every token, the text's once."""
+    C, D = text
+    rows = math.prod(visual[:-1])
+    return 2 * D * weight[0] * C * (rows + (term is None))
+
+
+def _count_backward(
+    _grad: Shape, text: Shape, visual: Shape, weight: Shape, has_term: bool, for_text: bool, for_visual: bool,
+    for_weight: bool,
+) -> int:  # fmt: skip
+    C, D = text
+    rows = math.prod(visual[:-1])
+    of_image = rows * ((for_text or for_visual) + for_weight)
+    of_text = 0 if has_term else for_text + for_weight
+    return 2 * D * weight[0] * C * (of_image + of_text)
+
+
+register_op(
+    OP,
+    schema="(Tensor text, Tensor visual, Tensor weight, Tensor? bias=None, Tensor? text_term=None) -> Tensor",
+    fake=_fake,
+    reference=_reference_run,
+    flops=_count,
+    backends={"cpp": _cpp_objections, "triton": _triton_objections},
+    backward=Backward(
+        # what is not needed comes back as an empty tensor; dterm is the gradient of the text term, bias's is its sum
+        schema=(
+            "(Tensor grad, Tensor text, Tensor visual, Tensor weight, bool has_text_term,"
+            " bool need_text, bool need_visual, bool need_weight)"
+            " -> (Tensor dtext, Tensor dvisual, Tensor dweight, Tensor dterm)"
+        ),
+        fake=_fake_backward,
+        reference=_reference_backward_run,
+        flops=_count_backward,
+        backends={"cpp": _cpp_objections, "triton": _triton_objections},
+        setup_context=_setup_context,
+        gradients=_gradients,
+    ),
+)

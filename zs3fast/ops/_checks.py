@@ -1,0 +1,70 @@
+"""Checks of arguments that several ops make: each raises one line that names op and argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_int(n: object) -> bool:
+    """An int, or one that torch traces; a bool is none."""
+    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
+
+
+def check_float_tensor(op: str, label: str, x: object) -> Tensor:
+    """x, a tensor of real floating point numbers.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {label} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {label} must be floating point, got {x.dtype}")
+    return x
+
+
+def check_number(op: str, label: str, x: object, *, optional: bool = False) -> None:
+    """An int or a float, traced ones included; None too if it is optional.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if optional and x is None:
+        return
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        expected = "a number or None" if optional else "a number"
+        raise TypeError(f"{op}: {label} must be {expected}, got {type(x).__name__}")
+
+
+def check_bool(op: str, label: str, x: object) -> None:
+    """True or False.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(x, bool):
+        raise TypeError(f"{op}: {label} must be True or False, got {x!r}")
+
+
+# Pixel coordinates are exact in float32, and the index of a pixel fits in an int32: no kernel counts further.
+MAX_SIDE = 2**24
+MAX_PIXELS = 2**31 - 1
+
+
+def check_size(op: str, label: str, pair: object) -> None:
+    """Two positive ints (height, width), each at most 2^24, with at most 2^31 - 1 pixels.
+
+    Raises:
+        TypeError: not two ints.
+        ValueError: too small or too large.
+    """
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_int, pair)):
+        raise TypeError(f"{op}: {label} must be two ints (height, width), got {pair!r}")
+    height, width = pair
+    if height < 1 or width < 1:
+        raise ValueError(f"{op}: {label} must be at least (1, 1), got {tuple(pair)}")
+    if height > MAX_SIDE or width > MAX_SIDE or height * width > MAX_PIXELS:
+        raise ValueError(
+            f"{op}: {label} must be at most 2^24 a side and have fewer than 2^31 pixels, got {tuple(pair)}"
+        )
