@@ -40,6 +40,8 @@ class SegmentationOutput:
     trusty_logits: [B, 1, h, w] pre-sigmoid, sigmoid = P(pixel is unseen); None without a trusty token.
     region_tokens: [B, M, D] or None.
     recovery_losses: [2] CLIP-RC's unweighted recovery terms (queries, patches) in training mode, else None.
+    class_logits: [B, C] (with a trusty token [B, C + 1], it last) TagCLIP's opinion whether a class is there at all,
+        where it is asked for it; `mask_logits` are then those of the product, else None.
     """
 
     mask_logits: Tensor
@@ -48,6 +50,7 @@ class SegmentationOutput:
     trusty_logits: Tensor | None = None
     region_tokens: Tensor | None = None
     recovery_losses: Tensor | None = None
+    class_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)

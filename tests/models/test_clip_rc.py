@@ -11,7 +11,7 @@ import zs3fast
 from tests.goldens_data import relative
 from tests.tiny import CLIP, NUM_CLASSES, SEEN, tiny_inputs, tiny_labels, tiny_model
 from zs3fast.encoders.clip_vit import quick_gelu
-from zs3fast.heads.recovery import descriptor_l1
+from zs3fast.heads.recovery import descriptor_l1, descriptors, recovery_loss
 from zs3fast.heads.two_way import region_mean_masks
 from zs3fast.models.clip_rc import ALIGNMENTS
 from zs3fast.types import ImageFeatures
@@ -148,6 +148,9 @@ def test_rebuilt_descriptor_loss_equals_the_stored_one() -> None:
         {"query_regions": False, "alignment": "none", "recovery_layers": None},  # table 5: region tokens alone
         {"recovery_layers": None},
         {"recovery_layers": 0},
+        {"recovery_layers": 0, "recovery_loss": "kd"},
+        {"recovery_loss": "l2"},
+        {"recovery_loss": "kd"},
         {"recovery_layers": 3},
         {"alignment": "global"},
         {"alignment": "region"},
@@ -171,6 +174,26 @@ def test_every_switch_trains_and_rebuilds(options: dict[str, object]) -> None:
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     again = zs3fast.create_model(**model.config)
     again.load_state_dict(model.state_dict())
+
+
+def test_recovery_losses_of_table_8() -> None:
+    got, wanted = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    kl = (wanted.softmax(-1) * (wanted.log_softmax(-1) - got.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(recovery_loss("kd", got, wanted), kl)
+    torch.testing.assert_close(recovery_loss("l1", got, wanted), (got - wanted).abs().mean())
+    torch.testing.assert_close(recovery_loss("l2", got, wanted), ((got - wanted) ** 2).mean())
+    text, visual = torch.randn(3, 4), torch.randn(2, 5, 4)
+    recovered = torch.randn(2, 15, 8)
+    direct = recovery_loss("l1", recovered, descriptors(text, visual))
+    torch.testing.assert_close(direct, descriptor_l1(recovered, text, visual))
+
+
+def test_no_recovery_layer_leaves_no_parameter() -> None:
+    model = tiny_model("clip_rc", recovery_layers=0)
+    assert not [name for name, _ in model.named_parameters() if "recovery" in name]
+    images, text = tiny_inputs()
+    losses = model.train()(images, text).recovery_losses
+    assert losses.shape == (2,) and (losses > 0).all() and losses.requires_grad
 
 
 def test_no_gradient_reaches_the_recovery_targets() -> None:

@@ -115,12 +115,63 @@ def test_trusty_loss(loss: str, target: str) -> None:
     if loss == "focal":
         expected = trusty_focal(out.trusty_logits, wanted) / n
     else:
+        # journal eq. 11-12 as printed: dice of M_A = P(seen) and G_A = 1 on seen, 0 on unseen, where both are defined
         p = F.interpolate(out.trusty_logits, size=(64, 64), mode="bilinear", align_corners=False)[:, 0].sigmoid()
-        overlap, total = (p * wanted).sum((1, 2)), p.sum((1, 2)) + wanted.sum((1, 2))
+        defined = torch.ones_like(wanted) if target == "not_seen" else labels != 255
+        m, g = (1 - p) * defined, ~wanted & defined
+        overlap, total = (m * g).sum((1, 2)), m.sum((1, 2)) + g.sum((1, 2))
         expected = (1 - (2 * overlap + 1) / (total + 1)).sum() / n
     losses = model.loss(out, labels)
     torch.testing.assert_close(losses["loss_trusty"], 10 * expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(losses["loss"], losses["loss_mask"] + losses["loss_dice"] + losses["loss_trusty"])
+
+
+@pytest.mark.parametrize("polarity", ["unseen", "seen"])
+def test_dice_of_the_trusty_map_is_the_papers(polarity: str) -> None:
+    """It was dice of the complement: 1 with next to no gradient where no pixel is unseen, and 1/3 is right."""
+    model = tiny_model("tagclip", trusty_loss="dice", trusty_polarity=polarity)
+    labels = torch.full((1, 64, 64), SEEN[0])
+    logits = torch.zeros(1, 1, 4, 4, requires_grad=True)  # P(seen) = P(unseen) = 1/2, whatever the polarity
+    none = torch.zeros_like(labels, dtype=torch.bool)
+    loss = model._trusty_term(logits, none, none, torch.tensor(1.0))
+    pixels = labels.numel()
+    assert loss.item() == pytest.approx(1 - (pixels + 1) / (1.5 * pixels + 1), abs=1e-6)
+    loss.backward()
+    assert (logits.grad > 0).all()  # towards "not unseen"
+    half = none.clone()
+    half[:, :32] = True
+    assert model._trusty_term(logits, half, none, torch.tensor(1.0)).item() == pytest.approx(0.5, abs=1e-3)
+    assert model._trusty_term(logits, none, half, torch.tensor(1.0)).item() == pytest.approx(1 / 3, abs=1e-3)
+
+
+def test_class_prediction_weighs_the_masks() -> None:
+    images, text = tiny_inputs()
+    plain = tiny_model("tagclip").eval()
+    model = tiny_model("tagclip", class_prediction=True).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        out, before = model(images, text), plain(images, text)
+    product = torch.sigmoid(out.class_logits)[..., None, None]
+    masks = torch.cat([before.mask_logits, before.trusty_logits], 1).sigmoid()
+    got = torch.cat([out.mask_logits, out.trusty_logits], 1).sigmoid()
+    torch.testing.assert_close(got, product * masks, rtol=1e-5, atol=1e-6)
+    assert before.class_logits is None and out.class_logits.shape == (2, NUM_CLASSES + 1)
+
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0
+    labels = tiny_labels()
+    out = model(images, text[SEEN])
+    losses = model.loss(out, labels)
+    present = torch.tensor([[float((image == c).any()) for c in SEEN] for image in labels])
+    unseen = torch.tensor([[float(((image == 3) | (image == 5)).any())] for image in labels])
+    expected = F.binary_cross_entropy_with_logits(out.class_logits, torch.cat([present, unseen], 1))
+    torch.testing.assert_close(losses["loss_cls"], expected)
+    losses["loss"].backward()
+    assert model.class_prediction.weight.grad.abs().sum() > 0
+    last = model.decoder.layers[-1]
+    assert all(p.grad.abs().sum() > 0 for p in (last.multihead_attn.v.weight, last.linear2.weight))
 
 
 def test_separate_and_merged_agree_when_inductive_and_differ_in_self_training() -> None:

@@ -13,8 +13,6 @@ from zs3fast.encoders.config import ClipVisionConfig
 from zs3fast.types import ImageFeatures
 from zs3fast.utils.weight_cache import WeightCache
 
-PROMPT_DROPOUT = 0.1
-
 
 class PromptedClipViT(ClipViT):
     """Frozen CLIP ViT whose blocks see learned prompt tokens between the class token and the patches.
@@ -27,6 +25,7 @@ class PromptedClipViT(ClipViT):
             0 < M < L - 1: layers 0..M, later layers see class token and patches alone;
             0 (shallow): inserted once at layer 0 and carried along as ordinary tokens, no `prompt_norm`;
             -M (reverse): the last M layers; layer 0 never gets any, so with M = L the first set is unused.
+        dropout: of the projected prompts, in training.
 
     Only the parameters whose name contains "prompt" train; the rest is frozen.
     """
@@ -39,6 +38,7 @@ class PromptedClipViT(ClipViT):
         num_prompts: int,
         prompt_depth: int | None = None,
         double_class_embedding: bool = True,
+        dropout: float = 0.1,
     ):
         super().__init__(config, image_size, double_class_embedding=double_class_embedding)
         depth = config.layers - 1 if prompt_depth is None else prompt_depth
@@ -49,6 +49,7 @@ class PromptedClipViT(ClipViT):
         if num_prompts < 1:
             raise ValueError(f"num_prompts: expected at least 1, got {num_prompts}")
         self.prompt_depth = depth
+        self.dropout = dropout
         width = config.width
         bound = math.sqrt(6.0 / (3 * config.patch_size**2 + width))
         if depth >= 0:
@@ -78,7 +79,7 @@ class PromptedClipViT(ClipViT):
         """Shared projection, then dropout: in training each sample and layer draws its own mask."""
         projected = self.prompt_proj(prompts)
         if self.training:
-            projected = F.dropout(projected.expand(batch, -1, -1), PROMPT_DROPOUT)
+            projected = F.dropout(projected.expand(batch, -1, -1), self.dropout)
         return projected
 
     def prompt_context(self, batch: int) -> list[tuple[Tensor, Tensor] | None]:

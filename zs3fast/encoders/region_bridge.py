@@ -22,7 +22,8 @@ class RegionBridgeClipViT(PromptedClipViT):
     """Prompted CLIP ViT that also returns one token a region of the image.
 
     Args:
-        config, image_size, num_prompts, double_class_embedding: as for `PromptedClipViT`; every layer has its prompts.
+        config, image_size, num_prompts, double_class_embedding, dropout: as for `PromptedClipViT`; every layer has its
+            own prompts.
         regions: M, a square number, or (rh, rw). Windows are floor(h / rh) x floor(w / rw) patches; patches in the
             margin left over belong to no region.
         update_regions: train the region tokens (the "updated" rows of the paper's table 6); published: frozen.
@@ -37,8 +38,10 @@ class RegionBridgeClipViT(PromptedClipViT):
         regions: int | tuple[int, int],
         update_regions: bool = False,
         double_class_embedding: bool = True,
+        dropout: float = 0.1,
     ):
-        super().__init__(config, image_size, num_prompts=num_prompts, double_class_embedding=double_class_embedding)
+        prompts = {"num_prompts": num_prompts, "dropout": dropout}
+        super().__init__(config, image_size, double_class_embedding=double_class_embedding, **prompts)
         self.regions = region_grid(regions)
         grid = image_size // config.patch_size
         self._check_grid((grid, grid))

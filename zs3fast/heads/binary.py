@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-DROPOUT = 0.1
 HEADS = ("conv", "linear")
 GATE_REDUCTION = 16
 
@@ -23,6 +22,7 @@ class BinaryDecoder(nn.Module):
         width: of the patch tokens.  patch_size: their side in pixels.
         decoder_width: after the reduction.  layers, heads, ffn_width: of the transformer layers.
         head: "conv": logits a pixel, (h', w') = (h, w) * patch_size; "linear": logits a patch, (h', w') = (h, w).
+        dropout: see the attribute.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class BinaryDecoder(nn.Module):
         heads: int = 4,
         ffn_width: int = 2048,
         head: str = "conv",
+        dropout: float = 0.1,
     ):
         super().__init__()
         if decoder_width < 1 or decoder_width % heads:
@@ -45,13 +46,25 @@ class BinaryDecoder(nn.Module):
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         self.reduce = nn.Linear(width, decoder_width)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(decoder_width, heads, ffn_width, dropout=DROPOUT, batch_first=True)
+            nn.TransformerEncoderLayer(decoder_width, heads, ffn_width, dropout=dropout, batch_first=True)
             for _ in range(layers)
         )
         conv = head == "conv"
         self.head = (
             nn.ConvTranspose2d(decoder_width, 1, patch_size, patch_size) if conv else nn.Linear(decoder_width, 1)
         )
+
+    @property
+    def dropout(self) -> float:
+        """Of attention probabilities, attention output, hidden layer and FFN output of every layer, in training."""
+        return float(self.layers[0].dropout.p)
+
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        for layer in self.layers:
+            layer.self_attn.dropout = dropout
+            for part in (layer.dropout, layer.dropout1, layer.dropout2):
+                part.p = dropout
 
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         x = self.reduce(patches)

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from zs3fast import ops
 
-DROPOUT = 0.1
-
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     out: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, tokens, dh]
@@ -24,21 +22,25 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Queries [B, C, D] attend to patches [B, N, D]; dropout 0.1 on the probabilities in training."""
+    """Queries [B, C, D] attend to patches [B, N, D]; in training with `dropout` on the probabilities."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, dropout: float = 0.1):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        return self.with_masks(queries, patches, need_masks=False)[0]
+
+    def with_masks(self, queries: Tensor, patches: Tensor, need_masks: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The output [B, C, D] and, if asked for, mask logits [B, C, N], the mean over heads of the scaled scores."""
         q, k, v = (
             _split_heads(layer(x), self.heads) for layer, x in ((self.q, queries), (self.k, patches), (self.v, patches))
         )
-        dropout = DROPOUT if self.training else 0.0
-        out, _ = ops.attention_to_mask(q, k, v, q.shape[-1] ** -0.5, dropout_p=dropout, need_masks=False)
-        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return result
+        dropout = self.dropout if self.training else 0.0
+        out, masks = ops.attention_to_mask(q, k, v, q.shape[-1] ** -0.5, dropout_p=dropout, need_masks=need_masks)
+        assert out is not None
+        return self.proj(out.transpose(1, 2).flatten(2)), masks
 
 
 class MaskAttention(nn.Module):
@@ -63,19 +65,27 @@ class MaskAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Post-norm cross-attention and FFN, after an optional self-attention handed in by the method."""
+    """Post-norm cross-attention and FFN, after an optional self-attention handed in by the method.
 
-    def __init__(self, dim: int, heads: int, ffn_width: int):
+    Args:
+        dropout: of attention probabilities, attention output, hidden layer and FFN output, in training.
+    """
+
+    def __init__(self, dim: int, heads: int, ffn_width: int, dropout: float = 0.1):
         super().__init__()
-        self.multihead_attn = CrossAttention(dim, heads)
+        self.dropout = dropout
+        self.multihead_attn = CrossAttention(dim, heads, dropout)
         self.linear1, self.linear2 = nn.Linear(dim, ffn_width), nn.Linear(ffn_width, dim)
         self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def _dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, DROPOUT, self.training)
+        return F.dropout(x, self.dropout, self.training)
 
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
-        queries = self.norm2(queries + self._dropout(self.multihead_attn(queries, patches)))
+        return self._after_attention(queries, self.multihead_attn(queries, patches))
+
+    def _after_attention(self, queries: Tensor, attended: Tensor) -> Tensor:
+        queries = self.norm2(queries + self._dropout(attended))
         hidden = self._dropout(F.relu(self.linear1(queries)))
         out: Tensor = self.norm3(queries + self._dropout(self.linear2(hidden)))
         return out
@@ -93,6 +103,16 @@ class MaskLayer(nn.Module):
         return out
 
 
+class TokenMaskLayer(DecoderLayer):
+    """A last layer whose output tokens are wanted as well: nothing of it is dead work."""
+
+    def tokens_and_masks(self, queries: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Output tokens [B, C, D] and mask logits [B, C, N]."""
+        attended, masks = self.multihead_attn.with_masks(queries, patches)
+        assert masks is not None
+        return self._after_attention(queries, attended), masks
+
+
 class OneWayDecoder(nn.Module):
     """Queries [B, C, D] and patch tokens [B, N, D] -> mask logits [B, C, N].
 
@@ -100,10 +120,19 @@ class OneWayDecoder(nn.Module):
         dim: D.  heads: attention heads.  layers: at least 1; the last one makes the masks.
         ffn_width: hidden width of the feed-forward part.
         query_mixers: for every layer a module applied to the queries before it, or None.
+        dropout: see `DecoderLayer`.
+        tokens: the last layer is a whole one, and `with_tokens` gives what it makes of the queries.
     """
 
     def __init__(
-        self, dim: int, heads: int, layers: int, ffn_width: int, query_mixers: Sequence[nn.Module | None] | None = None
+        self,
+        dim: int,
+        heads: int,
+        layers: int,
+        ffn_width: int,
+        query_mixers: Sequence[nn.Module | None] | None = None,
+        dropout: float = 0.1,
+        tokens: bool = False,
     ):
         super().__init__()
         if dim % heads:
@@ -112,10 +141,27 @@ class OneWayDecoder(nn.Module):
             raise ValueError(f"decoder_layers: expected at least 1, got {layers}")
         mixers = query_mixers or [None] * layers
         self.query_mixers = nn.ModuleList(mixer or nn.Identity() for mixer in mixers)
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_width) for _ in range(layers - 1))
-        self.layers.append(MaskLayer(dim, heads))
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_width, dropout) for _ in range(layers - 1))
+        self.layers.append(TokenMaskLayer(dim, heads, ffn_width, dropout) if tokens else MaskLayer(dim, heads))
 
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
-        for mix, layer in zip(self.query_mixers, self.layers):
+        last = self.layers[-1]
+        queries = self._mixed(queries, patches)
+        if isinstance(last, TokenMaskLayer):
+            return last.tokens_and_masks(queries, patches)[1]
+        masks: Tensor = last(queries, patches)
+        return masks
+
+    def with_tokens(self, queries: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Output tokens [B, C, D] and mask logits [B, C, N]; needs `tokens`."""
+        last = self.layers[-1]
+        assert isinstance(last, TokenMaskLayer)
+        return last.tokens_and_masks(self._mixed(queries, patches), patches)
+
+    def _mixed(self, queries: Tensor, patches: Tensor) -> Tensor:
+        """The queries as the last layer gets them."""
+        *layers, _ = self.layers
+        for mix, layer in zip(self.query_mixers, layers):
             queries = layer(mix(queries), patches)
-        return queries
+        mixed: Tensor = self.query_mixers[-1](queries)
+        return mixed

@@ -11,9 +11,9 @@ from zs3fast.heads.one_way import DecoderLayer
 class DecoderHalf(nn.Module):
     """The layers of one direction; exists for the official parameter names."""
 
-    def __init__(self, dim: int, heads: int, layers: int, ffn_width: int):
+    def __init__(self, dim: int, heads: int, layers: int, ffn_width: int, dropout: float = 0.1):
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_width) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_width, dropout) for _ in range(layers))
 
 
 def in_chunks(layer: DecoderLayer, queries: Tensor, memory: Tensor, chunk: int | None) -> Tensor:
@@ -31,17 +31,26 @@ class TwoWayDecoder(nn.Module):
 
     Args:
         query_chunk: rows of queries processed at a time in inference, which bounds the FFN's hidden [Q, 4 D].
+        dropout: see `DecoderLayer`.
     """
 
-    def __init__(self, dim: int, heads: int, layers: int, ffn_width: int, query_chunk: int | None = 8192):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        layers: int,
+        ffn_width: int,
+        query_chunk: int | None = 8192,
+        dropout: float = 0.1,
+    ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"decoder_heads: {heads} does not divide the joint width {dim}")
         if layers < 1:
             raise ValueError(f"decoder_layers: expected at least 1, got {layers}")
         self.query_chunk = query_chunk
-        self.decoder_q = DecoderHalf(dim, heads, layers, ffn_width)
-        self.decoder_v = DecoderHalf(dim, heads, layers, ffn_width)
+        self.decoder_q = DecoderHalf(dim, heads, layers, ffn_width, dropout)
+        self.decoder_v = DecoderHalf(dim, heads, layers, ffn_width, dropout)
 
     def forward(self, queries: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         for layer_q, layer_v in zip(self.decoder_q.layers, self.decoder_v.layers):

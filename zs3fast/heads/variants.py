@@ -20,7 +20,6 @@ _INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "qcs": lambda text, image: torch.cat([text, image], -1),
 }
 _WIDE = ("qmscq", "qcs")
-DROPOUT = 0.1
 
 
 def descriptor_inputs(names: tuple[str, ...], text: Tensor, visual: Tensor) -> list[Tensor]:
@@ -33,9 +32,9 @@ def descriptor_inputs(names: tuple[str, ...], text: Tensor, visual: Tensor) -> l
 class Attention(nn.Module):
     """Cross-attention with separate q, k, v and output projections: softmax(q k^T / sqrt(dh)) v."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, dropout: float = 0.1):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.q, query), (self.k, key), (self.v, value))
         )
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT if self.training else 0.0)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
 
@@ -85,17 +84,18 @@ class CrossAttentionDescriptor(nn.Module):
     are registered; published numbers of these rows had frozen random ones.
     """
 
-    def __init__(self, dim: int, inputs: tuple[str, ...], heads: int):
+    def __init__(self, dim: int, inputs: tuple[str, ...], heads: int, dropout: float = 0.1):
         super().__init__()
+        self.dropout = dropout
         self.inputs = inputs
         self.input_proj = nn.ModuleList(nn.Linear(dim * _total_width((name,)), dim) for name in inputs)
-        self.attention = Attention(dim, heads)
+        self.attention = Attention(dim, heads, dropout)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         inputs = descriptor_inputs(self.inputs, text, visual)
         query, key, value = (layer(x) for layer, x in zip(self.input_proj, inputs))
-        attended = F.dropout(self.attention(query, key, value), DROPOUT, self.training)
+        attended = F.dropout(self.attention(query, key, value), self.dropout, self.training)
         out: Tensor = self.norm(query + attended)
         return out
 
@@ -103,34 +103,36 @@ class CrossAttentionDescriptor(nn.Module):
 class SelfAttentionDescriptor(nn.Module):
     """x = input, or Linear(input) where it is 2D wide; LN(x + Dropout(A(x, x, x)))."""
 
-    def __init__(self, dim: int, inputs: tuple[str, ...], heads: int):
+    def __init__(self, dim: int, inputs: tuple[str, ...], heads: int, dropout: float = 0.1):
         super().__init__()
+        self.dropout = dropout
         self.inputs = inputs
         self.input_proj = nn.Linear(2 * dim, dim) if inputs[0] in _WIDE else nn.Identity()
-        self.attention = Attention(dim, heads)
+        self.attention = Attention(dim, heads, dropout)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         x = self.input_proj(descriptor_inputs(self.inputs, text, visual)[0])
-        out: Tensor = self.norm(x + F.dropout(self.attention(x, x, x), DROPOUT, self.training))
+        out: Tensor = self.norm(x + F.dropout(self.attention(x, x, x), self.dropout, self.training))
         return out
 
 
 class AttentionConcatDescriptor(nn.Module):
     """Linear([LN(in_1 + Dropout(A(in_1, in_2, in_3))), text]) (right half of TagCLIP journal figure 5)."""
 
-    def __init__(self, dim: int, inputs: tuple[str, ...], heads: int):
+    def __init__(self, dim: int, inputs: tuple[str, ...], heads: int, dropout: float = 0.1):
         super().__init__()
+        self.dropout = dropout
         if any(name in _WIDE for name in inputs):
             raise ValueError(f"descriptor: attn_cat takes inputs of width D, got {'_'.join(inputs)!r}")
         self.inputs = inputs
-        self.attention = Attention(dim, heads)
+        self.attention = Attention(dim, heads, dropout)
         self.norm = nn.LayerNorm(dim)
         self.q_proj = nn.Linear(2 * dim, dim)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         query, key, value = descriptor_inputs(self.inputs, text, visual)
-        mixed = self.norm(query + F.dropout(self.attention(query, key, value), DROPOUT, self.training))
+        mixed = self.norm(query + F.dropout(self.attention(query, key, value), self.dropout, self.training))
         out: Tensor = self.q_proj(torch.cat([mixed, text.expand_as(mixed)], -1))
         return out
 
@@ -139,7 +141,7 @@ def _total_width(names: tuple[str, ...]) -> int:
     return sum(2 if name in _WIDE else 1 for name in names)
 
 
-def build_variant(spec: str, dim: int, heads: int, num_classes: int | None) -> nn.Module:
+def build_variant(spec: str, dim: int, heads: int, num_classes: int | None, dropout: float = 0.1) -> nn.Module:
     """A descriptor from its name: "s_q", "q", "identity", "learnable", "attn:x_y_v", "self_attn:x", "attn_cat:x_y_v".
 
     Raises:
@@ -162,8 +164,9 @@ def build_variant(spec: str, dim: int, heads: int, num_classes: int | None) -> n
         )
     if kind == "":
         return LinearDescriptor(dim, inputs)
-    return {
+    variant: nn.Module = {
         "attn": CrossAttentionDescriptor,
         "self_attn": SelfAttentionDescriptor,
         "attn_cat": AttentionConcatDescriptor,
-    }[kind](dim, inputs, heads)
+    }[kind](dim, inputs, heads, dropout)
+    return variant

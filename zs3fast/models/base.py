@@ -28,6 +28,13 @@ def _note_loaded_weights(model: nn.Module, _keys: object) -> None:
     model.weights_loaded = True
 
 
+def check_dropout(dropout: float) -> float:
+    """A share in 0..1, 1 excluded, or an error."""
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a share in [0, 1), got {dropout!r}")
+    return dropout
+
+
 class ZeroShotModel(nn.Module):
     """What every method shares: a CLIP image tower as `encoder`, a vocabulary with its seen part, settings, text.
 
@@ -172,6 +179,8 @@ class SegmentationModel(ZeroShotModel):
         loss_weights: defaults to the method's VOC inductive recipe.
         prompt_depth: see `PromptedClipViT`.  quick_gelu: see `vision_config`.
         double_class_embedding: ZegCLIP's doubled class token (True) or plain CLIP's.
+        dropout: of prompts, attention and feed-forward parts in training. Every module that drops has it as its own
+            attribute `dropout`, read at each call.
         options: see `ZeroShotModel`.
     """
 
@@ -189,11 +198,14 @@ class SegmentationModel(ZeroShotModel):
         prompt_depth: int | None = None,
         quick_gelu: bool | None = None,
         double_class_embedding: bool = True,
+        dropout: float = 0.1,
         **options: Any,
     ):
         vision = vision_config(clip, pretrained, quick_gelu)
         super().__init__(clip=clip, pretrained=pretrained, image_size=image_size, seen_offset=seen_offset, **options)
+        self.dropout = check_dropout(dropout)
         self._architecture.update(
+            dropout=dropout,
             num_prompts=num_prompts,
             prompt_depth=prompt_depth,
             quick_gelu=vision.quick_gelu,
@@ -206,6 +218,7 @@ class SegmentationModel(ZeroShotModel):
                 "num_prompts": num_prompts,
                 "prompt_depth": prompt_depth,
                 "double_class_embedding": double_class_embedding,
+                "dropout": dropout,
             },
         )
         if pretrained is not None:

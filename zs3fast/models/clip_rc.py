@@ -12,7 +12,7 @@ from zs3fast.encoders.config import ClipVisionConfig
 from zs3fast.encoders.prompted import PromptedClipViT
 from zs3fast.encoders.region_bridge import RegionBridgeClipViT
 from zs3fast.heads.alignment import FeatureAlignment, region_visuals
-from zs3fast.heads.recovery import RecoveryDecoder, descriptor_l1
+from zs3fast.heads.recovery import RECOVERY_LOSSES, RecoveryDecoder, descriptor_l1, descriptors, recovery_loss
 from zs3fast.heads.relationship import RelationshipDescriptor
 from zs3fast.heads.two_way import TwoWayDecoder, region_mean_masks
 from zs3fast.models.base import SegmentationModel
@@ -37,7 +37,10 @@ class ClipRC(SegmentationModel):
         update_regions: train the region tokens (a row of table 6); published: frozen.
         alignment: what joins the patches before the decoder (table 7): "region_global", "region", "global", "none".
         query_regions: False makes the C queries from the global token alone (table 5, no alignment module).
-        recovery_layers: two-way layers of the recovery decoder (table 8: 0 to 3); None leaves it out (table 5).
+        recovery_layers: two-way layers of the recovery decoder (table 8: 0 to 3). 0: there is no decoder, the loss
+            stands on the decoded queries and patches themselves; the queries' target is then what they were made of,
+            the projected descriptor, which has their width (our reading). None: no recovery loss (table 5).
+        recovery_loss: "l1", or of table 8 "l2" or "kd", see `heads.recovery.recovery_loss`.
         init: "official": torch's defaults with decoder layers that start as copies, as the official training has it;
             "intent": truncated normal 0.02 and zero `decoder_v` output layers, which its unused initialiser describes.
         output_gain: gains of the decoder's two last norms before training; published: 1. Masks are products of what
@@ -57,6 +60,7 @@ class ClipRC(SegmentationModel):
         alignment: str = "region_global",
         query_regions: bool = True,
         recovery_layers: int | None = 1,
+        recovery_loss: str = "l1",
         init: str = "official",
         output_gain: float = 1.0,
         decoder_layers: int = 3,
@@ -78,6 +82,7 @@ class ClipRC(SegmentationModel):
             alignment=one_of("alignment", alignment, tuple(ALIGNMENTS)),
             query_regions=query_regions,
             recovery_layers=recovery_layers,
+            recovery_loss=one_of("recovery_loss", recovery_loss, tuple(RECOVERY_LOSSES)),
             init=one_of("init", init, ("official", "intent")),
             output_gain=output_gain,
             decoder_layers=decoder_layers,
@@ -89,11 +94,14 @@ class ClipRC(SegmentationModel):
         self.query_regions = query_regions
         self.descriptor = RelationshipDescriptor(dim)
         self.alignment = FeatureAlignment(dim, ALIGNMENTS[alignment])
-        self.decoder = TwoWayDecoder(dim, decoder_heads, decoder_layers, width, query_chunk)
+        self.decoder = TwoWayDecoder(dim, decoder_heads, decoder_layers, width, query_chunk, self.dropout)
         self._init_head(init)
         for half in (self.decoder.decoder_q, self.decoder.decoder_v):
             nn.init.constant_(half.layers[-1].norm3.weight, output_gain)
-        self.recovery = None if recovery_layers is None else RecoveryDecoder(dim, decoder_heads, recovery_layers, width)
+        self.recovers, self.recovery_loss = recovery_layers is not None, recovery_loss
+        self.recovery = None
+        if recovery_layers:
+            self.recovery = RecoveryDecoder(dim, decoder_heads, recovery_layers, width, self.dropout)
 
     def _make_encoder(self, vision: ClipVisionConfig, image_size: int, options: dict[str, Any]) -> PromptedClipViT:
         options.pop("prompt_depth")
@@ -125,19 +133,13 @@ class ClipRC(SegmentationModel):
         text = self.check_text(text_embeddings)
         features = self.encoder(images)
         visual = self._visuals(features)  # [B, M, D], or [B, 1, D] without query regions
-        queries = self.descriptor(text, visual).flatten(1, 2)  # [B, M * C, D], region-major
+        asked = self.descriptor(text, visual).flatten(1, 2)  # [B, M * C, D], region-major
         aligned = self.alignment(features, self.encoder.regions)
-        queries, aligned = self.decoder(queries, aligned)
+        queries, aligned = self.decoder(asked, aligned)
         masks = region_mean_masks(queries, aligned, visual.shape[1]).unflatten(-1, features.grid_size)
         recovery = None
-        if self.training and self.recovery is not None:
-            recovered, patches = self.recovery(queries, aligned)
-            recovery = torch.stack(
-                [
-                    descriptor_l1(recovered, text, visual),
-                    (patches - features.patch_tokens.detach()).abs().mean(),
-                ]
-            )
+        if self.training and self.recovers:
+            recovery = self._recovery_losses(asked, queries, aligned, text, visual, features.patch_tokens)
         return SegmentationOutput(
             masks,
             features.global_token,
@@ -145,6 +147,20 @@ class ClipRC(SegmentationModel):
             region_tokens=features.region_tokens,
             recovery_losses=recovery,
         )
+
+    def _recovery_losses(
+        self, asked: Tensor, queries: Tensor, aligned: Tensor, text: Tensor, visual: Tensor, patch_tokens: Tensor
+    ) -> Tensor:
+        """[2]: how far decoded queries and patches are from what CLIP said, their targets without a gradient."""
+        if self.recovery is None:
+            pairs = (queries, asked), (aligned, patch_tokens)
+            return torch.stack([recovery_loss(self.recovery_loss, got, wanted.detach()) for got, wanted in pairs])
+        recovered, patches = self.recovery(queries, aligned)
+        if self.recovery_loss == "l1":
+            of_queries = descriptor_l1(recovered, text, visual)
+        else:
+            of_queries = recovery_loss(self.recovery_loss, recovered, descriptors(text, visual).detach())
+        return torch.stack([of_queries, recovery_loss(self.recovery_loss, patches, patch_tokens.detach())])
 
     def _visuals(self, features: ImageFeatures) -> Tensor:
         return region_visuals(features) if self.query_regions else features.global_token.unsqueeze(1)

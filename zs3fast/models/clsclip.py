@@ -16,7 +16,7 @@ from zs3fast.encoders.navigated import INIT_STD, ClassTokens, ImagePrefix, Navig
 from zs3fast.encoders.open_clip_weights import load_clip_weights
 from zs3fast.heads.binary import BinaryDecoder, ChannelGate, SpatialGate
 from zs3fast.labels import targets
-from zs3fast.models.base import ZeroShotModel
+from zs3fast.models.base import ZeroShotModel, check_dropout
 from zs3fast.models.registry import register_model
 from zs3fast.ops.masks_to_labels import reference_scores
 from zs3fast.types import SegmentationOutput
@@ -44,7 +44,7 @@ class ClsCLIP(ZeroShotModel):
         navigation: "replace"; or a gate on plain CLIP's last patch tokens (table 1): "channel", "spatial".
         num_prompts: learnable tokens in every layer on top, the paper's prompt tuning (table 2: 50); 0: frozen encoder.
         text_token: "pre_projection", the text tower's end token after its last norm; "projected", after the projection.
-        decoder_width, decoder_layers, decoder_heads, decoder_ffn, head: see `BinaryDecoder`.
+        decoder_width, decoder_layers, decoder_heads, decoder_ffn, head, dropout: see `BinaryDecoder`.
         memory_budget: bytes for a chunk of pairs, at least one pair; None: 32 MiB on a CPU, 2 GiB elsewhere. Prefixes
             of as many images at once as pairs fit; the result itself comes on top.
         loss_weights: "mask", and "dice", which is 0 (left out) by default.
@@ -72,6 +72,7 @@ class ClsCLIP(ZeroShotModel):
         decoder_heads: int = 4,
         decoder_ffn: int = 2048,
         head: str = "conv",
+        dropout: float = 0.1,
         memory_budget: int | None = None,
         quick_gelu: bool | None = None,
         **options: Any,
@@ -100,7 +101,9 @@ class ClsCLIP(ZeroShotModel):
         gate = NAVIGATIONS[navigation]
         self.gate = None if gate is None else gate(self.text_width, vision.width)
         sizes = {"decoder_width": decoder_width, "layers": decoder_layers, "heads": decoder_heads}
-        self.decoder = BinaryDecoder(vision.width, vision.patch_size, **sizes, ffn_width=decoder_ffn, head=head)
+        self.decoder = BinaryDecoder(
+            vision.width, vision.patch_size, **sizes, ffn_width=decoder_ffn, head=head, dropout=check_dropout(dropout)
+        )
         self._class_cache = WeightCache()
         self._decoder_ffn = decoder_ffn
         self._architecture.update(
@@ -113,6 +116,7 @@ class ClsCLIP(ZeroShotModel):
             decoder_heads=decoder_heads,
             decoder_ffn=decoder_ffn,
             head=head,
+            dropout=dropout,
             quick_gelu=vision.quick_gelu,
         )
         if pretrained is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs3fast import ops
@@ -31,13 +32,17 @@ class TagCLIP(SegmentationModel):
         trusty_token: False leaves the token out (VOC transductive, supervised and cross-dataset settings).
         trusty_weighting: "both" (the paper, default), "seen", "unseen" or "off": which scores the trusty map weighs.
         trusty_init: "xavier" (what the official code gives whatever its flag), "zeros" (the paper) or "uniform01".
-        trusty_loss: "focal" (the official code) or "dice" (the paper).
+        trusty_loss: "focal" (the official code) or "dice" (the paper: of P(seen) against 1 on seen pixels, journal
+            eq. 11-12; ignored pixels are in no sum).
         trusty_polarity: "unseen": sigmoid(trusty_logits) = P(unseen), the official code's; "seen" negates the output of
             weights trained the other way round, so that `trusty_logits` always has the first meaning.
         trusty_target: "unseen": pixels of unseen classes; "not_seen": ignored pixels too (background undifferentiated).
         unseen_labels: "separate": self-training fills unseen pixels with pseudo labels; "merged": they are ignored.
         layout: a letter a decoder layer, joined by "_": "a" mixes the queries by self-attention first, "n" does not.
         descriptor: "qms_q" (default) or an ablation, see `zs3fast.heads.variants`.
+        class_prediction: weigh every mask by the probability that its class is there at all (preprint eq. 7-8, 11,
+            journal eq. 5-6): a linear layer on the last decoder layer's tokens, and a loss "cls" of its own. In neither
+            official model; where the equations are silent, this is our reading.
         decoder_heads, decoder_width: heads and FFN width (None: 4 D) of the decoder.
         options: see `SegmentationModel`.
 
@@ -46,7 +51,7 @@ class TagCLIP(SegmentationModel):
     classes are merged into background it is a leak.
     """
 
-    default_loss_weights = {"mask": 20.0, "dice": 1.0, "trusty": 10.0}
+    default_loss_weights = {"mask": 20.0, "dice": 1.0, "trusty": 10.0, "cls": 1.0}
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class TagCLIP(SegmentationModel):
         unseen_labels: str = "separate",
         layout: str = "a_n_n",
         descriptor: str = "qms_q",
+        class_prediction: bool = False,
         decoder_heads: int = 8,
         decoder_width: int | None = None,
         **options: Any,
@@ -80,6 +86,7 @@ class TagCLIP(SegmentationModel):
             trusty_init=one_of("trusty_init", trusty_init, tuple(_TRUSTY_INIT)),
             layout=layout,
             descriptor=descriptor,
+            class_prediction=class_prediction,
             decoder_heads=decoder_heads,
             decoder_width=decoder_width,
         )
@@ -89,9 +96,11 @@ class TagCLIP(SegmentationModel):
         if descriptor == "qms_q":
             self.descriptor: nn.Module = RelationshipDescriptor(dim)
         else:
-            self.descriptor = build_variant(descriptor, dim, decoder_heads, self.num_classes)
-        learners = [TrustyLearner(dim, decoder_heads) if letter == "a" else None for letter in letters]
-        self.decoder = OneWayDecoder(dim, decoder_heads, len(letters), decoder_width or 4 * dim, learners)
+            self.descriptor = build_variant(descriptor, dim, decoder_heads, self.num_classes, self.dropout)
+        learners = [TrustyLearner(dim, decoder_heads, self.dropout) if letter == "a" else None for letter in letters]
+        sizes = (dim, decoder_heads, len(letters), decoder_width or 4 * dim)
+        self.decoder = OneWayDecoder(*sizes, learners, dropout=self.dropout, tokens=class_prediction)
+        self.class_prediction = nn.Linear(dim, 1) if class_prediction else None
         self._init_head(trusty_init)
 
     @torch.no_grad()
@@ -125,12 +134,29 @@ class TagCLIP(SegmentationModel):
         class_list = self._class_list(self.check_text(text_embeddings))
         features = self.encoder(images)
         queries = self.descriptor(class_list, features.global_token)
-        masks = self.decoder(queries, features.patch_tokens).unflatten(-1, features.grid_size)
+        masks, class_logits = self._masks(queries, features.patch_tokens)
+        masks = masks.unflatten(-1, features.grid_size)
         trusty = None
         if self.trusty_token is not None:
             masks, trusty = masks[:, :-1], masks[:, -1:]
             trusty = -trusty if self.trusty_polarity == "seen" else trusty
-        return SegmentationOutput(masks, features.global_token, features.patch_tokens, trusty_logits=trusty)
+        return SegmentationOutput(
+            masks, features.global_token, features.patch_tokens, trusty, class_logits=class_logits
+        )
+
+    def _masks(self, queries: Tensor, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mask logits [B, C, N], and class logits [B, C] where they weigh the masks.
+
+        The product sigmoid(P) sigmoid(m) is handed on as the logit it has, P + m - log(1 + e^P + e^m), so that losses,
+        upsampling and calibration treat it like any mask.
+        """
+        if self.class_prediction is None:
+            masks: Tensor = self.decoder(queries, patches)
+            return masks, None
+        tokens, masks = self.decoder.with_tokens(queries, patches)
+        logits: Tensor = self.class_prediction(tokens)  # [B, C, 1]
+        both = torch.stack([torch.zeros_like(masks), logits.expand_as(masks), masks])
+        return logits + masks - both.logsumexp(0), logits.squeeze(-1)
 
     def _class_list(self, text: Tensor) -> Tensor:
         """Text embeddings, then the trusty token as the last row."""
@@ -161,17 +187,38 @@ class TagCLIP(SegmentationModel):
         terms = {"mask": mask.focal, "dice": mask.dice}
         if out.trusty_logits is not None:
             target = targets.unseen_pixels(labels, self.seen, classes, ignore_index)
+            ignored = labels == ignore_index
             if self.trusty_target == "not_seen":
-                target = target | (labels == ignore_index)
-            terms["trusty"] = self._trusty_term(out.trusty_logits, target, mask.num_masks)
+                target, ignored = target | ignored, torch.zeros_like(ignored)
+            terms["trusty"] = self._trusty_term(out.trusty_logits, target, ignored, mask.num_masks)
+        if out.class_logits is not None:
+            terms["cls"] = self._class_term(out, labels, mapped, classes, ignore_index)
         return terms
 
-    def _trusty_term(self, trusty_logits: Tensor, target: Tensor, num_masks: Tensor) -> Tensor:
-        """Loss of the trusty map against P(unseen); the trusty channel is a one-class mask with the same normaliser."""
-        labels = torch.where(target, 0, 255)
+    def _trusty_term(self, trusty_logits: Tensor, target: Tensor, ignored: Tensor, num_masks: Tensor) -> Tensor:
+        """Loss of the trusty map against `target`, the unseen pixels; divided by the mask losses' normaliser."""
         if self.trusty_loss == "focal":
+            labels = torch.where(target, 0, 255)
             return ops.mask_loss(trusty_logits, labels, num_masks=num_masks, validate=False).focal
-        # One mask an image, also where no pixel is unseen; `mask_loss` would leave those out as absent classes.
-        _, overlap, predicted, wanted = torch.ops.zs3fast.mask_loss(trusty_logits, labels, 0.25, 2.0)
-        out: Tensor = (1 - (2 * overlap + 1) / (predicted + wanted + 1)).sum() / num_masks
-        return out
+        # Dice does not survive complements, so it is taken in the paper's polarity: P(seen), the sigmoid of minus the
+        # logits, against 1 on seen pixels. One mask an image. Ignored pixels are left out of the prediction's sum as a
+        # mask of their own: the op gives sums over the pixels of a label and over all of them.
+        seen = torch.where(target, 255, 0).masked_fill(ignored, 1)
+        both = (-trusty_logits).expand(-1, 2, -1, -1)
+        _, overlap, predicted, wanted = torch.ops.zs3fast.mask_loss(both, seen, 0.25, 2.0)
+        predicted = predicted[:, 0] - overlap[:, 1]
+        return (1 - (2 * overlap[:, 0] + 1) / (predicted + wanted[:, 0] + 1)).sum() / num_masks
+
+    def _class_term(
+        self, out: SegmentationOutput, labels: Tensor, mapped: Tensor, classes: int, ignore_index: int
+    ) -> Tensor:
+        """Binary cross entropy of "class c has a pixel in the image", for the trusty token "an unseen class has"."""
+        assert out.class_logits is not None
+        channels = out.mask_logits.shape[1]
+        held = mapped.flatten(1).long()
+        counts = torch.zeros(len(held), max(channels, ignore_index + 1), device=held.device)
+        present = counts.scatter_(1, held, 1.0)[:, :channels]
+        if self.trusty_token is not None:
+            unseen = targets.unseen_pixels(labels, self.seen, classes, ignore_index)
+            present = torch.cat([present, unseen.flatten(1).any(1, keepdim=True).to(present)], 1)
+        return F.binary_cross_entropy_with_logits(out.class_logits.float(), present)

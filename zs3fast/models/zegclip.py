@@ -31,7 +31,7 @@ class ZegCLIP(SegmentationModel):
         super().__init__(**options)
         dim = self.embed_dim
         self.descriptor = RelationshipDescriptor(dim)
-        self.decoder = OneWayDecoder(dim, decoder_heads, decoder_layers, decoder_width or 4 * dim)
+        self.decoder = OneWayDecoder(dim, decoder_heads, decoder_layers, decoder_width or 4 * dim, dropout=self.dropout)
         self._architecture.update(
             decoder_layers=decoder_layers, decoder_heads=decoder_heads, decoder_width=decoder_width
         )

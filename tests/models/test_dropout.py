@@ -1,0 +1,53 @@
+"""Dropout is an option of every method that has any, and an attribute of every module that drops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import tiny_inputs, tiny_model
+
+METHODS = ("zegclip", "tagclip", "clip_rc", "clsclip")
+VARIANTS = ({}, {"descriptor": "attn:q_s_s"}, {"descriptor": "self_attn:q"}, {"descriptor": "attn_cat:q_s_s"})
+
+
+def dropping(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(getattr(module, "dropout", None), float)]
+
+
+def twice(model: nn.Module, images: torch.Tensor, text: torch.Tensor) -> list[torch.Tensor]:
+    return [model(images, text).mask_logits for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_option(method: str) -> None:
+    images, text = tiny_inputs()
+    assert tiny_model(method).config["dropout"] == 0.1
+    off = tiny_model(method, dropout=0.0).train()
+    assert torch.equal(*twice(off, images, text))
+    assert off.config["dropout"] == 0.0
+    assert not torch.equal(*twice(tiny_model(method, dropout=0.5).train(), images, text))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attribute(method: str) -> None:
+    images, text = tiny_inputs()
+    model = tiny_model(method).train()
+    assert not torch.equal(*twice(model, images, text))
+    for module in dropping(model):
+        module.dropout = 0.0
+    assert torch.equal(*twice(model, images, text))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_descriptors_of_tagclip(options: dict[str, str]) -> None:
+    images, text = tiny_inputs()
+    model = tiny_model("tagclip", dropout=0.0, **options).train()
+    assert torch.equal(*twice(model, images, text))
+
+
+@pytest.mark.parametrize("wrong", [1.0, -0.1, True, "0.1", float("nan")])
+def test_what_is_no_share(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"dropout: expected a share in \[0, 1\), got"):
+        tiny_model("zegclip", dropout=wrong)
