@@ -1,0 +1,192 @@
+// encoder_attention, CPU: the instruction set chosen, and the binding.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "encoder_attention/kernel.h"
+#include "isa.h"
+
+namespace zs3fast::encoder_attention {
+namespace {
+
+#if defined(__x86_64__)
+struct Cpu {
+  bool avx512_bf16 = false;
+  bool fast_dots = false;  // vdpbf16ps measured faster than float32's multiply-adds (docs/performance.md)
+  bool amx = false;        // there, and allowed to this process
+
+  Cpu() {
+    unsigned a, b, c, d;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512_bf16 = a >> 5 & 1;
+    fast_dots = avx512_bf16 && amd_family() >= 26;  // Zen 5
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+      const bool tiles = d >> 24 & 1, multiplies_bf16 = d >> 22 & 1;
+      amx = avx512_bf16 && tiles && multiplies_bf16 && system_saves_tiles() && permitted();
+    }
+  }
+
+  static unsigned amd_family() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(0, &a, &b, &c, &d)) return 0;
+    if (b != signature_AMD_ebx || c != signature_AMD_ecx || d != signature_AMD_edx) return 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    return (a >> 8 & 15) + (a >> 20 & 255);
+  }
+  static bool system_saves_tiles() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;  // OSXSAVE
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low >> 17 & 3) == 3;
+  }
+  // Linux gives the room for tiles to a process that asks for it, once.
+  static bool permitted() {
+#if defined(__linux__)
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+    return false;
+#endif
+  }
+};
+
+const Cpu& cpu() {
+  static const Cpu found;
+  return found;
+}
+#endif
+
+// The kernels that this machine runs, the fastest first.
+std::vector<const Kernel*> kernels(bool bf16) {
+  std::vector<const Kernel*> able;
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) {
+    if (bf16) {
+#if defined(ZS3FAST_AMX)
+      if (cpu().amx) able.push_back(&kernel_amx);
+#endif
+#if defined(ZS3FAST_AVX512_BF16)
+      if (cpu().fast_dots) able.push_back(&kernel_avx512_bf16);
+#endif
+    }
+    able.push_back(&kernel_avx512);
+#if defined(ZS3FAST_AVX512_BF16)
+    if (bf16 && cpu().avx512_bf16) {
+      if (!cpu().fast_dots) able.push_back(&kernel_avx512_bf16);
+      able.push_back(&kernel_amx_emulated);
+    }
+#endif
+  }
+  if (isa() != Isa::baseline) able.push_back(&kernel_avx2);
+#endif
+  able.push_back(&kernel_baseline);
+  return able;
+}
+
+// What there is to know of a tensor [B, tokens, heads, dh].
+Tokens tokens_of(const at::Tensor& x) {
+  return {x.data_ptr(), x.size(0) == 1 ? 0 : x.stride(0), x.stride(1), x.stride(2), x.size(1)};
+}
+
+at::Tensor readable(const at::Tensor& x, at::ScalarType type) {
+  const auto y = x.to(type);
+  return y.size(3) <= 1 || y.stride(3) == 1 ? y : y.clone(at::MemoryFormat::Contiguous);
+}
+
+void check(const at::Tensor& x, const char* name, const at::Tensor& q, int64_t batch, int64_t tokens) {
+  TORCH_CHECK(x.dim() == 4 && (x.size(0) == q.size(0) || x.size(0) == batch) && x.size(1) == tokens &&
+                  x.size(2) == q.size(2) && x.size(3) == q.size(3) && x.scalar_type() == q.scalar_type() &&
+                  x.device() == q.device(),
+              "encoder_attention: ", name, " must be [B, tokens, heads, dh] = [", q.size(0), ", ", tokens, ", ",
+              q.size(2), ", ", q.size(3), "] of q's type and device, got ", x.sizes());
+}
+
+at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                     const std::optional<at::Tensor>& context_k_in, const std::optional<at::Tensor>& context_v_in,
+                     double scale) {
+  const auto type = q_in.scalar_type();
+  const auto computed = kernel.bf16 || type == at::kBFloat16 ? at::kBFloat16 : at::kFloat;  // float16 as float32
+  const auto q = readable(q_in, computed), k = readable(k_in, computed), v = readable(v_in, computed);
+  auto output = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
+
+  Problem f;
+  f.element = computed == at::kBFloat16 ? Element::bfloat16 : Element::float32;
+  f.batches = q.size(0);
+  f.heads = q.size(2);
+  f.dh = q.size(3);
+  f.scale = static_cast<float>(scale);
+  f.q = tokens_of(q);
+  f.output = tokens_of(output);
+  at::Tensor context_k, context_v;
+  if (context_k_in) {
+    context_k = readable(*context_k_in, computed);
+    context_v = readable(*context_v_in, computed);
+    f.k[0] = tokens_of(context_k);
+    f.v[0] = tokens_of(context_v);
+  }
+  f.k[1] = tokens_of(k);
+  f.v[1] = tokens_of(v);
+  at::parallel_for(0, kernel.tasks(f), 1, [&](int64_t begin, int64_t end) { kernel.run(f, begin, end); });
+  return output.to(type);
+}
+
+at::Tensor by_name(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                   const std::optional<at::Tensor>& context_k, const std::optional<at::Tensor>& context_v, double scale,
+                   std::string_view name) {
+  TORCH_CHECK(q.dim() == 4 && q.size(2) > 0 && q.size(3) > 0 && k.dim() == 4 && k.size(1) > 0,
+              "encoder_attention: q and k must be [B, tokens, heads, dh], with keys, got ", q.sizes(), " and ",
+              k.sizes());
+  TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf,
+              "encoder_attention: expected float32, bfloat16 or float16, got ", q.scalar_type());
+  check(k, "k", q, q.size(0), k.size(1));
+  check(v, "v", q, q.size(0), k.size(1));
+  TORCH_CHECK(context_k.has_value() == context_v.has_value(),
+              "encoder_attention: context_k and context_v must be given together");
+  if (context_k) {
+    TORCH_CHECK(context_k->dim() == 4, "encoder_attention: context_k must be [B or 1, K, heads, dh], got ",
+                context_k->sizes());
+    check(*context_k, "context_k", q, 1, context_k->size(1));
+    check(*context_v, "context_v", q, 1, context_k->size(1));
+  }
+  std::string known;
+  for (const Kernel* kernel : kernels(q.scalar_type() == at::kBFloat16)) {
+    if (name.empty() || name == kernel->name) return by_kernel(*kernel, q, k, v, context_k, context_v, scale);
+    known += (known.empty() ? "" : ", ") + std::string(kernel->name);
+  }
+  TORCH_CHECK(false, "encoder_attention: kernel must be one of ", known, " here, got ", name);
+}
+
+at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                   const std::optional<at::Tensor>& context_k, const std::optional<at::Tensor>& context_v,
+                   double scale) {
+  return by_name(q, k, v, context_k, context_v, scale, "");
+}
+
+std::vector<std::string> names(bool bf16) {
+  std::vector<std::string> found;
+  for (const Kernel* kernel : kernels(bf16)) found.emplace_back(kernel->name);
+  return found;
+}
+
+}  // namespace
+}  // namespace zs3fast::encoder_attention
+
+TORCH_LIBRARY_IMPL(zs3fast_cpp, CPU, m) {
+  m.impl("encoder_attention", zs3fast::encoder_attention::forward);
+  m.impl("encoder_attention_by", zs3fast::encoder_attention::by_name);
+}
+
+TORCH_LIBRARY_IMPL(zs3fast_cpp, BackendSelect, m) {  // it takes no tensor
+  m.impl("encoder_attention_kernels", zs3fast::encoder_attention::names);
+}

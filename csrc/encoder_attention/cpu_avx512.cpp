@@ -1,0 +1,5 @@
+#include "encoder_attention/kernel_impl.h"
+
+namespace zs3fast::encoder_attention {
+const Kernel kernel_avx512{"avx512", false, tasks_of, run_tasks<FloatProducts>};
+}  // namespace zs3fast::encoder_attention

@@ -1,0 +1,274 @@
+// The loops of encoder_attention, compiled once for each instruction set; what multiplies is a `Products`.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "carver.h"
+#include "encoder_attention/kernel.h"
+#include "simd.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own header
+#endif
+
+namespace zs3fast::encoder_attention {
+namespace {
+
+constexpr int64_t kQueries = 64;  // of a block
+constexpr int64_t kKeys = 256;    // of a block
+constexpr int64_t kColumns = kQueries / kLanes;  // vectors in a row of the block
+constexpr float kLog2e = 1.44269504f;
+
+inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+inline Float larger(Float a, Float b) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^x for x <= 0: fraction and whole part by one instruction each where there is one for it.
+template <bool Short>
+inline Float exp2(Float x) {
+#if defined(__AVX512F__)
+  const Float f = (Float)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x), in [0, 1)
+  Float p;
+  if constexpr (Short) {  // 3e-6 at most, where the result is rounded to 2e-3
+    p = all(1.342668861e-2f);
+    p = p * f + 5.224246716e-2f;
+    p = p * f + 2.412802081e-1f;
+    p = p * f + 6.930448445e-1f;
+  } else {  // 2e-9, less than a rounding
+    p = all(2.161291988e-4f);
+    p = p * f + 1.246784514e-3f;
+    p = p * f + 9.675451694e-3f;
+    p = p * f + 5.548528056e-2f;
+    p = p * f + 2.402293056e-1f;
+    p = p * f + 6.931470444e-1f;
+  }
+  p = p * f + 1.0f;
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)x);  // p 2^floor(x)
+#else
+  return exponential(x * 0.693147181f);
+#endif
+}
+
+inline float widen(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+inline float widen(float x) { return x; }
+inline uint16_t narrow(float x) {  // to the nearest, ties to even; NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+template <class T>
+inline void put(T* to, float x) {
+  if constexpr (sizeof(T) == 2)
+    *to = narrow(x);
+  else
+    *to = x;
+}
+
+// Products of packed float32: of float32 inputs, and of bfloat16 ones that were widened.
+struct FloatProducts {
+  using Packed = float;
+  static constexpr int64_t kDepth = 1, kGroup = 1;  // dh and keys are padded to multiples of these
+  static constexpr bool kShort = false;
+  static void begin() {}
+  static void end() {}
+
+  // K [keys, width], V [keys, width]
+  template <class T>
+  static void pack(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t count, int64_t, int64_t dh,
+                   int64_t width, int64_t, float* packed_k, float* packed_v) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < dh; ++d) {
+        packed_k[i * width + d] = widen(k[i * k_stride + d]);
+        packed_v[i * width + d] = widen(v[i * v_stride + d]);
+      }
+  }
+  // Q^T [width, kQueries]
+  template <class T>
+  static void pack_queries(const T* q, int64_t stride, int64_t count, int64_t dh, int64_t, bool negate, float* packed) {
+    for (int64_t d = 0; d < dh; ++d) {
+      for (int64_t i = 0; i < count; ++i) packed[d * kQueries + i] = negate ? -widen(q[i * stride + d]) : widen(q[i * stride + d]);
+      for (int64_t i = count; i < kQueries; ++i) packed[d * kQueries + i] = 0.0f;
+    }
+  }
+  static void scores(int64_t keys, int64_t width, const float* k, const float* q, float* s) {
+    gemm(keys, kQueries, width, k, width, 1, q, kQueries, s, kQueries, false);
+  }
+  static void values(int64_t keys, int64_t width, int64_t, const float* v, const float* p, float* o) {
+    gemm(width, kQueries, keys, v, 1, width, p, kQueries, o, kQueries, true);
+  }
+  // Probabilities take the place of the scores.
+  static float* probabilities(float* scores, float*) { return scores; }
+  static void store_pair(float* p, int64_t row, int64_t column, Float first, Float second, bool both) {
+    store(p + row * kQueries + column, first);
+    if (both) store(p + (row + 1) * kQueries + column, second);
+  }
+  static const float* at_key(const float* v, int64_t key, int64_t width, int64_t) { return v + key * width; }
+};
+
+struct Aligned {
+  explicit Aligned(int64_t bytes)
+      : data(static_cast<unsigned char*>(std::aligned_alloc(64, static_cast<size_t>(up(bytes, 64))))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Aligned() { std::free(data); }
+  Aligned(const Aligned&) = delete;
+  unsigned char* data;
+};
+
+// What one thread works in.
+template <class Products>
+struct Scratch {
+  using Packed = typename Products::Packed;
+  Packed *k, *v, *q, *p;
+  float *s, *o, *largest, *sum, *block;
+
+  static Scratch carve(Carver& carver, int64_t keys, int64_t width) {
+    Scratch x;
+    x.k = carver.take<Packed>(keys * width);
+    x.v = carver.take<Packed>(keys * width);
+    x.q = carver.take<Packed>(kQueries * width);
+    x.s = carver.take<float>(up(kKeys, 32) * kQueries);
+    x.p = carver.take<Packed>(Products::kGroup > 1 ? up(kKeys, 32) * kQueries : 0);
+    x.o = carver.take<float>(width * kQueries);
+    x.largest = carver.take<float>(kQueries);
+    x.sum = carver.take<float>(kQueries);
+    x.block = carver.take<float>(kQueries);
+    return x;
+  }
+};
+
+// Row-wise maxima of scores [keys, kQueries].
+inline void block_maximum(const float* s, int64_t keys, float* out) {
+  Float m[kColumns];
+  for (int j = 0; j < kColumns; ++j) m[j] = load(s + j * kLanes);
+  for (int64_t i = 1; i < keys; ++i)
+    for (int j = 0; j < kColumns; ++j) m[j] = larger(m[j], load(s + i * kQueries + j * kLanes));
+  for (int j = 0; j < kColumns; ++j) store(out + j * kLanes, m[j]);
+}
+
+// Scores [keys, kQueries] of one block become probabilities; maximum, sum and output so far are brought up to date.
+template <class Products>
+void softmax_block(const Scratch<Products>& x, int64_t keys, int64_t padded, int64_t width, float c, bool first) {
+  block_maximum(x.s, keys, x.block);
+  auto* p = Products::probabilities(x.s, reinterpret_cast<float*>(x.p));
+  auto* packed = reinterpret_cast<typename Products::Packed*>(p);
+  float rescale[kQueries];
+  bool changed = false;
+  for (int64_t j = 0; j < kQueries; j += kLanes) {
+    const Float before = first ? all(-std::numeric_limits<float>::infinity()) : load(x.largest + j);
+    const Float now = larger(before, load(x.block + j));
+    store(x.largest + j, now);
+    const Float factor = first ? Float{} : exp2<false>((before - now) * c);
+    store(rescale + j, factor);
+    Float sum = first ? Float{} : load(x.sum + j) * factor;
+    const Float offset = now * c;
+    int64_t i = 0;
+    for (; i + 2 <= keys; i += 2) {
+      const Float a = exp2<Products::kShort>(load(x.s + i * kQueries + j) * c - offset);
+      const Float b = exp2<Products::kShort>(load(x.s + (i + 1) * kQueries + j) * c - offset);
+      sum += a + b;
+      Products::store_pair(packed, i, j, a, b, true);
+    }
+    if (i < keys) {
+      const Float a = exp2<Products::kShort>(load(x.s + i * kQueries + j) * c - offset);
+      sum += a;
+      Products::store_pair(packed, i, j, a, Float{}, Products::kGroup > 1);
+      i += 2;
+    }
+    if (Products::kGroup > 1)
+      for (; i < padded; i += 2) Products::store_pair(packed, i, j, Float{}, Float{}, true);
+    store(x.sum + j, sum);
+  }
+  for (int64_t j = 0; j < kQueries; ++j) changed |= !(rescale[j] == 1.0f);
+  if (first) {
+    std::memset(x.o, 0, static_cast<size_t>(width * kQueries) * sizeof(float));
+  } else if (changed) {
+    for (int64_t d = 0; d < width; ++d)
+      for (int64_t j = 0; j < kQueries; j += kLanes)
+        store(x.o + d * kQueries + j, load(x.o + d * kQueries + j) * load(rescale + j));
+  }
+}
+
+template <class Products, class T>
+void run_typed(const Problem& f, int64_t begin, int64_t end) {
+  using Packed = typename Products::Packed;
+  const int64_t blocks = (f.q.count + kQueries - 1) / kQueries;
+  const int64_t width = up(f.dh, Products::kDepth);
+  const int64_t counts[2] = {up(f.k[0].count, Products::kGroup), up(f.k[1].count, Products::kGroup)};
+  const int64_t keys = counts[0] + counts[1];
+  Carver measure(nullptr);
+  Scratch<Products>::carve(measure, keys, width);
+  Aligned memory(measure.used());
+  Carver carver(memory.data);
+  const auto x = Scratch<Products>::carve(carver, keys, width);
+  const float c = std::fabs(f.scale) * kLog2e;
+
+  Products::begin();
+  int64_t packed_head = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / blocks, b = head / f.heads, h = head % f.heads, start = task % blocks * kQueries;
+    const auto at = [&](const Tokens& t) { return static_cast<T*>(t.data) + b * t.batch + h * t.head; };
+    if (head != packed_head) {
+      int64_t offset = 0;
+      for (int run = 0; run < 2; offset += counts[run++])
+        Products::template pack<T>(at(f.k[run]), f.k[run].token, at(f.v[run]), f.v[run].token, f.k[run].count,
+                                   counts[run], f.dh, width, keys, x.k + offset * width,
+                                   const_cast<Packed*>(Products::at_key(x.v, offset, width, keys)));
+      packed_head = head;
+    }
+    const int64_t rows = std::min(kQueries, f.q.count - start);
+    Products::template pack_queries<T>(at(f.q) + start * f.q.token, f.q.token, rows, f.dh, width, f.scale < 0, x.q);
+    bool first = true;
+    int64_t offset = 0;
+    for (int run = 0; run < 2; offset += counts[run++])
+      for (int64_t key = 0; key < f.k[run].count; key += kKeys) {
+        const int64_t here = std::min(kKeys, f.k[run].count - key), padded = std::min(kKeys, counts[run] - key);
+        Products::scores(Products::kGroup > 1 ? padded : here, width, x.k + (offset + key) * width, x.q, x.s);
+        softmax_block<Products>(x, here, padded, width, c, first);
+        Products::values(padded, width, keys, Products::at_key(x.v, offset + key, width, keys),
+                         reinterpret_cast<const Packed*>(Products::probabilities(x.s, reinterpret_cast<float*>(x.p))),
+                         x.o);
+        first = false;
+      }
+    T* out = static_cast<T*>(f.output.data) + b * f.output.batch + h * f.output.head + start * f.output.token;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float inverse = 1.0f / x.sum[i];
+      for (int64_t d = 0; d < f.dh; ++d) put(out + i * f.output.token + d, x.o[d * kQueries + i] * inverse);
+      if (f.lse) f.lse[head * f.q.count + start + i] = x.largest[i] * std::fabs(f.scale) + std::log(x.sum[i]);
+    }
+  }
+  Products::end();
+}
+
+inline int64_t tasks_of(const Problem& f) { return f.batches * f.heads * ((f.q.count + kQueries - 1) / kQueries); }
+
+template <class Products>
+void run_tasks(const Problem& f, int64_t begin, int64_t end) {
+  if constexpr (Products::kGroup == 1) {
+    if (f.element == Element::float32) return run_typed<Products, float>(f, begin, end);
+  }
+  run_typed<Products, uint16_t>(f, begin, end);
+}
+
+}  // namespace
+}  // namespace zs3fast::encoder_attention
