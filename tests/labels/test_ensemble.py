@@ -47,3 +47,11 @@ def test_columns_must_be_the_classes_and_no_object() -> None:
     clip, own = opinions()
     with pytest.raises(ValueError, match=r"class_scores: expected \[B, Nq, C \+ 1\] = \[2, 5, 5\].*got \[2, 5, 4\]"):
         ensemble_class_weights(clip, own[..., :-1], seen=SEEN, weight=0.5)
+
+
+def test_equation_9_as_printed() -> None:
+    """Unseen classes: CLIP's opinion alone to the power of lambda, though the proposer has one."""
+    clip, own = torch.rand(1, 3, 4), torch.rand(1, 3, 5)
+    got = ensemble_class_weights(clip, own, seen=[0, 2], weight=0.7, form="paper")
+    torch.testing.assert_close(got[..., [1, 3]], clip[..., [1, 3]] ** 0.7)
+    torch.testing.assert_close(got[..., [0, 2]], own[..., [0, 2]] ** 0.7 * clip[..., [0, 2]] ** 0.3)

@@ -346,3 +346,57 @@ def test_logits_are_exact_in_half_precision() -> None:
     assert out.proposal_logits.dtype == torch.float32 and out.proposal_logits.isfinite().all()
     assert (out.proposal_logits[0, 1] - exact).abs().max() < 1e-3
     assert (out.proposal_logits[0, 0] == 0).all(), "all classes alike"
+
+
+def test_losses_of_table_4b_and_equation_5() -> None:
+    """Each by its formula; eq. 5 stretches over all classes, the official code every class's row for itself."""
+    generator = torch.Generator().manual_seed(5)
+    masks = masks_of(1, 6)
+    gt_masks = torch.zeros(1, 2, 96, 96, dtype=torch.bool)
+    gt_masks[:, 0, :48], gt_masks[:, 1, 40:] = True, True
+    gt_labels = torch.tensor([[3, 5]])
+    rows = soft_iou(masks[0], gt_masks[0])
+    embeddings = torch.randn(1, 6, 32, generator=generator)
+    for iou_range, low, high in (("class", rows.amin(1, True), rows.amax(1, True)), ("all", rows.min(), rows.max())):
+        wanted = (rows - low) / (high - low + 1e-8)
+        for name in ("l1", "l2", "smooth_l1", "kl"):
+            model = tiny(ma_loss=name, iou_range=iou_range)
+            out = model(pictures(1), text(), masks)
+            out = dataclasses.replace(out, proposal_logits=embeddings @ text().t())
+            got = model.loss(out, gt_masks, gt_labels)["loss_ma"]
+            predicted = out.proposal_logits.softmax(-1)[0, :, [3, 5]].t()
+            difference = (predicted - wanted).abs()
+            p, w = (x / x.sum(1, keepdim=True) for x in (predicted, wanted))
+            expected = {
+                "l1": difference.mean(),
+                "l2": difference.square().mean(),
+                "smooth_l1": difference.square().mean() / 2,
+                "kl": (w * (w.clamp_min(1e-30).log() - p.log())).sum(1).mean(),
+            }[name]
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6, msg=f"{name} {iou_range}")
+
+
+@pytest.mark.parametrize("freeze", [(), ("cls",), ("cls", "pos"), ("cls", "pos", "mlp", "conv"), None])
+def test_units_that_are_frozen(freeze: tuple[str, ...] | None) -> None:
+    model = tiny(freeze=freeze)
+    units = {
+        "cls": "class_embedding",
+        "pos": "positional_embedding",
+        "mlp": ".mlp.",
+        "conv": "conv1",
+        "proj": "encoder.proj",
+    }
+    frozen = tuple(units) if freeze is None else freeze
+    for name, parameter in model.named_parameters():
+        unit = next((key for key, part in units.items() if part in name), "conv" if "ln_pre" in name else None)
+        assert parameter.requires_grad is (unit not in frozen), name
+    assert model.config["freeze"] == (None if freeze is None else list(freeze))
+    trained = sum(p.numel() for p in model.trainable().values())
+    assert trained == sum(p.numel() for p in zs3fast.create_model(**model.config).trainable().values())
+
+
+def test_units_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="freeze: expected one of cls, pos, mlp, conv, proj, got 'head'"):
+        tiny(freeze=["cls", "head"])
+    with pytest.raises(ValueError, match="ma_loss: expected one of smooth_l1, l1, l2, kl, got 'l3'"):
+        tiny(ma_loss="l3")

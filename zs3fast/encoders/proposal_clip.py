@@ -7,6 +7,9 @@ other, and any number of them costs little more than the patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +18,14 @@ from zs3fast import ops
 from zs3fast.encoders.clip_vit import Block, ClipViT, resize_positions
 from zs3fast.encoders.config import ClipVisionConfig
 
-TRAINED = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias")
+# What table 4d freezes, unit by unit; attention and the norms of the blocks always train.
+FREEZABLE = {
+    "cls": ("class_embedding",),
+    "pos": ("positional_embedding",),
+    "mlp": ("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
+    "conv": ("conv1.weight", "ln_pre.weight", "ln_pre.bias"),
+    "proj": ("proj",),
+}
 
 
 class ProposalClipViT(ClipViT):
@@ -24,21 +34,22 @@ class ProposalClipViT(ClipViT):
     Args:
         config: sizes of the tower; the position table keeps CLIP's own grid and is resized on every call.
         start_layer: L, the first layer with proposal tokens.
-
-    Attention projections and norms of all layers and the last norm train; the rest is frozen, as in the official code.
+        freeze: units of `FREEZABLE` that do not train. All of them, as in the official code, leave the attention
+            projections and norms of all layers and the last norm; the paper's best row (table 4d) lets "proj" train.
     """
 
     position_resize = ("bicubic", True)
 
-    def __init__(self, config: ClipVisionConfig, *, start_layer: int = 8):
+    def __init__(self, config: ClipVisionConfig, *, start_layer: int = 8, freeze: Sequence[str] = tuple(FREEZABLE)):
         super().__init__(config, config.image_size, double_class_embedding=False)
         if not 0 <= start_layer < config.layers:
             raise ValueError(
                 f"start_layer: expected 0..{config.layers - 1} for a tower of {config.layers} layers, got {start_layer}"
             )
         self.start_layer = start_layer
+        frozen = [end for unit in freeze for end in FREEZABLE[unit]]
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.endswith(TRAINED) or "ln_1." in name or "ln_2." in name or "ln_post." in name)
+            parameter.requires_grad_(not any(name == end or name.endswith("." + end) for end in frozen))
 
     @property
     def embed_dim(self) -> int:
@@ -126,7 +137,7 @@ class ProposalClipResNet(nn.Module):
     The query, key and value projections of the pooling train; the trunk stays in evaluation mode.
     """
 
-    def __init__(self, vision: dict, embed_dim: int):
+    def __init__(self, vision: dict[str, Any], embed_dim: int):
         from open_clip.modified_resnet import ModifiedResNet
 
         super().__init__()

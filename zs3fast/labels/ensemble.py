@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FORMS = ("freeseg", "zegformer")
+FORMS = ("freeseg", "zegformer", "paper")
 
 
 def ensemble_class_weights(
@@ -31,7 +31,8 @@ def ensemble_class_weights(
         seen: indices of seen classes; all others count as unseen.
         weight: lambda; 0 (open vocabulary): A = Ac, whatever the proposer says.
         usable: [B, Nq] bool; where False, Ac is replaced by 1 (the mask is too faint for CLIP to say anything).
-        form: "freeseg" (ZSSeg's too) or "zegformer", which gives all seen classes the mean of their Ac.
+        form: "freeseg" (ZSSeg's too); "zegformer", which gives all seen classes the mean of their Ac; "paper": eq. 9 as
+            printed, Ac^weight for every unseen class, whether the proposer knows it or not.
     """
     if class_scores is None or weight <= 0:
         return clip_scores
@@ -51,5 +52,7 @@ def ensemble_class_weights(
     own = class_scores[..., :-1]
     known = ~own.isnan()
     own = own.nan_to_num(1.0)
+    if form == "paper":
+        known = known & is_seen
     both = torch.where(is_seen, own**weight * clip_scores ** (1 - weight), own ** (1 - weight) * clip_scores**weight)
     return torch.where(known, both, clip_scores**weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from zs3fast import ops
 from zs3fast.encoders.config import vision_config
 from zs3fast.encoders.open_clip_weights import load_clip_weights
-from zs3fast.encoders.proposal_clip import ProposalClipResNet, ProposalClipViT
+from zs3fast.encoders.proposal_clip import FREEZABLE, ProposalClipResNet, ProposalClipViT
 from zs3fast.labels.ensemble import FORMS, ensemble_class_weights
 from zs3fast.labels.proposal_targets import soft_iou
 from zs3fast.models.base import ZeroShotModel
@@ -27,6 +27,20 @@ from zs3fast.utils.options import one_of
 TEMPERATURE = 100.0
 
 
+def _ma_divergence(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """KL(wanted | predicted) of every row as a distribution over the proposals, the mean over rows; our reading."""
+    wanted, predicted = (rows / rows.sum(-1, keepdim=True).clamp_min(1e-8) for rows in (wanted, predicted))
+    return F.kl_div(predicted.clamp_min(1e-8).log(), wanted, reduction="batchmean")
+
+
+MA_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "smooth_l1": F.smooth_l1_loss,
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+    "kl": _ma_divergence,
+}
+
+
 @register_model("maft")
 class MAFT(ZeroShotModel):
     """Every proposal is a class token of its own that sees the patches under its mask; text tells its class.
@@ -38,7 +52,12 @@ class MAFT(ZeroShotModel):
         image_size: side in pixels that pictures are squashed to (published: 480).
         ensemble: lambda, the share of the proposer's own class scores; published with seen and unseen classes: 0.8 on
             COCO, 0.7 on VOC, 2/3 on ADE20K; 0 (default): CLIP's opinion alone, the open-vocabulary setting.
-        ensemble_form: "freeseg" (ZSSeg's too) or "zegformer", see `ensemble_class_weights`.
+        ensemble_form: "freeseg" (ZSSeg's too), "zegformer" or "paper", see `ensemble_class_weights`.
+        ma_loss: "smooth_l1" (published), "l1", "l2" or "kl": rows of table 4b.
+        iou_range: what a class's IoU with the proposals is stretched to 0..1 over: "class", its own row (the official
+            code), or "all" classes of the image (eq. 5 as printed).
+        freeze: units of a ViT that do not train, of "cls", "pos", "mlp", "conv", "proj" (table 4d); None: all, as in
+            the official code. The paper's best row leaves "proj" out.
         seen_offset: taken off the scores of seen classes at the end; ZegFormer: 0.1.
         quick_gelu: see `vision_config`.
         options: see `ZeroShotModel`.
@@ -57,6 +76,9 @@ class MAFT(ZeroShotModel):
         image_size: int = 480,
         ensemble: float = 0.0,
         ensemble_form: str = "freeseg",
+        ma_loss: str = "smooth_l1",
+        iou_range: str = "class",
+        freeze: Sequence[str] | None = None,
         quick_gelu: bool | None = None,
         **options: Any,
     ):
@@ -65,20 +87,28 @@ class MAFT(ZeroShotModel):
             raise ValueError(f"ensemble: expected a share in 0..1, got {ensemble}")
         self.ensemble = ensemble
         self.ensemble_form = one_of("ensemble_form", ensemble_form, FORMS)
+        self.ma_loss = one_of("ma_loss", ma_loss, tuple(MA_LOSSES))
+        self.iou_range = one_of("iou_range", iou_range, ("class", "all"))
+        units = list(FREEZABLE) if freeze is None else [one_of("freeze", unit, tuple(FREEZABLE)) for unit in freeze]
         config = clip_model_config(clip)
         if isinstance(config["vision_cfg"].get("layers"), int):
             vision = vision_config(clip, pretrained, quick_gelu)
-            self.encoder = ProposalClipViT(vision, start_layer=start_layer)
+            self.encoder = ProposalClipViT(vision, start_layer=start_layer, freeze=units)
             quick_gelu = vision.quick_gelu
         else:
+            if freeze is not None:
+                raise ValueError(f"freeze: units of a ViT, and this tower is a ResNet, got {list(freeze)}")
             self.encoder = ProposalClipResNet(config["vision_cfg"], config["embed_dim"])
-        self._architecture.update(start_layer=start_layer, quick_gelu=quick_gelu)
+        self._architecture.update(
+            start_layer=start_layer, quick_gelu=quick_gelu, freeze=None if freeze is None else units
+        )
         if pretrained is not None:
             load_clip_weights(self.encoder, clip, pretrained)
 
     @property
     def config(self) -> dict[str, Any]:
-        return {**super().config, "ensemble": self.ensemble, "ensemble_form": self.ensemble_form}
+        names = ("ensemble", "ensemble_form", "ma_loss", "iou_range")
+        return {**super().config, **{name: getattr(self, name) for name in names}}
 
     @property
     def embed_dim(self) -> int:
@@ -239,7 +269,7 @@ class MAFT(ZeroShotModel):
     ) -> dict[str, Tensor]:
         """Weighted loss terms; "loss" is their sum (section 3.3, eq. 6 to 8).
 
-        loss_ma: smooth L1 between every present class's column of the proposals' softmax and their soft IoU with its
+        loss_ma: `ma_loss` between every present class's column of the proposals' softmax and their soft IoU with its
         mask, stretched to 0..1; loss_dis: smooth L1 between the softmax of student and teacher on the whole image.
 
         Args:
@@ -251,15 +281,18 @@ class MAFT(ZeroShotModel):
         self._check_targets(out, gt_masks, gt_labels)
         probabilities = _wide(out.proposal_logits).softmax(-1)
         masks = soft_masks(out.proposals)
-        predicted, wanted = [], []
+        columns, targets = [], []
         for image in range(len(masks)):
             rows = gt_labels[image] >= 0
             iou = soft_iou(masks[image], gt_masks[image, rows])
-            low, high = iou.aminmax(dim=1, keepdim=True)
-            wanted.append((iou - low) / (high - low + 1e-8))
-            predicted.append(probabilities[image, :, gt_labels[image, rows]].t())
-        predicted, wanted = torch.cat(predicted), torch.cat(wanted)
-        terms = {"ma": F.smooth_l1_loss(predicted, wanted) if len(wanted) else predicted.sum()}
+            if self.iou_range == "class" or not len(iou):
+                low, high = iou.aminmax(dim=1, keepdim=True)
+            else:
+                low, high = iou.aminmax()
+            targets.append((iou - low) / (high - low + 1e-8))
+            columns.append(probabilities[image, :, gt_labels[image, rows]].t())
+        predicted, wanted = torch.cat(columns), torch.cat(targets)
+        terms = {"ma": MA_LOSSES[self.ma_loss](predicted, wanted) if len(wanted) else predicted.sum()}
         if teacher_embedding is not None:
             if out.image_embedding is None:
                 raise ValueError("out: distillation needs a train-mode output, this one was made in eval mode")
