@@ -118,11 +118,11 @@ def test_open_clips_vits_fit(name: str, side: int) -> None:
     assert own == {key: value.shape for key, value in theirs.state_dict().items()} and model.image_size == side
 
 
-def test_a_file_of_openai_s_weights_needs_the_name_with_quickgelu() -> None:
-    """A tag tells the activation, a file does not: then the name decides, for both towers alike."""
+def test_the_activation_follows_the_tag_or_the_name() -> None:
+    """For both towers alike; of a file see tests/utils/test_open_clip.py."""
     for name, pretrained, quick in (
         ("ViT-B-16", "openai", True),
-        ("ViT-B-16", "clip.pt", False),
+        ("ViT-B-16", "laion2b_s34b_b88k", False),
         ("ViT-B-16-quickgelu", "clip.pt", True),
     ):
         assert vision_config(name, pretrained).quick_gelu == uses_quick_gelu(name, pretrained) == quick

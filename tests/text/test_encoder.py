@@ -221,15 +221,6 @@ def test_from_open_clip_dict_with_a_file(clip, tmp_path):
     torch.testing.assert_close(encoder.encode(["cat"]), by_hand(clip, ["cat"], ["a photo of a {}"]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_scripted_archives_are_refused_with_a_way_out(tmp_path):
-    """OpenAI's downloads are TorchScript archives: code, which torch.load(weights_only=True) does not take."""
-    path = tmp_path / "ViT-tiny.pt"
-    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
-    with pytest.raises(ValueError, match="is a TorchScript archive, which holds code .* or the tag 'openai'"):
-        TextEncoder.from_open_clip("ViT-B-16", path)
-
-
 def test_unknown_clip_lists_close_names():
     with pytest.raises(ValueError, match="clip: open_clip has no model 'ViT-B16'; close names: .*ViT-B-16"):
         TextEncoder.from_open_clip("ViT-B16")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zs3fast.encoders.clip_vit import ClipViT, resize_positions
-from zs3fast.utils.open_clip import create_open_clip
+from zs3fast.utils.open_clip import clip_state
 
 
 def load_clip_weights(encoder: nn.Module, clip: str | dict[str, Any], pretrained: str) -> None:
@@ -18,8 +18,15 @@ def load_clip_weights(encoder: nn.Module, clip: str | dict[str, Any], pretrained
     Raises:
         ValueError: open_clip cannot load these weights (unknown tag, no network, not a CLIP checkpoint).
     """
-    tower = create_open_clip(clip, pretrained).visual
-    load_tower_state(encoder, {name: tensor.detach().float() for name, tensor in tower.state_dict().items()})
+    state = {name: tensor.detach().float() for name, tensor in clip_state(clip, pretrained).image.items()}
+    try:
+        load_tower_state(encoder, state)
+    except RuntimeError as error:  # torch's report of wrong shapes, many lines of it
+        shapes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line or "key(s)" in line]
+        what = clip if isinstance(clip, str) else "this configuration"
+        raise ValueError(
+            f"pretrained: the weights {pretrained!r} do not fit the image tower of {what}: {'; '.join(shapes[:3])}"
+        ) from None
 
 
 def load_tower_state(encoder: nn.Module, state: dict[str, Tensor]) -> None:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from zs3fast.text.cache import cached, tensor_digest
 from zs3fast.text.templates import resolve_templates
 from zs3fast.text.vocabulary import ClassEntry, parse_classes
-from zs3fast.utils.open_clip import clip_model_config, create_open_clip, quiet_open_clip
+from zs3fast.utils.open_clip import (
+    clip_model_config,
+    clip_state,
+    create_open_clip,
+    quiet_open_clip,
+    uses_quick_gelu,
+)
 
 logger = logging.getLogger("zs3fast")
 _tokenizing = threading.Lock()  # tokenizers of the hub keep settings of the call in themselves
@@ -79,8 +85,15 @@ class TextEncoder:
         if pretrained is None:
             logger.warning("the text tower of %s has random weights: its embeddings mean nothing", name)
             cache = False
-        tower = create_open_clip(clip, pretrained, quick_gelu=quick_gelu).text
-        return cls(tower, tokenizer, name=f"{name} {pretrained}", cache=cache, batch_size=batch_size)
+        options: dict[str, Any] = {"name": f"{name} {pretrained}", "cache": cache, "batch_size": batch_size}
+        if quick_gelu is None:
+            quick_gelu = uses_quick_gelu(clip, pretrained)
+        if pretrained is not None:
+            state = clip_state(clip, pretrained).text
+            if state is not None:
+                heads = config["text_cfg"].get("heads", 8)
+                return cls.from_state_dict(state, heads=heads, quick_gelu=quick_gelu, tokenizer=tokenizer, **options)
+        return cls(create_open_clip(clip, pretrained, quick_gelu=quick_gelu).text, tokenizer, **options)
 
     @classmethod
     def from_state_dict(
@@ -109,16 +122,17 @@ class TextEncoder:
         heads = heads or max(width // 64, 1)
         if width % heads:
             raise ValueError(f"heads: the width {width} of the text tower is not a multiple of {heads}")
-        tower = TextTransformer(
-            context_length=weights["positional_embedding"].shape[0],
-            vocab_size=weights["token_embedding.weight"].shape[0],
-            width=width,
-            heads=heads,
-            layers=len({key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")}),
-            mlp_ratio=weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
-            output_dim=weights["text_projection"].shape[1],
-            act_layer=QuickGELU if quick_gelu else nn.GELU,
-        )
+        with torch.device("meta"):  # random weights, which would take longer than all the rest, are not drawn
+            tower = TextTransformer(
+                context_length=weights["positional_embedding"].shape[0],
+                vocab_size=weights["token_embedding.weight"].shape[0],
+                width=width,
+                heads=heads,
+                layers=len({key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")}),
+                mlp_ratio=weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+                output_dim=weights["text_projection"].shape[1],
+                act_layer=QuickGELU if quick_gelu else nn.GELU,
+            )
         _load_strictly(tower, weights)
         tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=tower.context_length)
         return cls(tower, tokenizer, name=name, cache=cache, batch_size=batch_size)
@@ -270,10 +284,10 @@ def _text_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if flat:
         shapes = ", ".join(f"{key} {list(weights[key].shape)}" for key in flat)
         raise ValueError(f"state: not a CLIP text tower: wrong rank of {shapes}")
-    return {key: value.float() for key, value in weights.items()}
+    return {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
 
 
-def _load_strictly(tower: nn.Module, weights: dict[str, Tensor]) -> None:
+def _load_strictly(tower: TextTransformer, weights: dict[str, Tensor]) -> None:
     own = tower.state_dict()
     lists = {
         "missing": [key for key in own if key not in weights],
@@ -287,4 +301,5 @@ def _load_strictly(tower: nn.Module, weights: dict[str, Tensor]) -> None:
     if any(lists.values()):
         report = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists.items() if keys)
         raise ValueError(f"state: not a CLIP text tower: {report}")
-    tower.load_state_dict(weights)
+    tower.load_state_dict(weights, assign=True)
+    tower.attn_mask = tower.build_causal_mask()  # a constant, which no state dict holds

@@ -1,17 +1,37 @@
-"""open_clip's configurations and models, with its many failures in words of ours."""
+"""open_clip's configurations and weights, with its many failures in words of ours."""
 
 from __future__ import annotations
 
-import difflib
+import hashlib
+import importlib.util
+import json
 import logging
 import os
+import pickle
+import re
+import ssl
+import sys
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from zs3fast.utils.options import close_names
+from zs3fast.utils.torchscript import is_torchscript, read_torchscript
+
+downloads = logging.getLogger("zs3fast.downloads")
+OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights, in OpenAI's state dicts
+CHECKPOINT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # in a repository, as open_clip asks
 
 # open_clip is imported where it is used: it takes seconds and some 200 MB, and a checkpoint's sizes need none of it.
 
@@ -29,22 +49,172 @@ def clip_model_config(clip: str | dict[str, Any], parts: tuple[str, ...] = ("vis
         return clip
     if not isinstance(clip, str):
         raise TypeError(f"clip: expected an open_clip model name or configuration dict, got {type(clip).__name__}")
-    import open_clip
-
-    config = open_clip.get_model_config(clip) if clip in open_clip.list_models() else None
+    config = _named_config(clip)
     if config is None:
-        close = difflib.get_close_matches(clip, open_clip.list_models(), n=5, cutoff=0.4) or ["ViT-B-16", "ViT-L-14"]
+        import open_clip
+
+        names = open_clip.list_models()
+        close = close_names(clip, names, 5) or ["ViT-B-16", "ViT-L-14"]
         raise ValueError(f"clip: open_clip has no model {clip!r}; close names: {', '.join(close)}")
     return config
 
 
+def _named_config(clip: str) -> dict[str, Any] | None:
+    """open_clip's configuration of that name; read from its folder where it is not imported, which takes seconds."""
+    if "open_clip" in sys.modules:  # a program may have added its own
+        import open_clip
+
+        return open_clip.get_model_config(clip) if clip in open_clip.list_models() else None
+    spec = importlib.util.find_spec("open_clip")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        file = Path(place) / "model_configs" / f"{clip}.json"
+        if "/" not in clip and file.is_file():
+            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return config
+    return None
+
+
 def uses_quick_gelu(clip: str | dict[str, Any], pretrained: str | None) -> bool:
-    """The activation of a configuration, or of the tag its weights come from."""
+    """The activation that weights were trained with: QuickGELU (OpenAI's CLIP) or GELU.
+
+    A configuration or an architecture's name decides where it says QuickGELU ("ViT-B-16-quickgelu"), else the tag. A
+    file is recognised by what open_clip knows of it: an `open_clip_config.json` beside it, its place in the hub's
+    cache, its digest, or the form of OpenAI's own downloads; else by its architecture, if all its weights are alike.
+
+    Raises:
+        ValueError: a file that could be either. A wrong activation would give wrong results without a word.
+    """
+    config = clip_model_config(clip, ())
+    named = bool(config.get("quick_gelu", False))
+    if named or pretrained is None or isinstance(clip, dict):
+        return named
     import open_clip
 
-    config = clip_model_config(clip, ())
-    tag = open_clip.get_pretrained_cfg(clip, pretrained) if isinstance(clip, str) and pretrained else {}
-    return bool(tag.get("quick_gelu", False)) or bool(config.get("quick_gelu", False))
+    tag = open_clip.get_pretrained_cfg(clip, pretrained)
+    if tag:
+        return bool(tag.get("quick_gelu", False))
+    check_file(clip, pretrained)
+    known = _known_file(clip, Path(pretrained))
+    if known is None:
+        tags = [open_clip.get_pretrained_cfg(clip, name) for name in open_clip.list_pretrained_tags_by_model(clip)]
+        if all(bool(one.get("quick_gelu", False)) == named for one in tags):
+            return named
+        other = f"{clip}-quickgelu"
+        way = f"clip={other!r} (--clip {other})" if _named_config(other) else "quick_gelu=True (--quick-gelu)"
+        raise ValueError(
+            f"pretrained: {pretrained} does not say whether its weights want QuickGELU or GELU, and {clip} has weights "
+            f"of both kinds: expected {way} for OpenAI's, or quick_gelu=False (--no-quick-gelu) for LAION's"
+        )
+    return known
+
+
+def _known_file(clip: str, path: Path) -> bool | None:
+    """Whether the weights of a file want QuickGELU; None where nothing is known of it."""
+    beside = path.parent / "open_clip_config.json"
+    if beside.is_file():
+        with suppress(OSError, ValueError, AttributeError):
+            return bool(json.loads(beside.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False))
+    if is_torchscript(path):  # only OpenAI has published such
+        return True
+    import open_clip
+
+    tags = [open_clip.get_pretrained_cfg(clip, name) for name in open_clip.list_pretrained_tags_by_model(clip)]
+    folders = {f"models--{tag['hf_hub'].strip('/').replace('/', '--')}": tag for tag in tags if tag.get("hf_hub")}
+    for part in path.absolute().parts:
+        if part in folders:
+            return bool(folders[part].get("quick_gelu", False))
+    digests = {digest: tag for tag in tags if (digest := _digest_in(tag.get("url", "")))}
+    if path.name in {Path(tag["url"]).name for tag in digests.values()}:  # a name is no proof, its digest is
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        for digest, tag in digests.items():
+            if found.startswith(digest):
+                return bool(tag.get("quick_gelu", False))
+    try:
+        return True if OPENAI_EXTRAS <= set(_read_checkpoint(path)) else None
+    except Exception as error:  # whatever a file that is none makes the unpickler and safetensors raise
+        raise ValueError(_no_weights(clip, str(path), {}, error)) from None
+
+
+def _digest_in(url: str) -> str:
+    """The SHA-256 (or its beginning) that a download's address carries, as open_clip reads it."""
+    found = re.search(r"/([0-9a-f]{64})/[^/]*$|-([0-9a-f]{8})\.\w+$", url)
+    return (found[1] or found[2]) if found else ""
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ClipState:
+    """The weights of a CLIP by open_clip's keys: the image tower's and the text tower's, each without its prefix.
+
+    text: None where the text tower is not CLIP's own (but of transformers, say).
+    """
+
+    image: dict[str, Tensor]
+    text: dict[str, Tensor] | None
+
+
+def clip_state(clip: str | dict[str, Any], pretrained: str) -> ClipState:
+    """The weights of an open_clip tag or a checkpoint file; nothing is built for a plain CLIP, in memory or time.
+
+    Args:
+        pretrained: an open_clip tag, fetched where it is not in the hub's cache; or a file: safetensors, what
+            `torch.load(weights_only=True)` reads, or a TorchScript archive such as OpenAI's, of which no code is run.
+    Raises:
+        ValueError: weights that cannot be found, fetched or read.
+    """
+    tag = _tag(clip, pretrained)
+    if not tag:
+        check_file(clip, pretrained)
+    try:
+        state = _read_checkpoint(_fetched(clip, pretrained, tag) if tag else Path(pretrained))
+    except Exception as error:  # the hub, the network, zip files and the unpickler each raise their own
+        raise ValueError(_no_weights(clip, pretrained, tag, error)) from None
+    image = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
+    plain = {"conv1.weight", "class_embedding"} <= set(image) or "attnpool.c_proj.weight" in image
+    if not plain:
+        state = create_open_clip(clip, pretrained).state_dict()  # it knows many layouts besides its own
+        image = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
+    text = {
+        name.removeprefix("text."): value
+        for name, value in state.items()
+        if not name.startswith(("visual.", "logit_")) and name not in OPENAI_EXTRAS
+    }
+    return ClipState(image, text if "token_embedding.weight" in text else None)
+
+
+def _tag(clip: str | dict[str, Any], pretrained: str | None) -> dict[str, Any]:
+    import open_clip
+
+    return dict(open_clip.get_pretrained_cfg(clip, pretrained)) if isinstance(clip, str) and pretrained else {}
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name; no code in it is run."""
+    if is_torchscript(path):
+        return read_torchscript(path)
+    if path.suffix == ".safetensors":
+        import safetensors.torch
+
+        return safetensors.torch.load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"not a readable torch file, or one with code in it, which is not run ({reason[:200]})"
+        ) from None
+    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a state dict of named tensors, got {type(content).__name__}")
+    return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def create_open_clip(
@@ -62,9 +232,9 @@ def create_open_clip(
 
     config = clip_model_config(clip, ("vision_cfg", "text_cfg"))
     gelu = uses_quick_gelu(clip, pretrained) if quick_gelu is None else quick_gelu
-    tag = open_clip.get_pretrained_cfg(clip, pretrained) if isinstance(clip, str) and pretrained else {}
+    tag = _tag(clip, pretrained)
     if pretrained and not tag:
-        _check_file(clip, pretrained)
+        check_file(clip, pretrained)
     try:
         with quiet_open_clip():
             if isinstance(clip, dict):
@@ -73,15 +243,19 @@ def create_open_clip(
                 if pretrained is not None:
                     open_clip.load_checkpoint(model, pretrained)
                 return model
+            if tag:
+                pretrained = str(_fetched(clip, str(pretrained), tag))
             options = {} if gelu == config.get("quick_gelu", False) else {"quick_gelu": gelu}
-            return open_clip.create_model(
+            model = open_clip.create_model(
                 clip, pretrained=pretrained, force_custom_text=True, pretrained_text=False, **options
             )
+            return cast(nn.Module, model)
     except Exception as error:  # the hub, the network and the unpickler each raise their own
-        raise ValueError(_no_weights(clip, pretrained, tag, error)) from None
+        raise ValueError(_no_weights(clip, str(pretrained), tag, error)) from None
 
 
-def _check_file(clip: str | dict[str, Any], pretrained: str) -> None:
+def check_file(clip: str | dict[str, Any], pretrained: str) -> None:
+    """Raise where `pretrained`, which is no tag of the model, is no file either."""
     import open_clip
 
     if not os.path.isfile(pretrained):
@@ -89,26 +263,92 @@ def _check_file(clip: str | dict[str, Any], pretrained: str) -> None:
         raise ValueError(
             f"pretrained: {pretrained!r} is neither a file nor a tag; tags of this model: {tags or 'none'}"
         )
-    if zipfile.is_zipfile(pretrained):
-        with zipfile.ZipFile(pretrained) as archive:
-            scripted = any(name.split("/", 1)[-1] == "constants.pkl" for name in archive.namelist())
-        if scripted:  # OpenAI's own downloads
-            raise ValueError(
-                f"pretrained: {pretrained!r} is a TorchScript archive, which holds code and is not loaded; expected a "
-                "state dict, or the tag 'openai' for the same weights"
-            )
 
 
-def _no_weights(clip: str | dict[str, Any], pretrained: str | None, tag: dict[str, Any], error: Exception) -> str:
+def _fetched(clip: str | dict[str, Any], pretrained: str, tag: dict[str, Any]) -> Path:
+    """The file of a tag: out of the hub's cache, or downloaded. Without network it fails within seconds."""
+    import open_clip
+
+    hub = tag.get("hf_hub", "")
+    kept = _in_cache(hub)
+    if kept is not None:
+        return kept
+    if hub:
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE=1 forbids it")
+        reason = unreachable(constants.ENDPOINT)
+        if reason is not None:
+            raise OSError(reason)
+    elif "url" in tag and not Path("~/.cache/clip").expanduser().joinpath(Path(tag["url"]).name).is_file():
+        reason = unreachable(tag["url"])
+        if reason is not None:
+            raise OSError(reason)
+    downloads.info("downloading the weights %r of %s from %s", pretrained, clip, hub.strip("/") or tag.get("url"))
+    with quiet_open_clip():
+        return Path(open_clip.download_pretrained(tag))
+
+
+def _in_cache(hub: str) -> Path | None:
+    """What the hub's cache holds of "owner/model/" or "owner/model/file"; asked first, as the network may be slow."""
+    if not hub:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, name = os.path.split(hub)
+    for file in (name,) if name else CHECKPOINT_NAMES:
+        found = try_to_load_from_cache(repository, file)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def unreachable(address: str, seconds: float = 5.0) -> str | None:
+    """Why a server does not answer at all, within `seconds`; None where it does, if only with an error.
+
+    Libraries for downloads try again for up to a minute before they say so.
+    """
+    outcome: list[str | None] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(address, method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=seconds):
+                outcome.append(None)
+        except urllib.error.HTTPError:
+            outcome.append(None)
+        except (OSError, ValueError) as error:
+            if isinstance(getattr(error, "reason", None), ssl.SSLError):  # it answers; others may trust its certificate
+                outcome.append(None)
+                return
+            outcome.append(" ".join(str(error).split()) or type(error).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit
+    thread.start()
+    thread.join(seconds)
+    server = urllib.parse.urlsplit(address).hostname or address
+    if not outcome:
+        return f"no answer from {server} within {seconds:g} s"
+    return None if outcome[0] is None else f"no connection to {server}: {outcome[0]}"
+
+
+def _no_weights(clip: str | dict[str, Any], pretrained: str, tag: dict[str, Any], error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not tag:
         what = clip if isinstance(clip, str) else "this configuration"
         return f"pretrained: open_clip could not read {pretrained!r} as weights of {what}: {reason}"
-    hub = tag.get("hf_hub", "").strip("/")
+    repository, name = os.path.split(tag.get("hf_hub", ""))
+    source = f"huggingface.co/{repository}" if repository else tag.get("url", "")
+    file = name or (CHECKPOINT_NAMES[0] if repository else Path(source).name)
+    own, quick = str(clip), f"{clip}-quickgelu"
+    if tag.get("quick_gelu") and not clip_model_config(clip, ()).get("quick_gelu") and _named_config(quick):
+        own = quick
     return (
         f"pretrained: the weights {pretrained!r} of {clip} are not on this machine and could not be fetched. Run once "
-        f"with network access (they come from huggingface.co/{hub} and stay in the hub's cache), or download the file "
-        f"elsewhere and pass its path. The reason given: {reason}"
+        f"with network access (they come from {source} and stay in the hub's cache; HF_HUB_OFFLINE=1 keeps to that "
+        f"cache), or download {file} from there elsewhere and pass it: --pretrained FILE --clip {own} (in Python "
+        f"pretrained=FILE, clip={own!r}). `zs3fast demo` needs no download. The reason given: {reason}"
     )
 
 
