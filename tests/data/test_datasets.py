@@ -39,12 +39,15 @@ def test_the_names():
     assert list_datasets() == [
         "ade150",
         "ade847",
+        "cityscapes",
         "coco171",
         "coco20i",
+        "coco_object",
         "context59",
         "context60",
         "pc459",
         "voc20",
+        "voc21",
         "voc5i",
     ]
 
@@ -364,8 +367,8 @@ def test_folds_that_do_not_exist(tmp_path, fold):
 
 def test_bad_arguments(tmp_path):
     voc(tmp_path)
-    with pytest.raises(ValueError, match="name: expected one of ade150, .*, got 'voc21'"):
-        open_dataset("voc21", tmp_path, "val")
+    with pytest.raises(ValueError, match="name: expected one of ade150, .*, got 'voc22'"):
+        open_dataset("voc22", tmp_path, "val")
     with pytest.raises(ValueError, match="split: expected train or val, got 'test'"):
         open_dataset("voc20", tmp_path, "test")
     with pytest.raises(ValueError, match="fold: only voc5i and coco20i have folds, got 0 for voc20"):
@@ -591,3 +594,53 @@ def test_a_grey_mask_of_few_bits_holds_classes(tmp_path, bits):
     root = folders(tmp_path, "images/training", "annotations/training", {"x": stripes((0, 1, 2, 5, 8), (4, 20))})
     grey_png(root / "annotations/training/x.png", stripes((0, 1, 2, 5, 8), (4, 20)).tolist(), bits)
     assert row(open_dataset("ade150", root, "train")[0]) == [255, 0, 1, 4, 7]
+
+
+# What training-free methods are scored on -----------------------------------------------------------------------------
+
+
+def test_voc21_scores_the_background(tmp_path):
+    place = voc(tmp_path)
+    dataset = open_dataset("voc21", place, "train")
+    assert dataset.num_classes == 21 and dataset.class_names[0] == "background" and dataset.ignore_index == 255
+    assert dataset.unseen == [] and dataset.seen == list(range(21)) and dataset.background is None
+    assert row(dataset[1]) == [0, 2, 20, 255]  # as on disk
+
+
+def test_coco_object_has_things_and_one_background(tmp_path):
+    folders(tmp_path, "images/val2017", "annotations/val2017", {"1": stripes((0, 12, 89, 91, 181, 255))})
+    dataset = open_dataset("coco_object", tmp_path, "val")
+    assert dataset.num_classes == 81 and dataset.class_names[:2] == ["background", "person"]
+    assert dataset.class_names[80] == "toothbrush"
+    assert row(dataset[0]) == [1, 12, 80, 0, 255]  # person, stop sign, toothbrush, banner and wood, void
+
+
+@pytest.mark.parametrize("kind", ["labelIds", "labelTrainIds"])
+def test_cityscapes(tmp_path, kind):
+    for city, name in (("ulm", "ulm_1_2"), ("bonn", "bonn_3_4")):
+        images, masks = (tmp_path / part / "val" / city / name for part in ("leftImg8bit", "gtFine"))
+        write_image(Path(f"{images}_leftImg8bit.png"), picture(0))
+        write_image(Path(f"{masks}_gtFine_labelIds.png"), stripes((0, 7, 8, 33, 29)))
+        if kind == "labelTrainIds":
+            write_image(Path(f"{masks}_gtFine_labelTrainIds.png"), stripes((255, 0, 1, 18, 255)))
+    (tmp_path / "leftImg8bit/val/ulm/._ulm_1_2_leftImg8bit.png").touch()
+    dataset = open_dataset("cityscapes", tmp_path, "val")
+    assert dataset.ids == ["bonn/bonn_3_4", "ulm/ulm_1_2"] and dataset.num_classes == 19
+    assert dataset.label_path(0).name == f"bonn_3_4_gtFine_{kind}.png"
+    assert row(dataset[0]) == [255, 0, 1, 18, 255] and dataset[1].id == "ulm/ulm_1_2"
+    assert (dataset.class_names[6], dataset.class_names[18]) == ("trafficlight", "bicycle")
+    with pytest.raises(ValueError, match="does not hold Cityscapes: leftImg8bit/train/CITY"):
+        open_dataset("cityscapes", tmp_path, "train")
+
+
+@needs_real
+def test_real_samples_as_training_free_sets():
+    voc21 = open_dataset("voc21", Path(REAL) / "VOCdevkit/VOC2012", "val")
+    voc20 = open_dataset("voc20", Path(REAL) / "VOCdevkit/VOC2012", "val")
+    with_background, without = voc21[0].labels, voc20[0].labels
+    assert np.array_equal(with_background[without < 255], without[without < 255] + 1) and (with_background == 0).any()
+    things = open_dataset("coco_object", Path(REAL) / "coco_stuff164k", "val")
+    stuff = open_dataset("coco171", Path(REAL) / "coco_stuff164k", "val")
+    for index in range(len(things)):
+        mine, all_ = things[index].labels, stuff[index].labels
+        assert np.array_equal(mine, np.where(all_ == 255, 255, np.where(all_ < 80, all_ + 1, 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from zs3fast import weights
 from zs3fast.encoders import self_calibrated
 from zs3fast.encoders.clip_vit import resize_positions
 from zs3fast.encoders.dense_clip import ATTENTIONS, omega
+from zs3fast.inference.averaged_windows import AveragedWindows
+from zs3fast.inference.predictors import Request
+from zs3fast.inference.window_protocols import WindowProtocol
+from zs3fast.labels.softmax import softmax_scores
 from zs3fast.models.maskclip import MaskCLIP
 
 GOLDENS = golden_files("training_free")
@@ -215,3 +220,39 @@ def test_pixels_past_the_last_whole_patch_are_left_out(attention: str) -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         zs3fast.create_model("maskclip", clip=CLIP, **options)
+
+
+WITH_BACKGROUND = {"prob_thd": 0.3, "area_thd": 0.1}
+PROTOCOLS = {
+    "sclip": ("sclip", {}),
+    "naclip": ("naclip", {"over_classes": True}),
+    "scclip": ("scclip", {}),
+    "scclip_nocls": ("scclip_nocls", {}),
+    "clearclip": ("clearclip", {"logit_scale": 50.0, "pad": True}),
+    "maskclip": ("maskclip", {"logit_scale": 50.0, "pad": True}),
+    "sclip_bg": ("sclip", WITH_BACKGROUND),
+    "scclip_bg": ("scclip", {**WITH_BACKGROUND, "logit_scale": 50.0}),
+    "sclip_pamr": ("sclip", {"refine": 10}),
+    "naclip_pamr": ("naclip", {"over_classes": True, "refine": 10, "prob_thd": 0.1}),
+    "naclip_whole": ("naclip", {"over_classes": True, "window": None}),
+}
+
+
+@pytest.mark.parametrize("run", PROTOCOLS)
+def test_labels_and_probabilities_equal_the_official_code(golden: Golden, run: str) -> None:
+    method, settings = PROTOCOLS[run]
+    meta, model = meta_of(golden), model_of(golden, **NAMES.get(method, {"attention": method}))
+    protocol = WindowProtocol(**{"window": meta["crop"], "stride": meta["stride"], **settings})
+    predictor, size = AveragedWindows(model, 3, protocol), tuple(meta["ori"])
+    canvas, of = golden["input/canvas"][0], golden["input/name_class"].tolist()
+    names = [[f"name {i}" for i, c in enumerate(of) if c == wanted] for wanted in range(max(of) + 1)]
+    request = Request(np.zeros((*size, 3), np.uint8), golden["input/text"], names, None)
+    with torch.no_grad():
+        (masks,), (frame,) = predictor.similarities([canvas], request.text)
+        scores = softmax_scores(masks, size, frame, predictor.rule(names, len(of)), predictor.refinement(canvas, size))
+        prediction = predictor.predict_from(masks, frame, canvas, request)
+    assert relative(scores[:, ::3, ::3], golden[f"eval/{run}/probabilities_3"]) < 1e-5
+    assert (prediction.labels != golden[f"eval/{run}/labels"]).float().mean() <= 0.001
+    assert relative(prediction.scores, scores.amax(0)) < 1e-5
+    if run not in ("scclip", "scclip_bg"):  # whose class token dominates in these weights
+        assert len(prediction.labels.unique()) > 1

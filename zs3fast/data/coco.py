@@ -1,8 +1,9 @@
-"""COCO-Stuff 164k with 171 classes, and COCO-20i on its 80 things."""
+"""COCO-Stuff 164k with 171 classes, COCO-Object, and COCO-20i on its 80 things."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,14 @@ def coco171(root: Path, split: str) -> Source:
     """COCO-Stuff 164k: masks mapped before (`*_labelTrainIds.png`, detectron2's) if there are any, else raw ones."""
     place, layout = find_folders(root, _STUFF_ROOTS, _stuff_layouts(split), f"COCO-Stuff 164k, {split}")
     return folder_source(place, layout, class_names("coco171"), 255)
+
+
+def coco_object(root: Path, split: str) -> Source:
+    """COCO-Object: COCO 2017's things as 1..80 out of COCO-Stuff's masks, all stuff as class 0, the background."""
+    place, layout = find_folders(root, _STUFF_ROOTS, _stuff_layouts(split), f"COCO-Object, {split}")
+    table = layout.table
+    things = np.where((table == INVALID) | (table == 255), table, np.where(table < 80, table + 1, 0)).astype(np.int32)
+    return folder_source(place, replace(layout, table=things), class_names("coco_object"), 255)
 
 
 def coco20i(root: Path, split: str) -> Source:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from zs3fast.data import ade, coco, context, voc
+from zs3fast.data import ade, cityscapes, coco, context, voc
 from zs3fast.data.folds import fold_classes
 from zs3fast.data.layouts import INVALID, Source, fill, names_in
 from zs3fast.text import unseen_classes
@@ -28,12 +28,15 @@ FOLDED = ("coco20i", "voc5i")
 _SOURCES: dict[str, Callable[[Path, str], Source]] = {
     "ade150": ade.ade150,
     "ade847": ade.ade847,
+    "cityscapes": cityscapes.cityscapes,
     "coco171": coco.coco171,
     "coco20i": coco.coco20i,
+    "coco_object": coco.coco_object,
     "context59": context.context59,
     "context60": context.context60,
     "pc459": context.pc459,
     "voc20": voc.voc20,
+    "voc21": voc.voc21,
     "voc5i": voc.voc5i,
 }
 _PUBLISHED_SPLITS = ("coco171", "context59", "context60", "voc20")

@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012: the 20 classes without background, and PASCAL-5i, where background is a negative."""
+"""PASCAL VOC 2012: the 20 classes without background, all 21, and PASCAL-5i, where background is a negative."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def voc20(root: Path, split: str) -> Source:
     """VOC with 0 (background) and 255 ignored; masks of SegmentationClass before SegmentationClassAug."""
     table = value_table({k: k - 1 for k in range(1, 21)}, (0, 255), 255)
     return _source(root, split, class_names("voc20"), table, _MASKS)
+
+
+def voc21(root: Path, split: str) -> Source:
+    """VOC with background as class 0, scored like any other; 255 is ignored."""
+    table = value_table({k: k for k in range(21)}, (255,), 255)
+    return _source(root, split, class_names("voc21"), table, _MASKS)
 
 
 def voc5i(root: Path, split: str) -> Source:

@@ -105,6 +105,11 @@ class DenseClipViT(ClipViT):
         self.std, self.tau, self.lam, self.c = std, tau, lam, c
         self.requires_grad_(False)
 
+    @property
+    def least_patches(self) -> int:
+        """How many patches an image must have."""
+        return NEIGHBOURS + 1 if self.attention == "scclip" else 1
+
     def check_images(self, images: Tensor) -> tuple[int, int]:
         """The grid (h, w) of whole patches of a batch [B, 3, H, W], or an error that names `images`."""
         patch = self.config.patch_size
@@ -112,7 +117,7 @@ class DenseClipViT(ClipViT):
         if images.dim() == 4 and min(images.shape[-2:]) >= patch:
             whole = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
         h, w = super().check_images(whole)
-        if self.attention == "scclip" and h * w <= NEIGHBOURS:
+        if h * w < self.least_patches:
             raise ValueError(
                 f"images: SC-CLIP compares a patch with {NEIGHBOURS} others, expected {NEIGHBOURS + 1} patches or "
                 f"more, got {h} x {w} of {patch} pixels"

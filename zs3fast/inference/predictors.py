@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zs3fast import ops
-from zs3fast.labels.softmax import softmax_labels
+from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.models.clsclip_plus import squash as squash_images
@@ -63,11 +63,12 @@ class Predictor:
     """Answers requests about pictures with a model.
 
     together: whether pictures share the model's batches.  compiles: whether it calls `model` on inputs of few shapes,
-    so that a compiled one can stand in its place.
+    so that a compiled one can stand in its place.  names_apart: whether it takes a text row for each name of a class.
     """
 
     together = False
     compiles = False
+    names_apart = False
 
     def prepare(self, pixels: np.ndarray) -> Tensor | None:
         """The work on pixels [H, W, 3] that needs no model, on any thread; None: there is none."""
@@ -162,20 +163,6 @@ class Windows(Predictor):
         counts = [len(corners) for corners in windows]
         parts = [None] * len(counts) if trusty[0] is None else torch.cat(trusty).split(counts)
         return list(zip(torch.cat(masks).split(counts), parts, strict=True))
-
-
-class AveragedWindows(Windows):
-    """MaskCLIP's: short side to `image_size`, antialiased as CLIP was trained, windows with a stride of half of it.
-
-    The windows' logits are averaged and resized to the picture, where the classes compete by a softmax, as is usual for
-    methods without training.
-    """
-
-    stride = (1, 2)
-    antialias = True
-
-    def _compare(self, masks: Tensor, trusty: Tensor | None, request: Request, **frame: Any) -> Prediction:
-        return _prediction(*softmax_labels(masks, request.pixels.shape[:2], **frame), request)
 
 
 class Squash(Predictor):
@@ -276,20 +263,32 @@ def predictor_for(
     proposer: MaskProposer | None = None,
     crops: str | None = None,
     boxes: BoxProposer | None = None,
+    protocol: str | WindowProtocol | None = None,
 ) -> Predictor:
-    """The recipe of a model's method."""
+    """The predictor of a model's method.
+
+    Args:
+        protocol: of a training-free method, see `zs3fast.inference.window_protocols`; None: the model's own.
+    """
     takes = {"proposals": ("proposer", "crops"), "squash": ("boxes",)}.get(model.protocol, ())
     for name, value in (("proposer", proposer), ("crops", crops), ("boxes", boxes)):
         if value is not None and name not in takes:
             raise ValueError(f"{name}: {model.method} takes none, got {value!r}")
+    if protocol is not None and model.protocol != "averaged_windows":
+        raise ValueError(f"protocol: is for training-free methods, {model.method} has its own, got {protocol!r}")
     if model.protocol == "proposals":
         if proposer is None:
             raise ValueError(f"proposer: {model.method} classifies regions and needs something that finds them")
         return Proposing(model, proposer, crops)
     if model.protocol == "squash":
         return Squash(model) if boxes is None else Zooming(model, boxes)
-    windows = AveragedWindows if model.protocol == "averaged_windows" else Windows
-    return windows(model, window_batch)
+    if model.protocol == "averaged_windows":
+        from zs3fast.inference.averaged_windows import AveragedWindows  # which is made of `Windows`
+
+        return AveragedWindows(
+            model, window_batch, window_protocol(protocol) if isinstance(protocol, str) else protocol
+        )
+    return Windows(model, window_batch)
 
 
 def _prediction(labels: Tensor, scores: Tensor, request: Request) -> Prediction:

@@ -22,6 +22,7 @@ from zs3fast.encoders.quantize import KINDS, quantize_encoder
 from zs3fast.inference.compiled import CompiledModel
 from zs3fast.inference.predictors import Request, predictor_for
 from zs3fast.inference.streaming import default_workers, overlapped
+from zs3fast.inference.window_protocols import WindowProtocol
 from zs3fast.proposals import BoxProposer, MaskProposer
 from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_templates, whole_names
 from zs3fast.text.encoder import Tokenizer
@@ -101,6 +102,9 @@ class Segmenter:
         boxes: what finds boxes for ClsCLIP to zoom into (ClsCLIP+).
         compile: run ZegCLIP, TagCLIP, CLIP-RC or MaskCLIP through torch.compile, see `zs3fast.inference.compiled`; the
             first pictures then take a minute or more. The other methods' work has too many shapes.
+        protocol: of a training-free method: "sclip", "naclip", "clearclip", "scclip", "rcs" or "maskclip" as published
+            (sizes, windows, templates; see `zs3fast.inference.window_protocols`), or a `WindowProtocol`. None: short
+            side and windows of the model's `image_size`.
         quantize: put the image tower of `model` into 8 bits, in place: "int8", "int8-weights" or "fp8", see
             `zs3fast.encoders.quantize`, which needs torchao.
     """
@@ -122,6 +126,7 @@ class Segmenter:
         boxes: BoxProposer | None = None,
         compile: bool = False,
         quantize: str | None = None,
+        protocol: str | WindowProtocol | None = None,
     ):
         if window_batch < 1:
             raise ValueError(f"window_batch: expected at least 1, got {window_batch}")
@@ -132,7 +137,7 @@ class Segmenter:
         if quantize is not None:
             one_of("quantize", quantize, KINDS)
         self.model = model.to(device=device, dtype=dtype).eval()
-        self._predictor = predictor_for(model, window_batch, proposer, crops, boxes)
+        self._predictor = predictor_for(model, window_batch, proposer, crops, boxes, protocol)
         if quantize is not None:
             quantize_encoder(self.model, quantize)
         if compile:
@@ -140,6 +145,7 @@ class Segmenter:
                 raise ValueError(f"compile: expected a method that works in windows, got {model.method}")
             self._predictor.run = CompiledModel(self.model)
         published = model.templates or ("single" if model.config.get("num_classes") == 20 else "multi")
+        published = getattr(self._predictor, "templates", published)
         self.templates = resolve_templates(published if templates is None else templates)
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
@@ -170,6 +176,7 @@ class Segmenter:
         boxes: BoxProposer | None = None,
         compile: bool = False,
         quantize: str | None = None,
+        protocol: str | WindowProtocol | None = None,
         official: Mapping[str, Any] | None = None,
     ) -> Segmenter:
         """A segmenter from a weight file: one of ours, or an official checkpoint.
@@ -213,6 +220,7 @@ class Segmenter:
             boxes=boxes,
             compile=compile,
             quantize=quantize,
+            protocol=protocol,
         )
 
     @property
@@ -394,6 +402,11 @@ class Segmenter:
         return rows
 
     def _encode(self, entries: tuple[ClassEntry, ...]) -> Tensor:
+        if self._predictor.names_apart:
+            names = [name for entry in entries for name in entry]
+            once = list(dict.fromkeys(names))  # a name may stand for two classes: one row, twice
+            rows = self.text_encoder.encode(whole_names(once), self.templates, text_token=self.model.text_token)
+            return rows[[once.index(name) for name in names]]
         return self.text_encoder.encode(entries, self.templates, text_token=self.model.text_token)
 
     def _named_rows(self, text_embeddings: Tensor | np.ndarray) -> dict[str, Tensor]:

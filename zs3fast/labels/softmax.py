@@ -1,21 +1,61 @@
-"""Labels where classes compete by a softmax: similarities of windows averaged, resized, compared.
+"""Labels where names compete by a softmax: similarities of windows averaged, resized, compared.
 
     a      = mean over the windows that cover a canvas pixel of upsample(logits)       bilinear, align_corners=False
-    z      = resize(a, size)
-    labels = argmax_c z,   scores = max_c softmax_c(z)
+    z      = refine(resize(a, size)) * scale
+    p_q    = softmax_q(z),   p_c = max over the names q of class c of p_q
+    labels = argmax_c p_c,   scores = max_c p_c
 
-All steps are linear but the last, so the picture is done in bands of rows: nothing is stored at C x H x W.
+A class may have several names, of which its best one counts. Since p_c rises with the largest z_q of the class, the
+label is the class of argmax_q z_q. All steps are linear but the last, so the image is done in bands of rows, or in
+groups of names where `refine` needs to see all rows: nothing is stored at Q x H x W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BAND_BYTES = 64 << 20
+Refine = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the logits [n, Q, h, w] of n windows lie.
+
+    crop_size: (height, width) of a window.  canvas_size: of the image the windows lie on.  windows: n offsets (y, x),
+    which together cover the canvas.  margin: rows and columns that were put before a window; padded_size: of the window
+    with what was put around it, which is what its logits cover; None: nothing was.
+    """
+
+    crop_size: tuple[int, int]
+    canvas_size: tuple[int, int]
+    windows: Sequence[tuple[int, int]]
+    margin: tuple[int, int] = (0, 0)
+    padded_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How names compete.
+
+    name_class: the class of each name, which together are 0..C-1; None: every name is a class.
+    scale:      of the logits before the softmax.
+    over_classes: divide p_c by its sum over classes, as NACLIP does: a softmax over each class's best name.
+    area_thd:   every class but the first whose area is not above this share of the area of all but the first leaves the
+                race (its names stay in the softmax); None: all stay.
+    prob_thd:   pixels whose score is lower become class 0, the background.
+    """
+
+    name_class: Sequence[int] | None = None
+    scale: float = 1.0
+    over_classes: bool = False
+    area_thd: float | None = None
+    prob_thd: float = 0.0
 
 
 def softmax_labels(
@@ -25,55 +65,159 @@ def softmax_labels(
     crop_size: tuple[int, int],
     canvas_size: tuple[int, int],
     windows: Sequence[tuple[int, int]],
+    margin: tuple[int, int] = (0, 0),
+    padded_size: tuple[int, int] | None = None,
+    rule: Rule | None = None,
+    refine: Refine | None = None,
     band_bytes: int = BAND_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Labels int32 [H, W] of one picture and the probability [H, W] of each, float32 at least.
+    """Labels int32 [H, W] of one image and the probability [H, W] of each, float32 at least.
 
     Args:
-        logits: [n, C, h, w], a row a window.
-        size: (H, W) of the picture.
-        crop_size, canvas_size: of a window and of the image the windows lie on, in pixels.
-        windows: n offsets (y, x), which together cover the canvas.
-        band_bytes: how large the scores of a band may be; a band has one row at least.
+        logits: [n, Q, h, w], a row a window.
+        size: (H, W) of the image.
+        crop_size, canvas_size, windows, margin, padded_size: see `Frame`.
+        rule: see `Rule`; None: every name is a class, nothing is left out.
+        refine: maps [q, H, W] of some names -> the same, refined, each name on its own.
+        band_bytes: how large the scores of a band may be; a band has one row at least, a group one class.
 
     Equal logits go to the lowest class index; a pixel with a NaN has the score NaN.
     """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    (height, width), classes = size, logits.shape[1]
-    row_bytes = logits.element_size() * classes * (width + canvas_size[1] * max(canvas_size[0] / height, 1))
-    resize, zoom = _taps(canvas_size[0], height), _taps(logits.shape[2], crop_size[0])
-    labels, scores = [], []
-    for rows in torch.arange(height).split(max(int(band_bytes / row_bytes), 1)):
-        low, high, part = (tap[rows] for tap in resize)
-        band = _canvas_rows(logits, zoom, (int(low[0]), int(high[-1]) + 1), crop_size, canvas_size[1], windows)
-        band = _between(band, low - low[0], high - low[0], part)
-        band = F.interpolate(band[None], (len(rows), width), mode="bilinear", align_corners=False)[0]
-        best = band.max(0)
-        labels.append(best.indices.int())
-        scores.append((best.values - band.logsumexp(0)).exp())
-    return torch.cat(labels), torch.cat(scores)
+    rule = rule or Rule()
+    frame = Frame(crop_size, canvas_size, windows, margin, padded_size)
+    classes = _classes(rule, logits)
+    labels, scores = _race(logits, size, frame, rule, refine, classes, None, band_bytes)
+    if rule.area_thd is not None:
+        lost = small_classes(labels, int(classes.max()) + 1, rule.area_thd)
+        if bool(lost.any()):
+            labels, scores = _race(logits, size, frame, rule, refine, classes, lost, band_bytes)
+    return labels.masked_fill(scores < rule.prob_thd, 0), scores
 
 
-def _canvas_rows(
-    logits: Tensor,
-    zoom: tuple[Tensor, Tensor, Tensor],
-    rows: tuple[int, int],
-    crop_size: tuple[int, int],
-    width: int,
-    windows: Sequence[tuple[int, int]],
+def softmax_scores(
+    logits: Tensor, size: tuple[int, int], frame: Frame, rule: Rule | None = None, refine: Refine | None = None
 ) -> Tensor:
+    """p_c [C, H, W], 0 for classes that left the race: the definition, with everything at full size."""
+    rule = rule or Rule()
+    classes = _classes(rule, logits)
+    p = torch.empty(logits.shape[1], *size, dtype=_widened(logits).dtype, device=logits.device)
+    for rows, names, z in _pieces(logits, size, frame, refine, classes, BAND_BYTES):
+        p[names, rows] = z * rule.scale
+    p = _by_class(p.softmax(0), classes)
+    if rule.over_classes:
+        p = p / p.sum(0)
+    if rule.area_thd is not None:
+        p[small_classes(p.argmax(0), len(p), rule.area_thd)] = 0
+    return p
+
+
+def small_classes(labels: Tensor, classes: int, area_thd: float) -> Tensor:
+    """Which of the classes, bool [C], are not above `area_thd` of what is not class 0; the first never is."""
+    areas = torch.bincount(labels.flatten().long(), minlength=classes).double()
+    small = areas <= area_thd * areas[1:].sum()
+    small[0] = False
+    return small
+
+
+def _race(
+    logits: Tensor,
+    size: tuple[int, int],
+    frame: Frame,
+    rule: Rule,
+    refine: Refine | None,
+    classes: Tensor,
+    lost: Tensor | None,
+    band_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Labels and scores [H, W], before `prob_thd`; classes in `lost` [C] cannot win."""
+    wide = _widened(logits)
+    best = wide.new_full(size, -torch.inf)
+    total = wide.new_full(size, -torch.inf)  # log of the softmax's denominator
+    labels = torch.zeros(size, dtype=torch.int32, device=logits.device)
+    for rows, names, z in _pieces(wide, size, frame, refine, classes, band_bytes):
+        z, of = z * rule.scale, classes[names]
+        if rule.over_classes:
+            z, first = _by_class(z, of - of[0]), int(of[0])
+            of = torch.arange(first, first + len(z), device=z.device)
+        total[rows] = torch.logaddexp(total[rows], z.logsumexp(0))
+        if lost is not None:
+            z = z.masked_fill(lost[of][:, None, None], -torch.inf)
+        top = z.max(0)
+        wins = ~(top.values <= best[rows])  # so written, NaN wins
+        best[rows] = torch.where(wins, top.values, best[rows])
+        labels[rows] = torch.where(wins, of[top.indices].int(), labels[rows])
+    return labels, (best - total).exp()
+
+
+def _classes(rule: Rule, logits: Tensor) -> Tensor:
+    """The class of each name, int64 [Q], checked."""
+    count = logits.shape[1]
+    if rule.name_class is None:
+        return torch.arange(count, device=logits.device)
+    given = [int(c) for c in rule.name_class]
+    if len(given) != count or given != sorted(given) or set(given) != set(range(given[-1] + 1)):
+        raise ValueError(
+            f"name_class: expected the class of each of {count} names, ascending from 0 without gaps, got {given}"
+        )
+    return torch.tensor(given, device=logits.device)
+
+
+def _by_class(z: Tensor, classes: Tensor) -> Tensor:
+    """The largest of each class's names: [q, ...] -> [C, ...]."""
+    count = int(classes[-1]) + 1
+    if count == len(z):
+        return z
+    return torch.stack([part.amax(0) for part in z.split(torch.bincount(classes).tolist())])
+
+
+def _pieces(
+    logits: Tensor, size: tuple[int, int], frame: Frame, refine: Refine | None, classes: Tensor, band_bytes: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, names, z [names, rows, W]): bands of all names, or whole maps of names, classes kept together."""
+    logits = _widened(logits)
+    (height, width), count = size, logits.shape[1]
+    canvas = frame.canvas_size
+    row_bytes = logits.element_size() * (width + canvas[1] * max(canvas[0] / height, 1))  # of one name
+    if refine is None:
+        rows = max(int(band_bytes / (row_bytes * count)), 1)
+        for start in range(0, height, rows):
+            band = slice(start, min(start + rows, height))
+            yield band, slice(0, count), _resized(logits, size, band, frame)
+        return
+    most = max(int(band_bytes / (row_bytes * height)), 1)
+    ends = (classes.bincount().cumsum(0)).tolist()  # where each class's names end
+    start = 0
+    while start < count:
+        fitting = [end for end in ends if start < end <= start + most]
+        end = fitting[-1] if fitting else next(end for end in ends if end > start)
+        whole = slice(0, height)
+        yield whole, slice(start, end), refine(_resized(logits[:, start:end], size, whole, frame))
+        start = end
+
+
+def _resized(logits: Tensor, size: tuple[int, int], band: slice, frame: Frame) -> Tensor:
+    """Rows `band` [C, rows, W] of the canvas resized to `size`."""
+    low, high, part = (tap[band] for tap in _taps(frame.canvas_size[0], size[0]))
+    rows = _canvas_rows(logits, (int(low[0]), int(high[-1]) + 1), frame)
+    rows = _between(rows, low - low[0], high - low[0], part)
+    return F.interpolate(rows[None], (len(low), size[1]), mode="bilinear", align_corners=False)[0]
+
+
+def _canvas_rows(logits: Tensor, rows: tuple[int, int], frame: Frame) -> Tensor:
     """Rows [C, rows, width] of the canvas: the mean over windows of their upsampled logits."""
-    first, end = rows
-    total = logits.new_zeros(logits.shape[1], end - first, width)
-    cover = logits.new_zeros(end - first, width)
-    for window, (y, x) in zip(logits, windows):
-        top, bottom = max(y, first), min(y + crop_size[0], end)
+    (first, end), (height, width), (above, before) = rows, frame.crop_size, frame.margin
+    padded = frame.padded_size or frame.crop_size
+    zoom = _taps(logits.shape[2], padded[0])
+    total = logits.new_zeros(logits.shape[1], end - first, frame.canvas_size[1])
+    cover = logits.new_zeros(end - first, frame.canvas_size[1])
+    for window, (y, x) in zip(logits, frame.windows, strict=True):
+        top, bottom = max(y, first), min(y + height, end)
         if top >= bottom:
             continue
-        strip = _between(window, *(tap[top - y : bottom - y] for tap in zoom))
-        strip = F.interpolate(strip[None], (bottom - top, crop_size[1]), mode="bilinear", align_corners=False)[0]
-        total[:, top - first : bottom - first, x : x + crop_size[1]] += strip
-        cover[top - first : bottom - first, x : x + crop_size[1]] += 1
+        strip = _between(window, *(tap[top - y + above : bottom - y + above] for tap in zoom))
+        strip = F.interpolate(strip[None], (bottom - top, padded[1]), mode="bilinear", align_corners=False)[0]
+        total[:, top - first : bottom - first, x : x + width] += strip[..., before : before + width]
+        cover[top - first : bottom - first, x : x + width] += 1
     return total.div_(cover)
 
 
@@ -88,3 +232,7 @@ def _between(x: Tensor, low: Tensor, high: Tensor, part: Tensor) -> Tensor:
     """Rows [C, r, w] between rows `low` and `high` of x [C, h, w]."""
     low, high, part = low.to(x.device), high.to(x.device), part.to(x)[:, None]
     return x[:, low] * (1 - part) + x[:, high] * part
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

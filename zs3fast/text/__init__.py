@@ -3,17 +3,21 @@
 from zs3fast.text.cache import cache_dir
 from zs3fast.text.class_files import read_class_file
 from zs3fast.text.class_lists import class_names, datasets, seen_classes, unseen_classes
+from zs3fast.text.competing_names import BACKGROUND_NAMES, competing_names
 from zs3fast.text.embeddings import load_text_embeddings
-from zs3fast.text.templates import MULTI, SINGLE, TEMPLATES, resolve_templates
+from zs3fast.text.templates import IMAGENET, MULTI, SINGLE, TEMPLATES, resolve_templates
 from zs3fast.text.vocabulary import parse_classes, whole_names
 
 __all__ = [
+    "BACKGROUND_NAMES",
+    "IMAGENET",
     "MULTI",
     "SINGLE",
     "TEMPLATES",
     "TextEncoder",
     "cache_dir",
     "class_names",
+    "competing_names",
     "datasets",
     "load_text_embeddings",
     "parse_classes",

@@ -67,9 +67,29 @@ ADE150 = _split(
     """
 )
 
-CLASS_NAMES = {"voc20": VOC20, "coco171": COCO171, "context59": CONTEXT59, "context60": CONTEXT60, "ade150": ADE150}
+VOC21 = ("background", *VOC20)
 
-# ADE20K-150 has no published zero-shot split: it is a cross-dataset test, where nothing is seen.
+COCO_OBJECT = ("background", *COCO171[:80])
+
+CITYSCAPES = _split(
+    """
+    road, sidewalk, building, wall, fence, pole, trafficlight, trafficsign, vegetation, terrain, sky, person,
+    rider, car, truck, bus, train, motorcycle, bicycle
+    """
+)
+
+CLASS_NAMES = {
+    "voc20": VOC20,
+    "voc21": VOC21,
+    "coco171": COCO171,
+    "coco_object": COCO_OBJECT,
+    "context59": CONTEXT59,
+    "context60": CONTEXT60,
+    "ade150": ADE150,
+    "cityscapes": CITYSCAPES,
+}
+
+# The others have no published zero-shot split: they are cross-dataset tests, where nothing is seen.
 UNSEEN = {
     "voc20": (15, 16, 17, 18, 19),
     "coco171": (19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160),
@@ -84,7 +104,7 @@ def datasets() -> list[str]:
 
 
 def class_names(dataset: str) -> list[str]:
-    """Class names of a dataset in the order of its label values: voc20, coco171, context59, context60 or ade150."""
+    """Class names of a dataset, one of `datasets()`, in the order of its label values."""
     return list(CLASS_NAMES[_known(dataset)])
 
 

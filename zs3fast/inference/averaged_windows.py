@@ -1,0 +1,168 @@
+"""The training-free methods' test protocol: windows averaged by similarity, names that compete by a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zs3fast.inference.predictors import (
+    Prediction,
+    Request,
+    Windows,
+    _channels_first,
+    _normalise,
+    _prediction,
+    fitted_size,
+)
+from zs3fast.inference.window_protocols import WindowProtocol
+from zs3fast.labels.refinement import Pamr
+from zs3fast.labels.softmax import Frame, Rule, softmax_labels
+from zs3fast.labels.windows import sliding_windows
+from zs3fast.utils.resizing import bilinear, resizes_there
+
+
+class AveragedWindows(Windows):
+    """Sliding windows; their similarities are averaged and resized to the image, where names compete by a softmax.
+
+    Args:
+        batch: windows the model sees at once.
+        protocol: see `WindowProtocol`. None: short side and windows of `image_size`, a stride of half of it,
+            antialiased as CLIP was trained; a class's names are averaged.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, protocol: WindowProtocol | None = None):
+        super().__init__(model, batch)
+        side = model.image_size
+        self.protocol = protocol or WindowProtocol(
+            short_side=side,
+            window=side,
+            stride=max(side // 2, 1),
+            logit_scale=model.logit_scale,
+            antialias=True,
+            templates=model.templates,
+            merge="mean",
+            max_long=None,
+        )
+
+    @property
+    def templates(self) -> str:
+        """The templates of the protocol."""
+        return self.protocol.templates
+
+    @property
+    def names_apart(self) -> bool:
+        """Whether requests carry a text row a name, in place of one a class."""
+        return self.protocol.merge == "max"
+
+    def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H', W') of the resized image: never too small for the encoder."""
+        protocol, encoder = self.protocol, self.model.encoder
+        if protocol.max_long is None:
+            return fitted_size(size, protocol.short_side)
+        patch = encoder.config.patch_size
+        long = (protocol.window or protocol.short_side) // patch
+        return protocol.fitted(size, patch * max(-(-encoder.least_patches // max(long, 1)), 1))
+
+    def prepare(self, pixels: np.ndarray) -> Tensor:
+        """The image uint8 [H', W', 3], resized; or as it is, where the model's device resizes it."""
+        size = self.canvas_size(pixels.shape[:2])
+        if not self.protocol.antialias:
+            return torch.from_numpy(linear(pixels, size))
+        image = torch.from_numpy(pixels)
+        if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
+            return image
+        return bilinear(image, size, antialias=True)
+
+    def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
+        canvases = [self._canvas(request) for request in requests]
+        masks, frames = self.similarities(canvases, requests[0].text)
+        return [self.predict_from(*given) for given in zip(masks, frames, canvases, requests, strict=True)]
+
+    def similarities(self, canvases: Sequence[Tensor], text: Tensor) -> tuple[list[Tensor], list[Frame]]:
+        """Logits [n, Q, h, w] of the windows of each normalised image [3, H', W'], and where they lie."""
+        frames = [self._frame(tuple(canvas.shape[-2:])) for canvas in canvases]
+        crops = [
+            F.pad(canvas[:, y : y + frame.crop_size[0], x : x + frame.crop_size[1]], _around(frame))
+            for canvas, frame in zip(canvases, frames, strict=True)
+            for y, x in frame.windows
+        ]
+        logits: list[Tensor] = []
+        for _, alike in groupby(crops, key=lambda crop: crop.shape):  # windows of one batch have one size
+            group = list(alike)
+            for start in range(0, len(group), self.batch):
+                logits += self.run(torch.stack(group[start : start + self.batch]), text).mask_logits
+        counts, start, masks = [len(frame.windows) for frame in frames], 0, []
+        for count in counts:
+            masks.append(torch.stack(logits[start : start + count]))
+            start += count
+        return masks, frames
+
+    def predict_from(self, masks: Tensor, frame: Frame, canvas: Tensor, request: Request) -> Prediction:
+        """Labels and scores of an image from the logits of its windows."""
+        size = request.pixels.shape[:2]
+        labels, scores = softmax_labels(
+            masks,
+            size,
+            crop_size=frame.crop_size,
+            canvas_size=frame.canvas_size,
+            windows=frame.windows,
+            margin=frame.margin,
+            padded_size=frame.padded_size,
+            rule=self.rule(request.names, len(request.text)),
+            refine=self.refinement(canvas, size),
+        )
+        return _prediction(labels, scores, request)
+
+    def rule(self, names: Sequence[Sequence[str]], rows: int) -> Rule:
+        """How `rows` text rows compete: one a name, or one a class."""
+        protocol = self.protocol
+        apart = self.names_apart and rows != len(names)
+        name_class = [c for c, entry in enumerate(names) for _ in entry] if apart else None
+        scale = protocol.logit_scale / self.model.logit_scale
+        return Rule(name_class, scale, protocol.over_classes, protocol.area_thd, protocol.prob_thd)
+
+    def refinement(self, canvas: Tensor, size: tuple[int, int]) -> Pamr | None:
+        """What refines similarities at the image's size, if the protocol says so."""
+        if not self.protocol.refine:
+            return None
+        image = F.interpolate(canvas[None].float(), size, mode="bilinear", align_corners=False)
+        return Pamr(image[0], self.protocol.refine)
+
+    def _frame(self, canvas: tuple[int, int]) -> Frame:
+        crop, stride = self.protocol.crop(canvas), self.protocol.stride
+        windows = sliding_windows(canvas, crop, (min(stride, crop[0]), min(stride, crop[1])))
+        if not self.protocol.pad:
+            return Frame(crop, canvas, windows)
+        patch = self.model.encoder.config.patch_size
+        missing = [-side % patch for side in crop]
+        padded = tuple(side + more for side, more in zip(crop, missing, strict=True))
+        return Frame(crop, canvas, windows, tuple(more // 2 for more in missing), padded)
+
+    def _canvas(self, request: Request) -> Tensor:
+        """The normalised image [3, H', W'] on the model's device and in its type."""
+        model, like = self.model, next(self.model.parameters())
+        prepared = self.prepare(request.pixels) if request.prepared is None else request.prepared
+        levels = prepared.to(like.device)
+        if self.protocol.antialias:
+            levels = bilinear(levels, self.canvas_size(request.pixels.shape[:2]), antialias=True)
+        return _normalise(_channels_first(levels), model.pixel_mean, model.pixel_std).to(like.dtype)
+
+
+def linear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> [H', W', 3] by OpenCV's linear resize, which averages nothing."""
+    if pixels.shape[:2] == tuple(size):
+        return pixels
+    return cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def _around(frame: Frame) -> tuple[int, int, int, int]:
+    """left, right, top, bottom of what is put around a window."""
+    padded = frame.padded_size or frame.crop_size
+    (top, left), (more_rows, more_columns) = frame.margin, (p - c for p, c in zip(padded, frame.crop_size, strict=True))
+    return left, more_columns - left, top, more_rows - top
