@@ -24,7 +24,7 @@ from zs3fast.inference.window_protocols import WindowProtocol
 from zs3fast.labels.refinement import Pamr
 from zs3fast.labels.softmax import Frame, Rule, softmax_labels
 from zs3fast.labels.windows import sliding_windows
-from zs3fast.utils.resizing import bilinear, resizes_there
+from zs3fast.utils.resizing import bilinear
 
 
 class AveragedWindows(Windows):
@@ -74,10 +74,7 @@ class AveragedWindows(Windows):
         size = self.canvas_size(pixels.shape[:2])
         if not self.protocol.antialias:
             return torch.from_numpy(linear(pixels, size))
-        image = torch.from_numpy(pixels)
-        if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
-            return image
-        return bilinear(image, size, antialias=True)
+        return self.left_to_device(pixels, size, antialias=True)
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
         canvases = [self._canvas(request) for request in requests]

@@ -105,10 +105,14 @@ class Windows(Predictor):
     def prepare(self, pixels: np.ndarray) -> Tensor:
         """The picture uint8 [H', W', 3], resized; or as it is, where the model's device resizes it."""
         size = fitted_size(pixels.shape[:2], self.model.image_size)
+        return self.left_to_device(pixels, size, self.antialias)
+
+    def left_to_device(self, pixels: np.ndarray, size: tuple[int, int], antialias: bool) -> Tensor:
+        """The picture as it is where the model's device resizes it, else resized."""
         picture = torch.from_numpy(pixels)
         if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
             return picture
-        return bilinear(picture, size, self.antialias)
+        return bilinear(picture, size, antialias)
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
         model, (part, whole) = self.model, self.stride
