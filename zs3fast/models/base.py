@@ -15,7 +15,7 @@ from zs3fast.encoders.open_clip_weights import load_clip_weights
 from zs3fast.encoders.prompted import PromptedClipViT
 from zs3fast.labels import targets
 from zs3fast.ops.masks_to_labels import reference_scores
-from zs3fast.types import SegmentationOutput
+from zs3fast.types import ImageFeatures, SegmentationOutput
 from zs3fast.utils.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from zs3fast.utils.options import one_of
 
@@ -167,7 +167,25 @@ class ZeroShotModel(nn.Module):
         return ()
 
 
-class SegmentationModel(ZeroShotModel):
+class FeatureModel(ZeroShotModel):
+    """A method whose encoder knows no class: an image is encoded once and decoded for any number of class lists."""
+
+    def encode(self, images: Tensor) -> ImageFeatures:
+        """Images [B, 3, H, W], normalised -> what the encoder knows of them."""
+        features: ImageFeatures = self.encoder(images)
+        return features
+
+    def decode(self, features: ImageFeatures, text_embeddings: Tensor) -> SegmentationOutput:
+        """Features of B images and text embeddings [C, D] -> mask logits [B, C, h, w] and the tokens."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, text_embeddings: Tensor) -> SegmentationOutput:
+        """Images [B, 3, H, W], normalised, and text embeddings [C, D] -> mask logits [B, C, h, w] and the tokens."""
+        text = self.check_text(text_embeddings)
+        return self.decode(self.encode(images), text)
+
+
+class SegmentationModel(FeatureModel):
     """Base of the one-stage methods: a prompted CLIP encoder, a descriptor and a decoder.
 
     Args:

@@ -125,13 +125,9 @@ class ClipRC(SegmentationModel):
         for layer in self.decoder.decoder_v.layers:
             nn.init.zeros_(layer.linear2.weight)
 
-    def forward(self, images: Tensor, text_embeddings: Tensor) -> SegmentationOutput:
-        """Images [B, 3, H, W], normalised, and text embeddings [C, D] -> mask logits [B, C, h, w] and the tokens.
-
-        In training mode the recovery terms travel in the output's `recovery_losses`.
-        """
+    def decode(self, features: ImageFeatures, text_embeddings: Tensor) -> SegmentationOutput:
+        """See `FeatureModel`; in training mode the recovery terms travel in the output's `recovery_losses`."""
         text = self.check_text(text_embeddings)
-        features = self.encoder(images)
         visual = self._visuals(features)  # [B, M, D], or [B, 1, D] without query regions
         asked = self.descriptor(text, visual).flatten(1, 2)  # [B, M * C, D], region-major
         aligned = self.alignment(features, self.encoder.regions)

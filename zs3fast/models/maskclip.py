@@ -13,13 +13,13 @@ from zs3fast import ops
 from zs3fast.encoders.config import vision_config
 from zs3fast.encoders.dense_clip import DenseClipViT
 from zs3fast.encoders.open_clip_weights import load_clip_weights
-from zs3fast.models.base import ZeroShotModel
+from zs3fast.models.base import FeatureModel
 from zs3fast.models.registry import register_model
-from zs3fast.types import SegmentationOutput
+from zs3fast.types import ImageFeatures, SegmentationOutput
 
 
 @register_model("maskclip")
-class MaskCLIP(ZeroShotModel):
+class MaskCLIP(FeatureModel):
     """Every patch takes the class whose text is most like it.
 
         mask_logits[c] = logit_scale * cos(patch, text[c]),   scores = softmax over classes of upsample(mask_logits)
@@ -88,19 +88,18 @@ class MaskCLIP(ZeroShotModel):
     def config(self) -> dict[str, Any]:
         return {**super().config, "logit_scale": self.logit_scale}
 
-    def forward(self, images: Tensor, text_embeddings: Tensor) -> SegmentationOutput:
+    def decode(self, features: ImageFeatures, text_embeddings: Tensor) -> SegmentationOutput:
         """Compare every patch with every class.
 
         Args:
-            images: [B, 3, H, W], normalised with CLIP's statistics; pixels past the last whole patch are left out.
+            features: of images normalised with CLIP's statistics; pixels past the last whole patch are left out.
             text_embeddings: [C, D].
         Returns:
             mask_logits [B, C, h, w], before the softmax over classes, float32 at least; `global_token` [B, D] is CLIP's
             embedding of the image.
         """
         text = self.check_text(text_embeddings)
-        features = self.encoder(images)
-        with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round logits to steps of 1/8
+        with torch.autocast(text.device.type, enabled=False):  # bfloat16 would round logits to steps of 1/8
             patches, text = _widened(features.patch_tokens), F.normalize(_widened(text), dim=-1)
             masks = self.logit_scale * (text @ patches.transpose(1, 2)).unflatten(-1, features.grid_size)
         return SegmentationOutput(masks, features.global_token, features.patch_tokens)

@@ -17,7 +17,7 @@ from zs3fast.labels import targets
 from zs3fast.models.base import SegmentationModel
 from zs3fast.models.registry import register_model
 from zs3fast.ops.masks_to_labels import TRUSTY_WEIGHTINGS
-from zs3fast.types import SegmentationOutput
+from zs3fast.types import ImageFeatures, SegmentationOutput
 from zs3fast.utils.options import one_of
 from zs3fast.utils.weight_cache import WeightCache
 
@@ -129,10 +129,8 @@ class TagCLIP(SegmentationModel):
     def trusty_weighting(self, mode: str) -> None:
         self._trusty_weighting = one_of("trusty_weighting", mode, TRUSTY_WEIGHTINGS)
 
-    def forward(self, images: Tensor, text_embeddings: Tensor) -> SegmentationOutput:
-        """Images [B, 3, H, W], normalised, and text embeddings [C, D] -> mask and trusty logits and the tokens."""
+    def decode(self, features: ImageFeatures, text_embeddings: Tensor) -> SegmentationOutput:
         class_list = self._class_list(self.check_text(text_embeddings))
-        features = self.encoder(images)
         queries = self.descriptor(class_list, features.global_token)
         masks, class_logits = self._masks(queries, features.patch_tokens)
         masks = masks.unflatten(-1, features.grid_size)

@@ -11,7 +11,7 @@ from zs3fast.heads.one_way import OneWayDecoder
 from zs3fast.heads.relationship import RelationshipDescriptor
 from zs3fast.models.base import SegmentationModel
 from zs3fast.models.registry import register_model
-from zs3fast.types import SegmentationOutput
+from zs3fast.types import ImageFeatures, SegmentationOutput
 
 
 @register_model("zegclip")
@@ -44,10 +44,7 @@ class ZegCLIP(SegmentationModel):
         for layer in self.decoder.layers[1:]:
             layer.load_state_dict({name: first[name] for name in layer.state_dict()})
 
-    def forward(self, images: Tensor, text_embeddings: Tensor) -> SegmentationOutput:
-        """Images [B, 3, H, W], normalised, and text embeddings [C, D] -> mask logits [B, C, h, w] and the tokens."""
-        text = self.check_text(text_embeddings)
-        features = self.encoder(images)
-        queries = self.descriptor(text, features.global_token)
+    def decode(self, features: ImageFeatures, text_embeddings: Tensor) -> SegmentationOutput:
+        queries = self.descriptor(self.check_text(text_embeddings), features.global_token)
         masks = self.decoder(queries, features.patch_tokens).unflatten(-1, features.grid_size)
         return SegmentationOutput(masks, features.global_token, features.patch_tokens)
