@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": INFERENCE | {"data", "evaluation", "training", "tiny", "__init__"},
     "__init__": FOUNDATION | {"_version", "models", "weights", "inference"},
     "__main__": {"cli"},
+    "compat": {"types", "utils", "ops", "labels", "models"},
     "_version": set(),
     "segmenter": {"inference"},  # former addresses that stay importable
     "compiled": {"inference"},

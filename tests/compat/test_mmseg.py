@@ -1,0 +1,122 @@
+"""The official numbers through mmsegmentation's calls."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import zs3fast
+from tests.goldens_data import HEADS, Golden, golden_files, relative
+from tests.tiny import SEEN, tiny_inputs, tiny_labels, tiny_model
+from zs3fast.compat.mmseg import Segmentor
+
+FILES = [path for method in ("zegclip", "tagclip", "clip_rc") for path in golden_files(method)]
+goldens = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+
+
+def official(golden: Golden, **options: object) -> Segmentor:
+    text = golden["input/text_embeddings"]
+    sizes = {"heads": HEADS, "decoder_heads": HEADS, "num_classes": len(text)}
+    model = zs3fast.load_official(golden.group("weight"), seen=SEEN, **sizes, dropout=0.0)
+    model.trusty_weighting = "off"
+    return Segmentor(model, text, **options)
+
+
+def samples(labels: torch.Tensor, **meta: object) -> list[SimpleNamespace]:
+    return [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=label[None]), metainfo=dict(meta)) for label in labels]
+
+
+@goldens
+def test_scores_and_labels(path) -> None:
+    golden = Golden(path)
+    segmentor = official(golden, test_cfg={"mode": "whole"}).eval()
+    images = golden["input/image"]
+    with torch.no_grad():
+        assert relative(segmentor.encode_decode(images), golden["eval/scores"]) < 1e-5
+        features = segmentor.extract_feat(images)
+        masks = segmentor.decode_head(features)
+        assert relative(masks, golden["eval/mask_logits"][:, : masks.shape[1]]) < 1e-5
+        metas = [{"img_shape": (64, 64), "ori_shape": (64, 64)}] * 2
+        assert relative(segmentor.decode_head.predict(features, metas), golden["eval/scores"]) < 1e-5
+    found = torch.cat([sample.pred_sem_seg.data for sample in segmentor.predict(images)])
+    top = golden["eval/scores"].topk(2, dim=1).values
+    clear = top[:, 0] - top[:, 1] > 1e-6
+    assert torch.equal(found[clear], golden["eval/labels"][clear])
+    old = segmentor.simple_test(images, metas)
+    assert np.array_equal(np.stack(old), found.numpy())
+
+
+@goldens
+def test_losses(path) -> None:
+    golden = Golden(path)
+    segmentor = official(golden).train()
+    labels = golden["input/label"]
+    losses = segmentor.loss(golden["input/image"], samples(labels))
+    for name, loss in losses.items():
+        assert relative(loss, golden[f"train/{name.removeprefix('decode.')}"]) < 1e-5, name
+    assert relative(sum(losses.values()), golden["train/total"]) < 1e-5
+    old = segmentor.forward(golden["input/image"], [{}] * 2, return_loss=True, gt_semantic_seg=labels[:, None])
+    assert old.keys() == losses.keys() and all(torch.equal(old[name], losses[name]) for name in losses)
+
+
+def test_windows_are_averaged_and_resized() -> None:
+    """Against the sum over windows written out; a strip of one and a half windows, brought to another size."""
+    _, text = tiny_inputs()
+    segmentor = Segmentor(
+        tiny_model("zegclip"), text, test_cfg={"mode": "slide", "crop_size": (64, 64), "stride": (48, 48)}
+    )
+    images = torch.randn(1, 3, 64, 112, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        left, right = segmentor.encode_decode(images[..., :64]), segmentor.encode_decode(images[..., 48:])
+        expected = torch.cat([left[..., :48], (left[..., 48:] + right[..., :16]) / 2, right[..., 16:]], -1)
+        torch.testing.assert_close(segmentor.slide_inference(images, [{}]), expected)
+    (sample,) = segmentor.predict(images, samples(torch.zeros(1, 64, 112), ori_shape=(50, 90), img_shape=(64, 112)))
+    big = F.interpolate(expected, size=(50, 90), mode="bilinear", align_corners=False)
+    assert torch.equal(sample.pred_sem_seg.data, big.argmax(1)) and sample.seg_logits.data.shape == (7, 50, 90)
+    with torch.no_grad():
+        old = segmentor.inference(images, [{"ori_shape": (50, 90, 3)}], rescale=True)
+    torch.testing.assert_close(old, big.softmax(1))
+
+
+def test_flipped_and_padded_inputs_come_back() -> None:
+    _, text = tiny_inputs()
+    segmentor = Segmentor(tiny_model("zegclip"), text, test_cfg={"mode": "whole"})
+    scores = torch.randn(1, 7, 64, 64)
+    padded = F.pad(scores, (3, 5, 2, 6)).flip(-1)
+    meta = {"ori_shape": (64, 64), "flip": True, "padding_size": (5, 3, 2, 6)}
+    (sample,) = segmentor.postprocess_result(padded, [SimpleNamespace(metainfo=meta)])
+    torch.testing.assert_close(sample.seg_logits.data, scores[0])
+
+
+def test_parts_and_modes() -> None:
+    images, text = tiny_inputs()
+    model = tiny_model("zegclip")
+    segmentor = Segmentor(model, text, class_names=list("abcdefg"))
+    assert segmentor.backbone is model.encoder and segmentor.decode_head.num_classes == 7
+    assert segmentor.dataset_meta["classes"] == tuple("abcdefg")
+    assert segmentor.test_cfg == {"mode": "slide", "crop_size": (64, 64), "stride": (53, 53)}
+    assert set(segmentor.state_dict()) == {f"model.{name}" for name in model.state_dict()}
+    with torch.no_grad():
+        assert torch.equal(segmentor(images), model(images, text).mask_logits)
+    assert set(segmentor(images, samples(tiny_labels()), mode="loss")) == {"decode.loss_mask", "decode.loss_dice"}
+    assert segmentor(images, mode="predict")[0].pred_sem_seg.data.shape == (1, 64, 64)
+    levels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    got = segmentor.data_preprocessor({"inputs": [levels]})["inputs"]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.pixel_mean, model.pixel_std))
+    torch.testing.assert_close(got[0], (levels / 255 - mean) / std)
+
+
+def test_what_it_does_not_take() -> None:
+    _, text = tiny_inputs()
+    with pytest.raises(TypeError, match="model: expected one that decodes an encoded image .*, got maft"):
+        Segmentor(tiny_model("maft"), text)
+    with pytest.raises(ValueError, match="mode: expected one of tensor, loss, predict, got 'test'"):
+        Segmentor(tiny_model("zegclip"), text)(torch.zeros(1, 3, 64, 64), mode="test")
+    with pytest.raises(ValueError, match=r"test_cfg\['mode'\]: expected one of whole, slide, got 'tiles'"):
+        Segmentor(tiny_model("zegclip"), text, test_cfg={"mode": "tiles"})
+    with pytest.raises(ValueError, match="class_names: expected 7, a name a row, got 2"):
+        Segmentor(tiny_model("zegclip"), text, class_names=["a", "b"])
