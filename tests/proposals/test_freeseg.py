@@ -264,7 +264,7 @@ def test_files(oracle, generator, tmp_path, suffix):
     again = load_generator(path, **OPTIONS)
     assert all(torch.equal(one, two) for one, two in zip(again.state_dict().values(), generator.state_dict().values()))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(GeneratorWeightsError, match=f"{path}: not a readable weight file"):
+    with pytest.raises(GeneratorWeightsError, match=f"{path}: not a readable"):
         load_generator(path, **OPTIONS)
 
 

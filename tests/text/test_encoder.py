@@ -105,10 +105,10 @@ def test_bad_state_dicts_are_reported_in_lists(clip):
     state = text_state(clip)
     with pytest.raises(ValueError, match="missing .*ln_final.weight"):
         TextEncoder.from_state_dict({key: value for key, value in state.items() if "ln_final" not in key})
-    with pytest.raises(ValueError, match="missing: transformer.resblocks.1.ln_1.bias"):
+    with pytest.raises(ValueError, match=r"missing \(1\): transformer.resblocks.1.ln_1.bias"):
         TextEncoder.from_state_dict({k: v for k, v in state.items() if k != "transformer.resblocks.1.ln_1.bias"})
     wrong = {**state, "ln_final.bias": torch.zeros(3), "transformer.resblocks.0.odd": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"unexpected: transformer.resblocks.0.odd; wrong shape: ln_final.bias \[3\]"):
+    with pytest.raises(ValueError, match=r"(?s)unexpected \(1\): transformer.resblocks.0.odd.*: ln_final.bias \[3\]"):
         TextEncoder.from_state_dict(wrong)
     with pytest.raises(ValueError, match=r"wrong rank of text_projection \[64\]"):
         TextEncoder.from_state_dict({**state, "text_projection": torch.zeros(64)})

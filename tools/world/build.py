@@ -24,7 +24,7 @@ from zs3fast.training.loop import train
 from zs3fast.utils.console import USAGE_ERROR, one_line_errors, stdout
 from zs3fast.utils.files import replacing
 from zs3fast.weights.files import METADATA_KEY
-from zs3fast.weights.packing import BASE, bundled, pack_clip, packed_path, put_base, save_on_base
+from zs3fast.weights.packing import BASE, bundled, pack_clip, packed_path, put_base, read_base, save_on_base
 
 METHODS = ("zegclip", "tagclip", "clip_rc", "clsclip", "maft")
 MASKCLIP = {"pretrained": None, "image_size": 96}  # nothing to train: the CLIP as it is
@@ -94,7 +94,7 @@ def pack_model(trained: Path, path: Path, base: Path) -> None:
 def changed(model: torch.nn.Module, base: Path) -> list[str]:
     """Names of the weights that are not those of the packed CLIP, to half precision."""
     plain = create_model(**{**model.config, "pretrained": None})
-    put_base(plain, base)
+    put_base(plain, read_base(base), str(base))
     other = plain.state_dict()
     return [name for name, tensor in model.state_dict().items() if not torch.equal(tensor.half(), other[name].half())]
 

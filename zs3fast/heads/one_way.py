@@ -139,10 +139,11 @@ class OneWayDecoder(nn.Module):
             raise ValueError(f"decoder_heads: {heads} does not divide the joint width {dim}")
         if layers < 1:
             raise ValueError(f"decoder_layers: expected at least 1, got {layers}")
-        mixers = query_mixers or [None] * layers
+        stack: list[nn.Module] = [DecoderLayer(dim, heads, ffn_width, dropout) for _ in range(layers - 1)]
+        stack.append(TokenMaskLayer(dim, heads, ffn_width, dropout) if tokens else MaskLayer(dim, heads))
+        mixers = query_mixers or [None] * layers  # after the layers, whose tensors a wrong count is noticed by
         self.query_mixers = nn.ModuleList(mixer or nn.Identity() for mixer in mixers)
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_width, dropout) for _ in range(layers - 1))
-        self.layers.append(TokenMaskLayer(dim, heads, ffn_width, dropout) if tokens else MaskLayer(dim, heads))
+        self.layers = nn.ModuleList(stack)
 
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
         last = self.layers[-1]

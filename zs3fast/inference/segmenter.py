@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -28,9 +27,10 @@ from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_template
 from zs3fast.text.encoder import Tokenizer
 from zs3fast.text.vocabulary import ClassEntry, same_name
 from zs3fast.types import Segmentation
+from zs3fast.utils.checkpoint_io import read_metadata, read_state_dict
 from zs3fast.utils.images import read_image
 from zs3fast.utils.options import one_of
-from zs3fast.weights.files import METADATA_KEY, TEXT_PREFIX, read_state_dict
+from zs3fast.weights.files import METADATA_KEY, TEXT_PREFIX
 from zs3fast.weights.official_maft import text_tower
 from zs3fast.weights.packing import bundled, packed_models
 
@@ -478,11 +478,7 @@ def is_converted(path: Path) -> bool:
     """Whether a weight file is one of ours, with its configuration inside."""
     if path.suffix != ".safetensors":
         return False
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return METADATA_KEY in (file.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return METADATA_KEY in read_metadata(path)
 
 
 def _seen_argument(given: list[ClassEntry], seen: Iterable[str | int]) -> list[int]:

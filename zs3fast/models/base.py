@@ -21,6 +21,7 @@ from zs3fast.utils.options import one_of
 
 logger = logging.getLogger("zs3fast")
 
+MOST_CLASSES = 1_000_000  # a weight file may ask for any number
 SETTINGS = ("inductive", "transductive", "supervised")
 
 
@@ -76,6 +77,8 @@ class ZeroShotModel(nn.Module):
         super().__init__()
         if num_classes is None and class_names is not None:
             num_classes = len(class_names)
+        if num_classes is not None and num_classes > MOST_CLASSES:
+            raise ValueError(f"num_classes: expected at most {MOST_CLASSES}, got {num_classes}")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names: expected num_classes = {num_classes} names, got {len(class_names)}")
         unknown = set(loss_weights or {}) - set(self.default_loss_weights)

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from zs3fast.text.cache import cached, tensor_digest
 from zs3fast.text.templates import resolve_templates
 from zs3fast.text.vocabulary import ClassEntry, parse_classes
+from zs3fast.utils.checkpoint_io import compare, sketch
 from zs3fast.utils.open_clip import (
     clip_model_config,
     clip_state,
@@ -122,8 +124,9 @@ class TextEncoder:
         heads = heads or max(width // 64, 1)
         if width % heads:
             raise ValueError(f"heads: the width {width} of the text tower is not a multiple of {heads}")
-        with torch.device("meta"):  # random weights, which would take longer than all the rest, are not drawn
-            tower = TextTransformer(
+        tower = sketch(  # on the meta device: random weights, which would take longer than all the rest, are not drawn
+            partial(
+                TextTransformer,
                 context_length=weights["positional_embedding"].shape[0],
                 vocab_size=weights["token_embedding.weight"].shape[0],
                 width=width,
@@ -132,7 +135,10 @@ class TextEncoder:
                 mlp_ratio=weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
                 output_dim=weights["text_projection"].shape[1],
                 act_layer=QuickGELU if quick_gelu else nn.GELU,
-            )
+            ),
+            weights.values(),
+            "state: not a CLIP text tower",
+        )
         _load_strictly(tower, weights)
         tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=tower.context_length)
         return cls(tower, tokenizer, name=name, cache=cache, batch_size=batch_size)
@@ -288,18 +294,6 @@ def _text_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_strictly(tower: TextTransformer, weights: dict[str, Tensor]) -> None:
-    own = tower.state_dict()
-    lists = {
-        "missing": [key for key in own if key not in weights],
-        "unexpected": [key for key in weights if key not in own],
-        "wrong shape": [
-            f"{key} {list(weights[key].shape)}, expected {list(own[key].shape)}"
-            for key in own
-            if key in weights and own[key].shape != weights[key].shape
-        ],
-    }
-    if any(lists.values()):
-        report = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists.items() if keys)
-        raise ValueError(f"state: not a CLIP text tower: {report}")
+    compare(tower.state_dict(), weights, "state: not a CLIP text tower")
     tower.load_state_dict(weights, assign=True)
     tower.attn_mask = tower.build_causal_mask()  # a constant, which no state dict holds

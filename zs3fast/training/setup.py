@@ -29,6 +29,7 @@ from zs3fast.text import TextEncoder, load_text_embeddings, resolve_templates, w
 from zs3fast.training.config import ONE_STAGE, TrainConfig
 from zs3fast.training.proposing import build_proposal_step
 from zs3fast.training.steps import OneStageStep, PairStep, Step
+from zs3fast.utils.checkpoint_io import strict_load
 from zs3fast.utils.distributed import DistEnv, encoder_blocks
 from zs3fast.utils.options import did_you_mean
 
@@ -279,16 +280,6 @@ def _known_options(method: str) -> set[str]:
 def _load_initial(model: nn.Module, path: Path) -> None:
     """Weights of an earlier run, by name. What this model does not have (TagCLIP's token) is left out, with a note."""
     source, _ = weights.load(path)
-    state, own = source.state_dict(), model.state_dict()
-    wrong = sorted(own.keys() - state.keys())
-    wrong += [
-        f"{name} {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if state[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"init_from: {path} does not fit the model; missing or of another shape: {', '.join(wrong)}")
-    spare = sorted(state.keys() - own.keys())
+    spare = strict_load(model, source.state_dict(), f"init_from: {path}", spare=lambda name: True)
     if spare:
         logger.warning("init_from: %s holds weights that this model has no use for: %s", path, ", ".join(spare))
-    model.load_state_dict({name: state[name] for name in own})

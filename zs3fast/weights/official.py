@@ -7,13 +7,15 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from zs3fast.models.registry import create_model
+from zs3fast.utils.checkpoint_io import compare, read_state_dict, report, sketch, strict_load, unwrap_state_dict
+from zs3fast.utils.errors import CheckpointError
 from zs3fast.weights import official_maft
-from zs3fast.weights.files import CheckpointError, read_state_dict, report, strict_load, unwrap_state_dict
 
 logger = logging.getLogger("zs3fast")
 
@@ -83,24 +85,32 @@ def load_official(
     if found == "maft":
         tower = _tower_sizes(found, state, source, heads, "IPCLIP.")
         vocabulary.update(start_layer=start_layer, image_size=image_size or 480)
-        model = create_model(found, clip=tower["clip"], quick_gelu=True, **vocabulary)
-        return _load(model, state, source, lambda key: official_maft.is_other_part(key))
+        build = partial(create_model, found, clip=tower["clip"], quick_gelu=True, **vocabulary)
+        return _load(build, state, source, lambda key: official_maft.is_other_part(key))
     sizes = _sizes(found, state, source, heads)
     if image_size is not None and image_size != sizes["image_size"]:
         logger.info("%s: trained at %d pixels, masks go to %d", source, sizes["image_size"], image_size)
-    model = create_model(found, **{**sizes, "decoder_heads": decoder_heads, **vocabulary})
+    build = partial(create_model, found, **{**sizes, "decoder_heads": decoder_heads, **vocabulary})
+    model = _load(build, state, source, lambda key: _dead(found, key, sizes))
     model.image_size = image_size or sizes["image_size"]
-    return _load(model, state, source, lambda key: _dead(found, key, sizes))
+    return model
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], source: str, dead: Callable[[str], bool]) -> nn.Module:
+def _load(
+    build: Callable[[], nn.Module], state: dict[str, Tensor], source: str, dead: Callable[[str], bool]
+) -> nn.Module:
     """Every weight of the model from its official key; keys that are neither used nor `dead` are an error."""
-    names = official_keys(model)
+    plan = sketch(build, state.values(), source)
+    names = official_keys(plan)
+    used = set(names.values())
     missing = [official for official in names.values() if official not in state]
-    surplus = [key for key in state if key not in names.values() and not dead(key)]
+    surplus = [key for key in state if key not in used and not dead(key)]
     if missing or surplus:
         raise CheckpointError(report(source, sorted(missing), sorted(surplus), []))
-    strict_load(model, {ours: state[official] for ours, official in names.items()}, source)
+    ours = {name: state[official] for name, official in names.items()}
+    compare(plan.state_dict(), ours, source)
+    model = build()
+    strict_load(model, ours, source)
     return model.eval()
 
 

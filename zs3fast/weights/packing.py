@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from zs3fast.encoders.open_clip_weights import load_tower_state
 from zs3fast.models.registry import list_models
+from zs3fast.utils.checkpoint_io import read_safetensors
+from zs3fast.utils.errors import CheckpointError
 from zs3fast.utils.files import replacing
+from zs3fast.utils.limits import check_unpacked
 
 BASE = "tiny-clip.safetensors"  # what the small models of a folder build on
 BASE_KEY = "zs3fast_base"  # in a header: the name of the packed CLIP beside the file
@@ -78,8 +81,22 @@ def save_on_base(
         safetensors.torch.save_file(tensors, temporary, metadata=header)
 
 
-def put_base(model: nn.Module, base: Path) -> dict[str, Tensor]:
-    """Load the image tower of a packed CLIP into a model's encoder; the weights of its text tower."""
-    clip = unpack_clip(safetensors.torch.load_file(base))
-    load_tower_state(model.encoder, {k.removeprefix(_VISUAL): v for k, v in clip.items() if k.startswith(_VISUAL)})
+def read_base(path: Path) -> dict[str, Tensor]:
+    """The weights of a packed CLIP's file, unpacked."""
+    packed, _ = read_safetensors(path)
+    missing = [name for name in (_ROWS, _TOKENS, _SIZE) if name not in packed]
+    if missing:
+        raise CheckpointError(f"{path}: not a packed CLIP, it has no {', '.join(missing)}")
+    rows, tokens, size = packed[_ROWS], packed[_TOKENS].long(), packed[_SIZE]
+    fits = rows.dim() == 2 and tokens.shape == rows.shape[:1] and size.numel() == 1
+    if not fits or (len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < int(size)):
+        raise CheckpointError(f"{path}: not a packed CLIP, the rows of its word table do not fit its size")
+    check_unpacked(int(size) * rows.shape[1] * 4, str(path), "its word table")
+    return unpack_clip(packed)
+
+
+def put_base(model: nn.Module, clip: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Load the image tower of a CLIP (`read_base`) into a model's encoder; the weights of its text tower."""
+    visual = {k.removeprefix(_VISUAL): v for k, v in clip.items() if k.startswith(_VISUAL)}
+    load_tower_state(model.encoder, visual, source)
     return {name: tensor for name, tensor in clip.items() if not name.startswith(_VISUAL) and name not in _SCALARS}

@@ -9,18 +9,17 @@ conventions are public. They were not compared with a released file: a name that
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from zs3fast.proposals.freeseg.generator import FreeSegGenerator
 from zs3fast.proposals.freeseg.resnet import STAGES, fold_norm
+from zs3fast.utils.checkpoint_io import compare, read_state_dict, sketch, strict_load, unwrap_state_dict
+from zs3fast.utils.errors import CheckpointError
 
 # Our name -> the official one; the first pattern that matches the start of a name replaces it.
 _PIXELS = "sem_seg_head.pixel_decoder"
@@ -54,8 +53,7 @@ OWN = re.compile(r"(backbone|sem_seg_head)\.|clip_adapter\.non_object_embedding$
 UNUSED = re.compile(r".*\.num_batches_tracked")  # where the backbone was saved with live batch normalisation
 
 
-class GeneratorWeightsError(ValueError):
-    """A checkpoint that cannot be read, or whose tensors are not those of a FreeSeg generator."""
+GeneratorWeightsError = CheckpointError  # the name it had here
 
 
 def load_generator(
@@ -74,10 +72,11 @@ def load_generator(
         raise GeneratorWeightsError(f"{source}: holds no mask generator (no key starts with 'sem_seg_head.')")
     sizes = read_sizes(state, source, heads, groups)
     sizes["backbone"].update(multi_grid=multi_grid, res5_dilation=res5_dilation)
+    expected = official_shapes(sketch(lambda: FreeSegGenerator(**sizes), state.values(), source))
+    shaped = {key: torch.empty(shape, device="meta") for key, shape in expected.items()}
+    compare(shaped, state, source, model="FreeSeg's generator")
     generator = FreeSegGenerator(**sizes)
-    expected = official_shapes(generator)
-    _check(state, expected, source)
-    generator.load_state_dict(_converted(generator, {key: value.float() for key, value in state.items()}))
+    strict_load(generator, _converted(generator, {key: value.float() for key, value in state.items()}), source)
     return generator.requires_grad_(False).eval()
 
 
@@ -164,48 +163,8 @@ def _converted(generator: FreeSegGenerator, state: dict[str, Tensor]) -> dict[st
     return ours
 
 
-def _check(state: dict[str, Tensor], expected: dict[str, list[int]], source: str) -> None:
-    shapes = [
-        f"{key} {list(state[key].shape)}, expected {shape}"
-        for key, shape in sorted(expected.items())
-        if key in state and list(state[key].shape) != shape
-    ]
-    lists = {
-        "missing": sorted(expected.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - expected.keys()),
-        "wrong shape": shapes,
-    }
-    if not any(lists.values()):
-        return
-    lines = [f"{source}: the weights do not fit FreeSeg's generator"]
-    for title, names in lists.items():
-        more = f", and {len(names) - 20} more" if len(names) > 20 else ""
-        lines.append(f"  {title} ({len(names)}): {', '.join(names[:20]) or 'none'}{more}")
-    raise GeneratorWeightsError("\n".join(lines))
-
-
 def _read(checkpoint: str | os.PathLike[str] | dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The named tensors of a file or a state dict; never unpickles code."""
-    content: Any = checkpoint if isinstance(checkpoint, dict) else _read_file(Path(checkpoint))
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict):
-        raise GeneratorWeightsError(f"{source}: expected named tensors, got {type(content).__name__}")
-    return {
-        key.removeprefix("module."): value
-        for key, value in content.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-
-
-def _read_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GeneratorWeightsError(f"{path}: not a readable weight file ({reason})") from None
+    if isinstance(checkpoint, dict):
+        return unwrap_state_dict(checkpoint, source)
+    return read_state_dict(checkpoint, "checkpoint")
