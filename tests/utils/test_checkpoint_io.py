@@ -222,9 +222,7 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path: Path, monkeypatch: pytes
                 new.writestr(name, old.read(name))
     monkeypatch.setenv("ZS3FAST_FILE_LIMIT", "10")
     assert (tmp_path / "bomb.pth").stat().st_size < 100_000
-    with pytest.raises(
-        FileLimitError, match="bomb.pth: the archive would take 20 MiB, .* to 10; set ZS3FAST_FILE_LIMIT"
-    ):
+    with pytest.raises(FileLimitError, match="bomb.pth: .* would take 20 MiB, .* to 10; set ZS3FAST_FILE_LIMIT"):
         read_state_dict(tmp_path / "bomb.pth")
     assert len(read_state_dict(tmp_path / "plain.pth")["a"]) == 20 << 20  # as large as the file itself: no bomb
     monkeypatch.setenv("ZS3FAST_FILE_LIMIT", "lots")
