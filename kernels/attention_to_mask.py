@@ -36,7 +36,7 @@ def _keep(seed, threshold, head, c, n0, BLOCK_C: tl.constexpr, BLOCK_N: tl.const
     group = n0 // 4 + tl.arange(0, BLOCK_N // 4)
     w0, w1, w2, w3 = tl.philox(seed, zero + group[None, :], zero + c[:, None], zero + head, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_C, BLOCK_N)  # word n % 4 of group n / 4
-    return words.to(tl.uint32, bitcast=True) >= tl.to_tensor(threshold).to(tl.uint32)
+    return words.to(tl.uint32, bitcast=True) >= tl.full([], threshold, tl.uint32)
 
 
 @triton.jit
@@ -232,8 +232,8 @@ def attention_to_mask_bwd_kernel_dkdv(
 _BLOCKS = {
     ("fwd", False, False): (32, 64, 4),
     ("fwd", False, True): (32, 64, 4),
-    ("fwd", True, False): (32, 32, 4),
-    ("fwd", True, True): (16, 32, 8),
+    ("fwd", True, False): (16, 32, 4),
+    ("fwd", True, True): (16, 16, 4),
     ("dq", False, False): (32, 64, 4),
     ("dq", False, True): (32, 64, 8),
     ("dq", True, False): (32, 32, 4),

@@ -126,6 +126,9 @@ def proposal_attention_bwd_kernel_dq(
             keep = _keep(block, patch, N, BLOCK_Q, WORDS)
             right = load_rows(k, patch, patch < N, d, k_n, k_d, dh)
             values = load_rows(v, patch, patch < N, d, v_n, v_d, dh)
+            if q.dtype.element_ty == tl.float32:  # as in the forward pass: an fp32 operand kept is 128 registers
+                left = load_rows(q + b * q_b + a * q_h, row, inside, d, q_n, q_d, dh)
+                grad = load_rows(grad_output + b * g_b + a * g_h, row, inside, d, g_n, g_d, dh)
             s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)
             p = tl.where(keep, tl.exp2(s - log_sum[:, None]), 0.0)
             dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
@@ -185,7 +188,7 @@ def _blocks(dtype: torch.dtype, dh: int, backward: bool, heads: int = 0, Nq: int
         "BLOCK_Q": 32 if many and not small else 16,
         "WORDS": 1 if small or backward or block_d > 64 else 2,
         "BLOCK_D": block_d,
-        "num_warps": 8 if small and block_d > 64 else 4,
+        "num_warps": 8 if small and block_d > 64 and not backward else 4,
         "num_stages": 2,
     }
 

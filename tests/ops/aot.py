@@ -1,10 +1,13 @@
 """Ahead-of-time compilation of Triton kernels for GPUs that are not here, and what came out of it.
 
-    report = compile_for("zs3fast.kernels.<op>:<op>_fwd_kernel", {"x": "*fp32", "C": "i32"}, {"BLOCK": 64}, arch=90)
-    report.assert_clean(tensor_cores=False)
+    [report] = compile_all([AotRequest("zs3fast.kernels.<op>:<op>_fwd_kernel", {"x": "*fp32"}, {"BLOCK": 64}, arch=90)])
+    report.registers, report.spills, report.blocks_per_sm()
 
 A process whose TRITON_INTERPRET is set cannot compile, and the tests set it where no GPU is; so the compiling is done
-in one child process per batch. Starting it costs seconds: give `compile_all` everything at once.
+in child processes. Starting one costs seconds: give `compile_all` everything at once.
+
+Registers are the compiler's choice, and another Triton may choose worse: what a kernel may spill stands in
+aot_budget.json by version of Triton, and a version that is not there is reported, not failed (`judge`).
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ARCHS = (80, 90, 100)
+BUDGET = Path(__file__).with_name("aot_budget.json")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block can have
 _TENSOR_CORE_PTX = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
 
@@ -67,48 +72,85 @@ class AotReport:
     spills: int
     shared_bytes: int
     uses_tensor_cores: bool
+    warps: int = 4
+    sass: str = ""
 
-    def assert_clean(self, tensor_cores: bool | None = None) -> None:
-        """No spills, shared memory that fits, tensor cores used (True), unused (False) or not asked about (None)."""
-        assert self.spills == 0, f"{self.request}: {self.spills} bytes spilled a thread ({self.registers} registers)"
+    def blocks_per_sm(self) -> int:
+        """How many blocks registers, shared memory and threads let an SM hold."""
+        allocated = max(24, -(-self.registers // 8) * 8) * 32 * self.warps
+        shared = self.shared_bytes + 1024  # what the system takes of each block
+        return min(65536 // allocated, (SHARED_LIMIT[self.arch] + 1024) // shared, 2048 // (32 * self.warps), 32)
+
+    def wrong(self, tensor_cores: bool | None = None) -> str | None:
+        """What no compiler's choice excuses: shared memory that does not fit, tensor cores unused (or used)."""
         limit = SHARED_LIMIT[self.arch]
-        assert self.shared_bytes <= limit, f"{self.request}: {self.shared_bytes} bytes of shared memory, limit {limit}"
-        if tensor_cores is not None:
-            used = self.uses_tensor_cores
-            assert used == tensor_cores, f"{self.request}: tensor cores used: {used}"
+        if self.shared_bytes > limit:
+            return f"{self.request}: {self.shared_bytes} bytes of shared memory, limit {limit}"
+        if tensor_cores is not None and self.uses_tensor_cores != tensor_cores:
+            return f"{self.request}: tensor cores used: {self.uses_tensor_cores}"
+        return None
 
 
-def compile_for(
-    kernel: Any,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    arch: int,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    aligned: Sequence[str] = (),
-) -> AotReport:
-    """Compile one kernel; see `AotRequest`. Raises RuntimeError with the compiler's message."""
-    return compile_all([AotRequest(kernel, signature, constexprs, arch, num_warps, num_stages, aligned)])[0]
+def judge(reports: Iterable[tuple[str, AotReport, bool | None]], version: str | None = None) -> list[str]:
+    """What is wrong with (name, report, tensor cores wanted), one line each; [] where nothing is.
+
+    A kernel may spill what aot_budget.json gives its name under this version of Triton, 0 bytes where it is silent. Of
+    a version that has no budget, spills are a warning.
+    """
+    budgets = json.loads(BUDGET.read_text())
+    version = version or triton_version()
+    budget = budgets.get(version)
+    wrong, unknown = [], []
+    for name, report, tensor_cores in reports:
+        problem = report.wrong(tensor_cores)
+        wrong += [problem] if problem else []
+        if report.spills > (budget or {}).get(name, 0):
+            line = f"{name}: {report.spills} bytes spilled a thread ({report.registers} registers)"
+            (unknown if budget is None else wrong).append(line)
+    if unknown:
+        known = ", ".join(sorted(budgets))
+        warnings.warn(f"Triton {version} has no budget (known: {known}):\n" + "\n".join(unknown), stacklevel=2)
+    return wrong
 
 
-def compile_all(requests: Iterable[AotRequest]) -> list[AotReport]:
-    """Compile many kernels in one child process, in the order asked. Raises RuntimeError naming every failure."""
+def triton_version() -> str:
+    """Major and minor, as the keys of aot_budget.json."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def compile_all(requests: Iterable[AotRequest], jobs: int = 1, sass: bool = False) -> list[AotReport]:
+    """Compile many kernels in `jobs` child processes, in the order asked; `sass`: keep what they disassemble to.
+
+    Raises RuntimeError naming every failure, with the compiler's message.
+    """
     requests = list(requests)
+    jobs = max(1, min(jobs, len(requests)))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    answers: list[dict[str, Any]] = [{}] * len(requests)
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
-        asked.write_text(json.dumps([asdict(r) | {"kernel": r.name} for r in requests]))
-        child = subprocess.run(
-            [sys.executable, __file__, asked, answered], env=environment, capture_output=True, text=True, check=False
-        )
-        if child.returncode != 0:
-            raise RuntimeError(f"the compiling process ended with {child.returncode}:\n{child.stderr}")
-        answers = json.loads(answered.read_text())
+        children = []
+        for job in range(jobs):
+            asked, answered = Path(folder, f"asked{job}.json"), Path(folder, f"answered{job}.json")
+            mine = [asdict(r) | {"kernel": r.name, "sass": sass} for r in requests[job::jobs]]
+            asked.write_text(json.dumps(mine))
+            command = [sys.executable, __file__, str(asked), str(answered)]
+            errors = Path(folder, f"errors{job}.txt")
+            with errors.open("w") as stream:
+                children.append((subprocess.Popen(command, env=environment, stderr=stream), answered, errors))
+        for job, (child, answered, errors) in enumerate(children):
+            if child.wait() != 0:
+                raise RuntimeError(f"the compiling process ended with {child.returncode}:\n{errors.read_text()}")
+            answers[job::jobs] = json.loads(answered.read_text())
     failures = [f"{request}:\n{a['error']}" for request, a in zip(requests, answers, strict=True) if "error" in a]
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(requests)} kernels did not compile\n" + "\n".join(failures))
-    return [AotReport(str(request), request.arch, **a) for request, a in zip(requests, answers, strict=True)]
+    return [
+        AotReport(str(request), request.arch, warps=request.num_warps, **a)
+        for request, a in zip(requests, answers, strict=True)
+    ]
 
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
@@ -140,22 +182,31 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         "ptx": compiled.asm["ptx"],
         "shared_bytes": compiled.metadata.shared,
         "uses_tensor_cores": bool(_TENSOR_CORE_PTX.search(compiled.asm["ptx"])),
-        **_resources(compiled.asm["cubin"]),
+        **_resources(compiled.asm["cubin"], request["sass"]),
     }
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes of the one kernel in `cubin`, read with the cuobjdump that triton ships."""
+def _resources(cubin: bytes, sass: bool) -> dict[str, Any]:
+    """Registers and spilled bytes of the one kernel in `cubin`, read with the tools that triton ships."""
     import triton.backends.nvidia
 
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
-    return {"registers": used["REG"], "spills": max(used["STACK"], used["LOCAL"])}
+
+        def run(tool: str, *options: str) -> str:
+            command = [str(tools / tool), *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        text = run("cuobjdump", "--dump-resource-usage")
+        listing = run("nvdisasm", "-c") if sass else ""
+    used: dict[str, int] = {}
+    for name in ("REG", "STACK", "LOCAL"):
+        found = re.search(rf"\b{name}:(\d+)", text)
+        assert found, f"cuobjdump says nothing of {name}: {text}"
+        used[name] = int(found[1])
+    return {"registers": used["REG"], "spills": max(used["STACK"], used["LOCAL"]), "sass": listing}
 
 
 def _main(asked: str, answered: str) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.aot import ARCHS, AotRequest, compile_all
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import _dispatch, attention_to_mask, use_backend
 from zs3fast.ops.attention_to_mask import dropout_keep, philox4x32, reference
@@ -421,52 +419,3 @@ def test_a_backend_that_cannot_says_why():
     for backend in ("cpp", "triton"):
         with use_backend(backend), pytest.raises(RuntimeError, match=f"backend '{backend}' cannot take this request"):
             attention_to_mask(q, k, v, 1.0)
-
-
-# --- GPU code --------------------------------------------------------------------------------------------------------
-
-_INTS = ["heads", "C", "N", "dh"]
-_STRIDES = [f"{x}_{axis}" for x, axes in (("q", "bhc"), ("k", "bhn"), ("v", "bhn")) for axis in axes]
-
-
-def _aot_request(kernel: str, dtype: str, dh: int, arch: int, dropout: bool = True) -> AotRequest:
-    kernels = import_module("zs3fast.kernels.attention_to_mask")
-    pointer = f"*{dtype}"
-    pointers = {
-        "fwd": ["q", "k", "v", "output", "masks"],
-        "dq": ["q", "k", "v", "output", "grad_output", "grad_masks", "dq"],
-        "dkdv": ["q", "k", "v", "grad_output", "grad_masks", "dk", "dv"],
-    }[kernel]
-    signature = {name: pointer for name in pointers} | {"lse": "*fp32"}
-    signature |= {name: "i32" for name in _STRIDES + _INTS}
-    signature |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i64"}
-    constexprs = {"q_d": 1, "k_d": 1, "v_d": 1, "DROPOUT": dropout, "PRECISION": "ieee"}
-    aligned = [*_STRIDES, "dh"]
-    if dropout:
-        signature["seed"] = "*i64"
-    else:
-        constexprs["seed"] = None
-    if kernel == "fwd":
-        signature["attention_programs"] = "i32"
-    else:
-        strides = ["g_b", "g_h", "g_c", "m_b", "m_c"] + (["o_b", "o_h", "o_c"] if kernel == "dq" else [])
-        signature |= {name: "i32" for name in strides} | {"delta": "*fp32"}
-        constexprs |= {"g_d": 1, "m_n": 1, "HAS_MASKS": True} | ({"o_d": 1} if kernel == "dq" else {})
-        aligned += strides
-    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    blocks = kernels.blocks(kernel, torch_dtype, 171, dh)
-    warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
-    function = "attention_to_mask_fwd_kernel" if kernel == "fwd" else f"attention_to_mask_bwd_kernel_{kernel}"
-    name = f"zs3fast.kernels.attention_to_mask:{function}"
-    return AotRequest(name, signature, constexprs | blocks, arch, warps, stages, tuple(aligned))
-
-
-def test_gpu_code_is_clean():
-    """Every kernel for sm_80, sm_90 and sm_100: no spills, and tensor cores for half types (fp32 is exact, without)."""
-    pytest.importorskip("triton")
-    kernels = ("fwd", "dq", "dkdv")
-    asked = [_aot_request(k, dtype, 64, arch) for k in kernels for dtype in ("fp16", "fp32") for arch in ARCHS]
-    asked += [_aot_request(k, dtype, 96, 90) for k in kernels for dtype in ("fp16", "fp32")]
-    asked += [_aot_request(k, "bf16", 64, 90, dropout=False) for k in kernels]
-    for request, report in zip(asked, compile_all(asked), strict=True):
-        report.assert_clean(tensor_cores=request.signature["q"] != "*fp32")

@@ -16,7 +16,6 @@ import torch.multiprocessing as mp
 
 from bench.baselines import official
 from bench.harness import peak_resident_bytes, reset_peak_resident, resident_bytes
-from tests.ops.aot import ARCHS, AotRequest, compile_all
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import _extension, mask_loss, use_backend
 from zs3fast.ops.mask_loss import reference, reference_backward
@@ -525,31 +524,3 @@ def test_backends_state_their_objections():
             pytest.raises(RuntimeError, match=rf"mask_loss: backend '{backend}' cannot.*(?s:.*)float64"),
         ):
             mask_loss(logits, labels)
-
-
-# Ahead of time -------------------------------------------------------------------------------------------------------
-
-
-def test_triton_kernels_compile_for_gpus_that_are_not_here():
-    integers = "C h w H W tiles_y tiles_x stride_lb stride_lc stride_lh stride_yb stride_yh".split()
-    requests = []
-    for arch in ARCHS:
-        for logits, labels, square, (c, y, x) in [
-            ("fp32", "i64", True, (8, 16, 16)),
-            ("bf16", "u8", True, (1, 16, 16)),
-            ("fp16", "i32", False, (8, 16, 16)),
-            ("fp32", "i16", True, (4, 1, 1)),
-        ]:
-            signature = {"logits": f"*{logits}", "labels": f"*{labels}", "alpha": "fp32", "gamma": "fp32"}
-            signature |= dict.fromkeys(integers, "i32")
-            constants = {"BLOCK_C": c, "BLOCK_Y": y, "BLOCK_X": x, "GAMMA_IS_2": square, "stride_lw": 1, "stride_yw": 1}
-            if c == 1:  # the launcher makes constants of ones
-                constants["C"] = signature.pop("C") and 1
-            for name, outputs in (
-                ("mask_loss_fwd_kernel", ["sums"]),
-                ("mask_loss_bwd_kernel", ["grad_focal", "grad_intersection", "grad_prob", "corners"]),
-            ):
-                pointers = dict.fromkeys(outputs, "*fp32")
-                requests.append(AotRequest(f"zs3fast.kernels.mask_loss:{name}", signature | pointers, constants, arch))
-    for report in compile_all(requests):
-        report.assert_clean(tensor_cores=False)

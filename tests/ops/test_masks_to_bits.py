@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import peak_resident_bytes, reset_peak_resident, resident_bytes
-from tests.ops.aot import ARCHS, AotRequest, compile_all
 from zs3fast.ops import _dispatch, _extension, masks_to_bits, unpack_bits, use_backend
 from zs3fast.ops.masks_to_bits import reference
 
@@ -277,28 +276,3 @@ X = torch.zeros(2, 3, 8, 8)
 def test_mistakes(masks, grid, kwargs, error, message):
     with pytest.raises(error, match="^masks_to_bits: " + re.escape(message)):
         masks_to_bits(masks, grid, **kwargs)
-
-
-# Compiled for GPUs that are not here ---------------------------------------------------------------------------------
-
-
-def test_compiles_ahead_of_time():
-    pytest.importorskip("triton")
-    from zs3fast.kernels import masks_to_bits as kernels
-
-    sizes = "proposals height width padded_h padded_w grid_h grid_w words".split()
-    strides = ["stride_b", "stride_q", "stride_y"]
-    scales = ["scale_y", "scale_x", "grid_scale_y", "grid_scale_x"]
-    batch = [
-        AotRequest(
-            "zs3fast.kernels.masks_to_bits:masks_to_bits_kernel",
-            {"masks": element, "bits": "*i32"} | dict.fromkeys(strides + sizes, "i32") | dict.fromkeys(scales, "fp32"),
-            {"stride_x": 1, "ALIGN": align, "LOGITS": logits, "WORDS": kernels.WORDS},
-            arch,
-            num_warps=kernels.NUM_WARPS,
-        )
-        for arch in ARCHS
-        for element, align, logits in (("*fp32", True, True), ("*bf16", False, True), ("*fp32", False, False))
-    ]
-    for report in compile_all(batch):
-        report.assert_clean(tensor_cores=False)

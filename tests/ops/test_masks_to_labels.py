@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.aot import ARCHS, AotRequest, compile_all
 from zs3fast.ops import _dispatch, _extension, use_backend
 from zs3fast.ops.masks_to_labels import LabelMap, masks_to_labels, reference, reference_scores
 
@@ -475,41 +473,3 @@ REFUSED = {
 def test_refused(change, error, message):
     with pytest.raises(error, match=message):
         masks_to_labels(**(GOOD | change))
-
-
-def test_ahead_of_time():
-    """Both Triton kernels compile for every architecture and spill nothing, in every input dtype."""
-    from zs3fast.kernels import masks_to_labels as kernel
-
-    sizes = "classes h w trusty_h trusty_w height width top_k".split()
-    strides = [f"masks_stride_{s}" for s in ("row", "channel", "y", "x")] + [
-        f"trusty_stride_{s}" for s in ("row", "y", "x")
-    ]
-    requests = []
-    for arch, dtype, weigh in itertools.product(ARCHS, ("*fp32", "*bf16"), (False, True)):
-        common = dict.fromkeys(sizes + strides, "i32")
-        common |= dict(
-            masks=dtype, trusty=dtype, seen="*i32", labels="*i64", scores="*fp32", nan_count="*i64", seen_offset="fp32"
-        )
-        constexprs = dict(WEIGH_SEEN=weigh, WEIGH_UNSEEN=weigh, DETAILS=weigh)
-        requests.append(
-            AotRequest(
-                kernel.masks_to_labels_one_window_kernel,
-                common,
-                constexprs | {"BLOCK": kernel.BLOCK_PIXELS},
-                arch,
-                kernel.NUM_WARPS,
-            )
-        )
-        windowed = dict.fromkeys(["num_windows", "crop_h", "crop_w", "canvas_h", "canvas_w"], "i32")
-        requests.append(
-            AotRequest(
-                kernel.masks_to_labels_windows_kernel,
-                common | windowed | {"windows": "*i32"},
-                constexprs | {"BLOCK": kernel.BLOCK_PIXELS // 4},
-                arch,
-                kernel.NUM_WARPS,
-            )
-        )
-    for report in compile_all(requests):
-        report.assert_clean(tensor_cores=False)

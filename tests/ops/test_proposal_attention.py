@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-from tests.ops.aot import ARCHS, AotRequest, compile_all
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import _dispatch, _extension, proposal_attention, unpack_bits, use_backend
 from zs3fast.ops._bits import num_words, pack_bits
@@ -374,42 +373,3 @@ def test_mistakes_with_bits():
         unpack_bits(torch.zeros(2, 2, dtype=torch.int64), 40)
     with pytest.raises(ValueError, match=re.escape("unpack_bits: bits must be [..., 2] for N = 40, got shape [2, 3]")):
         unpack_bits(torch.zeros(2, 3, dtype=torch.int32), 40)
-
-
-# Compiled for GPUs that are not here ---------------------------------------------------------------------------------
-
-
-def requests(kernels, dtype, dh, arch, many=False):
-    """The three kernels as their launchers would compile them."""
-    element = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    for name, tensors, strided in (
-        ("fwd_kernel", "q k_self v_self k v bits output lse", "q ks vs k v"),
-        (
-            "bwd_kernel_dq",
-            "q k_self v_self k v bits output grad_output lse delta dq dk_self dv_self",
-            "q ks vs k v o g",
-        ),
-        ("bwd_kernel_dkdv", "q k v bits grad_output lse delta dk dv", "q k v g"),
-    ):
-        strides = [f"{letter}_{axis}" for letter in strided.split() for axis in "bhn"]
-        types = {"lse": "*fp32", "delta": "*fp32", "bits": "*i32"}
-        signature = {t: types.get(t, element) for t in tensors.split()}
-        signature |= dict.fromkeys([*strides, "heads", "Nq", "N", "words", "dh"], "i32") | {"scale": "fp32"}
-        constants = kernels._blocks(dtype, dh, name != "fwd_kernel", *((192, 300) if many else ()))
-        launch = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-        constants |= dict.fromkeys([f"{letter}_d" for letter in strided.split()], 1) | {"PRECISION": "ieee"}
-        full = f"zs3fast.kernels.proposal_attention:proposal_attention_{name}"
-        yield AotRequest(full, signature, constants, arch, **launch, aligned=(*strides, "dh"))
-
-
-def test_compiles_ahead_of_time():
-    pytest.importorskip("triton")
-    from zs3fast.kernels import proposal_attention as kernels
-
-    batch = [r for arch in ARCHS for r in requests(kernels, torch.bfloat16, 64, arch)]
-    batch += requests(kernels, torch.float32, 64, 80)
-    batch += requests(kernels, torch.bfloat16, 64, 90, many=True)
-    batch += requests(kernels, torch.float32, 128, 90)
-    batch += requests(kernels, torch.float16, 12, 90)
-    for report, request in zip(compile_all(batch), batch, strict=True):
-        report.assert_clean(tensor_cores=request.signature["q"] != "*fp32")

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ops.aot import ARCHS, AotRequest, compile_all
 from zs3fast.ops import _dispatch, _extension, proposals_to_labels, use_backend
 from zs3fast.ops.proposals_to_labels import reference, reference_scores
 
@@ -466,21 +465,3 @@ REFUSED = {
 def test_refused(change, error, message):
     with pytest.raises(error, match=message):
         proposals_to_labels(**(GOOD | change))
-
-
-def test_ahead_of_time():
-    """Compiles for every architecture and spills nothing, for soft masks and logits."""
-    from zs3fast.kernels import proposals_to_labels as kernel
-
-    sizes = "batch proposals classes h w padded_h padded_w image_h image_w height width".split()
-    strides = "weights_b weights_q weights_c masks_b masks_q masks_y masks_x".split()
-    kinds = [(True, True, True, "*fp32"), (True, True, False, "*fp16"), (False, False, False, "*fp32")]
-    requests = []
-    for arch, (logits, upsample, align, dtype) in itertools.product(ARCHS, kinds):
-        pointers = {"weights": "*fp32", "masks": dtype, "labels": "*i64", "scores": "*fp32", "scratch": "*fp32"}
-        constexprs = dict(LOGITS=logits, UPSAMPLE=upsample, ALIGN=align, SCORES=True)
-        constexprs |= dict(BLOCK_P=kernel.BLOCK_P, BLOCK_C=kernel.BLOCK_C, BLOCK_Q=kernel.BLOCK_Q)
-        signature = pointers | dict.fromkeys(sizes + strides, "i32")
-        requests.append(AotRequest(kernel.proposals_to_labels_kernel, signature, constexprs, arch, kernel.NUM_WARPS))
-    for report in compile_all(requests):
-        report.assert_clean(tensor_cores=True)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from bench.harness import peak_resident_bytes, reset_peak_resident, resident_bytes
-from tests.ops.aot import ARCHS, AotRequest, compile_all
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import _dispatch, _extension, region_bridge_attention, use_backend
 from zs3fast.ops.region_bridge_attention import reference, region_bridge_mask, region_of_patch
@@ -388,46 +387,3 @@ X = torch.zeros(2, 2, 27, 8)
 def test_mistakes(q, k, v, changed, error, message):
     with pytest.raises(error, match="^region_bridge_attention: " + re.escape(message)):
         region_bridge_attention(q, k, v, **(GOOD | changed))
-
-
-# Compiled for GPUs that are not here ---------------------------------------------------------------------------------
-
-
-def requests(kernels, dtype, dh, arch, window=64, ones=()):
-    """The three kernels as their launchers would compile them; `ones` are arguments that are 1 and so constants."""
-    half = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    for name, tensors, regions in (
-        ("fwd_kernel", "q k v output lse", True),
-        ("bwd_kernel_dq", "q k v output grad_output lse delta dq", False),
-        ("bwd_kernel_dkdv", "q k v output grad_output lse delta dq dk dv", True),
-    ):
-        backward = name != "fwd_kernel"
-        letters = "qkvog" if backward else "qkv"
-        strides = [f"{letter}_{axis}" for letter in letters for axis in "bhe"]
-        sizes = ["heads", "dh", "prefix_q", "prefix_k", "h", "w", "rh", "rw"] + ["block_programs"] * regions
-        signature = {t: "*fp32" if t in ("lse", "delta") else half for t in tensors.split()}
-        signature |= dict.fromkeys(strides + sizes, "i32") | {"scale": "fp32"}
-        constants = kernels._blocks(dtype, dh, backward) | (kernels._region_blocks(window, dh) if regions else {})
-        launch = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-        constants |= dict.fromkeys([f"{letter}_d" for letter in letters], 1) | {"PRECISION": "ieee"}
-        constants |= {one: signature.pop(one) and 1 for one in ones}
-        full = f"zs3fast.kernels.region_bridge_attention:region_bridge_attention_{name}"
-        yield AotRequest(full, signature, constants, arch, **launch, aligned=(*strides, "dh", "h", "w"))
-
-
-def test_compiles_ahead_of_time():
-    pytest.importorskip("triton")
-    from zs3fast.kernels import region_bridge_attention as kernels
-
-    batch = [r for arch in ARCHS for r in requests(kernels, torch.bfloat16, 64, arch)]
-    batch += [r for arch in ARCHS for r in requests(kernels, torch.float32, 64, arch)]
-    batch += requests(kernels, torch.float16, 64, 90)
-    batch += requests(kernels, torch.bfloat16, 64, 90, window=1, ones=("prefix_q",))
-    batch += requests(kernels, torch.float32, 64, 80, window=1024, ones=("rh", "rw"))
-    for arch in (80, 90):
-        batch += requests(kernels, torch.bfloat16, 128, arch)
-        batch += requests(kernels, torch.float32, 128, arch)
-    batch += requests(kernels, torch.bfloat16, 12, 80)
-    batch += requests(kernels, torch.float32, 12, 80)
-    for report, request in zip(compile_all(batch), batch, strict=True):
-        report.assert_clean(tensor_cores=request.signature["q"] != "*fp32")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.aot import ARCHS, AotRequest, compile_all
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import _dispatch, relationship_descriptor, use_backend
 from zs3fast.ops.relationship_descriptor import reference, text_term
@@ -244,39 +241,3 @@ def test_errors_name_the_argument(wrong, error, named):
 def test_errors_of_text_term():
     with pytest.raises(ValueError, match=r"text_term: weight must be \[D', 2D\]"):
         text_term(torch.ones(5, 4), torch.ones(3, 4))
-
-
-# --- GPU code --------------------------------------------------------------------------------------------------------
-
-
-def _aot_request(kernel: str, dtype: str, arch: int) -> AotRequest:
-    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    blocks = import_module("zs3fast.kernels.relationship_descriptor").blocks(kernel, torch_dtype, 171, 512, 512)
-    warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
-    pointers, strides, sizes, ones = {
-        "fwd": (
-            ("text", "visual", "weight", "term", "out"),
-            ("t_c", "v_r", "w_o", "m_c"),
-            ("rows", "C", "D", "wide"),
-            ("t_d", "v_d", "w_d", "m_o"),
-        ),
-        "bwd": (
-            ("grad", "weight", "factor", "out"),
-            ("g_x", "g_y", "w_o", "f_y"),
-            ("X", "Y", "D", "wide"),
-            ("g_o", "w_d", "f_d"),
-        ),
-    }[kernel]
-    signature = {name: f"*{dtype}" for name in pointers} | {name: "i32" for name in strides + sizes}
-    constexprs = {name: 1 for name in ones} | {"PRECISION": "ieee"} | blocks
-    name = f"zs3fast.kernels.relationship_descriptor:relationship_descriptor_{kernel}_kernel"
-    return AotRequest(name, signature, constexprs, arch, warps, stages, (*strides, "D", "wide"))
-
-
-def test_gpu_code_is_clean():
-    """Both kernels for sm_80, sm_90 and sm_100: no spills, and tensor cores for half types (fp32 is exact, without)."""
-    pytest.importorskip("triton")
-    asked = [_aot_request(k, dtype, arch) for k in ("fwd", "bwd") for dtype in ("fp32", "fp16") for arch in ARCHS]
-    asked += [_aot_request(k, "bf16", 90) for k in ("fwd", "bwd")]
-    for request, report in zip(asked, compile_all(asked), strict=True):
-        report.assert_clean(tensor_cores=request.signature["weight"] != "*fp32")

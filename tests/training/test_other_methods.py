@@ -187,8 +187,10 @@ def test_shuffled_templates_train(tmp_path: Path) -> None:
     assert tokens.shape == (4, 21, 64)
     encoder = TextEncoder.from_open_clip(CLIP, str(tmp_path / "clip.safetensors"))
     expected = encoder.encode(["cow"], ["an image of a {}."], text_token=model.text_token)[0]
-    assert torch.equal(tokens[2, dataset.class_names.index("cow")], expected)
-    assert torch.equal(text_embeddings(config, dataset, model), tokens[0])
+    # rows encoded in batches of different sizes agree to rounding: a matrix product may sum in another order
+    close = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(tokens[2, dataset.class_names.index("cow")], expected, **close)
+    torch.testing.assert_close(text_embeddings(config, dataset, model), tokens[0], **close)
     step = build_step(config, dataset, model, tokens[0], torch.device("cpu"))
     assert torch.equal(step.prompts, tokens)
     assert len(losses(train(config).folder)) == 6
