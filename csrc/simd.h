@@ -79,7 +79,7 @@ void gemm_panel(int64_t M, int64_t K, const float* a, int64_t row, int64_t col, 
   }
 }
 
-void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t row, int64_t col, const float* b, int64_t ldb,
+[[maybe_unused]] void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t row, int64_t col, const float* b, int64_t ldb,
           float* c, int64_t ldc, bool accumulate) {
   int64_t j = 0;
   for (; j + kVectors * kLanes <= N; j += kVectors * kLanes)

@@ -124,7 +124,8 @@ def test_nothing_in_nothing_out(backend):
     _skip_unless_possible(backend, q)
     with use_backend(backend):
         output = self_similarity_attention(q, k, v, similarity="kk", scale=0.3, grid=(3, 4))
-        assert output.shape == (0, 2, 12, 8)
+    assert output.shape == (0, 2, 12, 8)
+    with use_backend("auto"):  # there is one backward pass, in plain torch
         assert torch.autograd.grad(output.sum(), k)[0].shape == k.shape
 
 
@@ -209,8 +210,10 @@ def test_gradients(similarity):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_opcheck(backend):
-    q, k, v = (x.requires_grad_() for x in _inputs((2, 2, (3, 4), 8, 1)))
+    q, k, v = _inputs((2, 2, (3, 4), 8, 1))
     _skip_unless_possible(backend, q)
+    if backend == "reference":  # which has the one backward pass
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
     with use_backend(backend):
         for std in (None, 2.0):
             args = (q, k, v, "qq+kk", 0.3, (3, 4), 1, std)
@@ -244,13 +247,13 @@ def test_autocast_multiplies_half_types():
         ({"num_prefix": 1.0}, TypeError, "num_prefix: expected an int"),
         ({"std": 0.0}, ValueError, "std: expected a positive number of patches, got 0.0"),
         ({"std": float("nan")}, ValueError, "std: expected a positive"),
-        ({"std": "5"}, TypeError, "std: expected a number or None"),
-        ({"scale": None}, TypeError, "scale: expected a number"),
+        ({"std": "5"}, TypeError, "std must be a number or None"),
+        ({"scale": None}, TypeError, "scale must be a number"),
         ({"k": torch.zeros(1, 2, 12, 8)}, ValueError, "k: expected q's shape"),
-        ({"v": torch.zeros(1, 2, 13, 8, dtype=torch.float64)}, TypeError, "v: expected q's dtype"),
-        ({"q": torch.zeros(2, 13, 8)}, ValueError, "q: expected \\[B, heads, tokens, dh\\]"),
-        ({"q": [1.0]}, TypeError, "q: expected a tensor"),
-        ({"q": torch.zeros(1, 2, 13, 8, dtype=torch.int64)}, TypeError, "q: expected floating point"),
+        ({"v": torch.zeros(1, 2, 13, 8, dtype=torch.float64)}, TypeError, "v must have q.s dtype"),
+        ({"q": torch.zeros(2, 13, 8)}, ValueError, "q must be \\[B, heads, tokens, dh\\]"),
+        ({"q": [1.0]}, TypeError, "q must be a tensor"),
+        ({"q": torch.zeros(1, 2, 13, 8, dtype=torch.int64)}, TypeError, "q must be floating point"),
     ],
 )
 def test_bad_requests(change, error, message):

@@ -9,6 +9,7 @@ from zs3fast.ops.masks_to_bits import masks_to_bits
 from zs3fast.ops.masks_to_labels import masks_to_labels
 from zs3fast.ops.proposal_attention import proposal_attention
 from zs3fast.ops.proposals_to_labels import proposals_to_labels
+from zs3fast.ops.refine_maps import refine_maps, refine_maps_to_labels
 from zs3fast.ops.region_bridge_attention import region_bridge_attention
 from zs3fast.ops.relationship_descriptor import relationship_descriptor
 from zs3fast.ops.self_similarity_attention import self_similarity_attention
@@ -23,6 +24,8 @@ __all__ = [
     "proposal_attention",
     "proposals_to_labels",
     "region_bridge_attention",
+    "refine_maps",
+    "refine_maps_to_labels",
     "relationship_descriptor",
     "self_similarity_attention",
     "unpack_bits",

@@ -13,12 +13,16 @@ N = 4096 with 12 heads, and omega itself another 64 MiB.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.ops import _dispatch, _matmul
+from zs3fast.ops import _flops, _matmul
+from zs3fast.ops._attention import accumulator, as_heads, check_heads, cpp_objections, empty_heads
+from zs3fast.ops._checks import check_number, is_int
+from zs3fast.ops._register import Backward, register_op
 
 OP = "self_similarity_attention"
 _PAIRS = {"qq": ("qq",), "kk": ("kk",), "qq+kk": ("qq", "kk"), "qk": ("qk",)}
@@ -110,37 +114,23 @@ def _check(
     num_prefix: int,
     std: float | None,
 ) -> None:
-    for label, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{OP}: {label}: expected a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{OP}: {label}: expected floating point, got {x.dtype}")
-        if x.ndim != 4:
-            raise ValueError(f"{OP}: {label}: expected [B, heads, tokens, dh], got shape {list(x.shape)}")
-        if x.dtype != q.dtype and not _matmul.autocasting(q):
-            raise TypeError(f"{OP}: {label}: expected q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{OP}: {label}: expected q's device {q.device}, got {x.device}")
+    check_heads(OP, q, k=k, v=v)
     if similarity not in SIMILARITIES:
         raise ValueError(f"{OP}: similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
-    if not _is_number(scale):
-        raise TypeError(f"{OP}: scale: expected a number, got {type(scale).__name__}")
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(map(_is_int, grid)):
+    check_number(OP, "scale", scale)
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(map(is_int, grid)):
         raise TypeError(f"{OP}: grid: expected two ints (h, w), got {grid!r}")
     if grid[0] < 1 or grid[1] < 1:
         raise ValueError(f"{OP}: grid: expected at least (1, 1), got {tuple(grid)}")
-    if not _is_int(num_prefix):
+    if not is_int(num_prefix):
         raise TypeError(f"{OP}: num_prefix: expected an int, got {type(num_prefix).__name__}")
     if num_prefix < 0:
         raise ValueError(f"{OP}: num_prefix: expected 0 or more, got {num_prefix}")
-    if std is not None:
-        if not _is_number(std):
-            raise TypeError(f"{OP}: std: expected a number or None, got {type(std).__name__}")
-        if not 0 < std < math.inf:
-            raise ValueError(f"{OP}: std: expected a positive number of patches, got {std}")
-    B, heads, _, dh = q.shape
+    check_number(OP, "std", std, optional=True)
+    if std is not None and not 0 < std < math.inf:
+        raise ValueError(f"{OP}: std: expected a positive number of patches, got {std}")
     tokens = num_prefix + grid[0] * grid[1]
-    if heads < 1 or dh < 1 or q.shape[2] != tokens:
+    if q.shape[2] != tokens:
         raise ValueError(
             f"{OP}: q: expected [B, heads, {tokens}, dh], {num_prefix} prefix tokens and {grid[0]} x {grid[1]} "
             f"patches, got shape {list(q.shape)}"
@@ -150,81 +140,102 @@ def _check(
             raise ValueError(f"{OP}: {label}: expected q's shape {list(q.shape)}, got {list(x.shape)}")
 
 
-def _is_int(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-def _is_number(n: object) -> bool:
-    return isinstance(n, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(n, bool)
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    similarity: str,
+    scale: float,
+    grid: tuple[int, int],
+    num_prefix: int,
+    std: float | None,
+) -> Tensor:
+    return empty_heads(v[:, :, num_prefix:])
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
-
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, str similarity, float scale, SymInt[2] grid, SymInt num_prefix, float? std)"
-    " -> Tensor"
-)
-for _namespace in ("zs3fast", "zs3fast_cpp"):
-    torch.library.define(f"{_namespace}::{OP}", _SCHEMA)
-
-
-@torch.library.impl(f"zs3fast::{OP}", "default")
-def _run(*args):
-    return _dispatch.call(OP, *args)
+def _reference_run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    similarity: str,
+    scale: float,
+    grid: tuple[int, int],
+    num_prefix: int,
+    std: float | None,
+) -> Tensor:
+    return as_heads(reference(q, k, v, similarity=similarity, scale=scale, grid=grid, num_prefix=num_prefix, std=std))
 
 
-def _empty(v: Tensor, num_prefix: int) -> Tensor:
-    """[B, heads, N, dh] lying in memory as [B, N, heads, dh]: joining the heads is a view."""
-    return v.new_empty(v.shape[0], v.shape[2] - num_prefix, v.shape[1], v.shape[3]).transpose(1, 2)
+def _count(
+    q: _flops.Shape, k: _flops.Shape, v: _flops.Shape, similarity: str, _scale: float, _grid: Any, prefix: int, *_: Any
+) -> int:
+    B, heads, tokens, dh = q
+    return len(_PAIRS[similarity]) * B * _flops.attention(tokens - prefix, tokens, heads, dh, 2)
 
 
-@torch.library.register_fake(f"zs3fast::{OP}")
-def _fake(q, k, v, similarity, scale, grid, num_prefix, std):
-    return _empty(v, num_prefix)
-
-
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
     ctx.arguments = inputs[3:]
 
 
-def _autograd(ctx, grad_output):
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.zs3fast.self_similarity_attention_backward(grad_output, *ctx.saved_tensors, *ctx.arguments)
+    return *grads, None, None, None, None, None
+
+
+def _fake_backward(
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, *_arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_heads(q), empty_heads(k), empty_heads(v)
+
+
+def _reference_backward(
+    grad_output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    similarity: str,
+    scale: float,
+    grid: tuple[int, int],
+    num_prefix: int,
+    std: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dS = P (dP - sum P dP) * scale for each pair, with its scores stored; half types accumulate in fp32."""
-    similarity, scale, grid, num_prefix, std = ctx.arguments
-    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in ctx.saved_tensors)
-    grad = grad_output.to(q.dtype)
+    dtype, wide = q.dtype, accumulator(q.dtype)
+    grad, q, k, v = (x.to(wide) for x in (grad_output, q, k, v))
     tokens, grads, dv = {"q": q, "k": k}, {"q": torch.zeros_like(q), "k": torch.zeros_like(k)}, torch.zeros_like(v)
     for left, right in _PAIRS[similarity]:
         p = _probabilities(tokens[left], tokens[right], scale, grid, num_prefix, std)
         dp = grad @ v.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         dv = dv + p.mT @ grad
-        patch_rows = F.pad(ds @ tokens[right], (0, 0, num_prefix, 0))
-        grads[left] = grads[left] + patch_rows
+        grads[left] = grads[left] + F.pad(ds @ tokens[right], (0, 0, num_prefix, 0))
         grads[right] = grads[right] + ds.mT @ tokens[left][:, :, num_prefix:]
-    return *(x.to(grad_output.dtype) for x in (grads["q"], grads["k"], dv)), None, None, None, None, None
+    dq, dk, dv = (as_heads(x.to(dtype)) for x in (grads["q"], grads["k"], dv))
+    return dq, dk, dv
 
 
-torch.library.register_autograd(f"zs3fast::{OP}", _autograd, setup_context=_setup_context)
+def _count_backward(_grad: _flops.Shape, *arguments: Any) -> int:
+    return 5 * _count(*arguments) // 2
 
 
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
-def _reference_run(q, k, v, similarity, scale, grid, num_prefix, std):
-    output = _empty(v, num_prefix)
-    return output.copy_(
-        reference(q, k, v, similarity=similarity, scale=scale, grid=grid, num_prefix=num_prefix, std=std)
-    )
-
-
-def _cpp_run(*args):
-    return torch.ops.zs3fast_cpp.self_similarity_attention(*args)
-
-
-def _cpp_objections(q: Tensor, *_args: object) -> list[str]:
-    return _dispatch.cpp_objections(q, (torch.float32, torch.float16, torch.bfloat16))
-
-
-_dispatch.register(OP, "reference", _reference_run, _dispatch.never)
-_dispatch.register(OP, "cpp", _cpp_run, _cpp_objections)
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, str similarity, float scale, SymInt[2] grid, SymInt num_prefix, float? std"
+register_op(
+    OP,
+    schema=f"({_ARGUMENTS}) -> Tensor",
+    fake=_fake,
+    reference=_reference_run,
+    flops=_count,
+    backends={"cpp": cpp_objections},
+    backward=Backward(
+        schema=f"(Tensor grad_output, {_ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        fake=_fake_backward,
+        reference=_reference_backward,
+        flops=_count_backward,
+        setup_context=_setup_context,
+        gradients=_gradients,
+    ),
+)
