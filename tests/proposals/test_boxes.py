@@ -228,3 +228,30 @@ def test_boxes_that_are_no_numbers(boxes):
         make_boxes(boxes, ["cat"], SIZE)
     with pytest.raises(ValueError, match=r"scores: expected numbers \[K\], got \['high'\]"):
         make_boxes([[1, 2, 3, 4]], ["cat"], SIZE, scores=["high"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{",
+        "null",
+        '{"pictures": 5}',
+        '{"pictures": [5]}',
+        '{"pictures": [{"file_name": "a", "width": 1e999, "height": 3, "boxes": []}]}',
+        '{"pictures": [{"file_name": "a", "width": NaN, "height": 3, "boxes": []}]}',
+        '{"pictures": [{"file_name": "a", "width": "wide", "height": 3, "boxes": []}]}',
+        '{"pictures": [{"file_name": "a", "width": 4, "height": 3, "boxes": [{"box": [0, 0, 1e999, 1], "name": ""}]}]}',
+        '{"pictures": [{"file_name": "a", "width": 4, "height": 3, "boxes": [{"box": [0, 0, 1], "name": "x"}]}]}',
+        '{"pictures": [{"file_name": "a", "width": 4, "height": 3, "boxes": [{"box": 7, "name": "x"}]}]}',
+        '{"pictures": [{"file_name": ["a"], "boxes": []}]}',
+        '{"images": [{"id": 1, "file_name": "a", "width": 1e999, "height": 3}], "annotations": [], "categories": []}',
+        '{"images": [], "annotations": [{"image_id": [1]}], "categories": []}',
+    ],
+    ids=range(14),
+)
+def test_json_that_holds_anything_names_the_file(tmp_path, text):
+    """1e999 is infinity, whose int() is an OverflowError; deep nesting is a RecursionError."""
+    (tmp_path / "boxes.json").write_text(text)
+    with pytest.raises(ValueError, match="boxes.json"):
+        box_file(tmp_path / "boxes.json", "a", (3, 4))

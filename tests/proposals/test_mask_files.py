@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+import zipfile
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from zs3fast.proposals import FileMaskProposer, from_masks, load_mask_proposer, mask_files
+from zs3fast.text import load_text_embeddings
 
 SIZE = (64, 96)
 FRAME = {"short_side": 64}
@@ -105,13 +109,93 @@ def test_bad_files(tmp_path):
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "e.png")
     refuse(tmp_path / "e.png", ValueError, "e.png: masks: expected at least one proposal, got none")
     (tmp_path / "f.png").write_bytes((tmp_path / "e.png").read_bytes()[:40])
-    refuse(tmp_path / "f.png", ValueError, "f.png is not a readable picture")
+    refuse(tmp_path / "f.png", ValueError, "masks: .*f.png is not a picture")
     (tmp_path / "g").mkdir()
     Image.fromarray(np.ones(SIZE, np.uint8)).save(tmp_path / "g" / "0.png")
     Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "g" / "1.png")
     refuse(tmp_path / "g", ValueError, r"1.png is \(8, 8\), 0.png is \(64, 96\)")
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_mask_proposer(f"files:{tmp_path / 'nowhere'}")
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    """A .npy file whose header says anything."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def npz(path, **files: bytes) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(f"{name}.npy", data)
+
+
+BAD_HEADERS = [
+    "{'descr': '|b1', 'fortran_order': False, 'shape': (1, 8",  # cut off: a TokenError of Python's tokenizer
+    "{'descr': '|b1', 'fortran_order': False, 'shape': (1000000000, 64, 96), }",
+    "{'descr': '|b1', 'fortran_order': False, 'shape': (-1, 64, 96), }",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (1, 64, 96), }",
+    "{'descr': '<M8[s]', 'fortran_order': False, 'shape': (1, 64, 96), }",
+    "{'descr': '<U3', 'fortran_order': False, 'shape': (0, 64, 96), }",
+    "{'descr': '<c8', 'fortran_order': False, 'shape': (0, 64, 96), }",
+    "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (0, 64, 96), }",
+    "(" * 5000,
+]
+
+
+@pytest.mark.parametrize("header", BAD_HEADERS, ids=range(len(BAD_HEADERS)))
+def test_headers_that_lie_are_refused_by_name(tmp_path, header):
+    npz(tmp_path / "a.npz", masks=npy(header, b"\1" * 100))
+    (tmp_path / "a.npy").write_bytes(npy(header, b"\1" * 100))
+    with pytest.raises(ValueError, match="a.npz"):
+        mask_files(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="text_embeddings: .*a.npy"):
+        load_text_embeddings(tmp_path / "a.npy")
+
+
+def test_a_damaged_stream_is_refused_by_name(tmp_path):
+    """zlib.error is no ValueError."""
+    np.savez_compressed(tmp_path / "a.npz", masks=np.random.default_rng(0).random((3, *SIZE)) > 0.5)
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    for at in range(100, len(data) - 100, 97):
+        data[at] ^= 255
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(ValueError, match="a.npz is not a readable .npz file"):
+        mask_files(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("field", ["masks", "quality", "class_scores"])
+@pytest.mark.parametrize("odd", [np.array(["x", "y", "z"]), np.array(["2020-01-01"] * 3, "M8[D]"), np.ones(3, "c8")])
+def test_strings_and_dates_are_no_numbers(tmp_path, field, odd):
+    np.savez(tmp_path / "a.npz", **{"masks": masks(), "class_names": ["a"], field: odd})
+    with pytest.raises(ValueError, match="a.npz"):
+        FileMaskProposer(tmp_path / "a.npz")([picture()])
+
+
+def test_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    """18 kB asked for 14 GB, 2.9 MB for 7.7 GB: what they claim is compared with the limit first."""
+    monkeypatch.setenv("ZS3FAST_FILE_LIMIT", "4")
+    message = "would take .* MiB, a file may unpack to 4; set ZS3FAST_FILE_LIMIT"
+    np.savez_compressed(tmp_path / "a.npz", masks=np.zeros((100, 300, 300), bool))
+    with pytest.raises(ValueError, match=f"a.npz: its arrays {message}"):
+        mask_files(tmp_path / "a.npz")
+    Image.fromarray(np.arange(300 * 300, dtype=np.uint16).reshape(300, 300) // 100).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=f"b.png: 900 masks of 300 x 300 {message}".replace("900", r"\d+")):
+        mask_files(tmp_path / "b.png")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "c.png")
+    with pytest.raises(ValueError, match=f"c.png: 63 masks of 640 x 640 {message}"):
+        mask_files(tmp_path / "c.png")
+    (tmp_path / "d").mkdir()
+    for index in range(60):
+        Image.fromarray(np.ones((300, 300), np.uint8)).save(tmp_path / "d" / f"{index}.png")
+    with pytest.raises(ValueError, match=f"d: 60 masks of 300 x 300 {message}"):
+        mask_files(tmp_path / "d")
+
+
+def test_hidden_files_are_no_masks(tmp_path):
+    Image.fromarray(masks()[0]).save(tmp_path / "0.png")
+    (tmp_path / "._0.png").write_bytes(b"\0\5\x16\7")
+    assert mask_files(tmp_path, **FRAME).masks.shape[1] == 1
 
 
 def test_masks_of_another_picture(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,8 @@ import numpy as np
 from zs3fast.proposals.boxes import make_boxes
 from zs3fast.proposals.frames import check_picture
 from zs3fast.types import BoxProposals
+from zs3fast.utils.errors import FileFormatError
+from zs3fast.utils.text_files import read_json
 
 
 def box_file(
@@ -43,12 +44,7 @@ class FileBoxProposer:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"boxes: no file {self.path}")
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:  # bad JSON, or not UTF-8
-            raise ValueError(f"boxes: {self.path} is not JSON ({error})") from None
+        content = read_json(self.path, "boxes")
         readers: dict[str, Callable[[dict[str, Any]], None]] = {"pictures": self._simple, "annotations": self._coco}
         key = next((key for key in readers if isinstance(content, dict) and isinstance(content.get(key), list)), None)
         if key is None:
@@ -58,9 +54,12 @@ class FileBoxProposer:
         try:
             readers[key](content)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise FileFormatError(
                 f"boxes: {self.path} is not in a known format, an entry lacks or misnames {error}; see FileBoxProposer"
             ) from None
+        except (OverflowError, ValueError) as error:
+            reason = str(error).removeprefix(f"boxes: {self.path}").lstrip(": ")
+            raise FileFormatError(f"boxes: {self.path}: {reason}") from None
         self.file_names = tuple(self._pictures)
 
     def __call__(self, picture: np.ndarray, name: str | None = None) -> BoxProposals:
@@ -103,7 +102,7 @@ class FileBoxProposer:
             sides = (picture.get("height"), picture.get("width"))
             self._add(
                 picture["file_name"],
-                size=None if None in sides else (int(sides[0]), int(sides[1])),
+                size=None if None in sides else (_side(sides[0]), _side(sides[1])),
                 boxes=[box["box"] for box in boxes],
                 names=[str(box["name"]) for box in boxes],
                 scores=[box.get("score", 1.0) for box in boxes],
@@ -117,7 +116,7 @@ class FileBoxProposer:
         names = {}
         for image in content["images"]:
             names[image["id"]] = image["file_name"]
-            size = (int(image["height"]), int(image["width"]))
+            size = (_side(image["height"]), _side(image["width"]))
             self._add(image["file_name"], size=size, boxes=[], names=[], scores=[])
         flat = 0
         for annotation in content["annotations"]:
@@ -138,3 +137,10 @@ class FileBoxProposer:
         if name in self._pictures:
             raise ValueError(f"boxes: {self.path} has the picture {name!r} twice")
         self._pictures[name] = entry
+
+
+def _side(value: Any) -> int:
+    """A height or width of an image; JSON's numbers may be anything, also infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or not 1 <= value <= 2**31:
+        raise ValueError(f"expected a height and a width of at least 1, got {value!r:.80}")
+    return int(value)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zs3fast.proposals.frames import check_pictures
+from zs3fast.proposals.frames import check_pictures, frame_size
 from zs3fast.proposals.masks import from_masks
 from zs3fast.types import Proposals
+from zs3fast.utils.arrays import read_npz
+from zs3fast.utils.errors import FileFormatError
+from zs3fast.utils.files import hidden
+from zs3fast.utils.images import read_mask_file
+from zs3fast.utils.limits import check_unpacked
 
 
 def mask_files(path: str | os.PathLike[str], **frame: Any) -> Proposals:
@@ -31,11 +35,7 @@ def mask_files(path: str | os.PathLike[str], **frame: Any) -> Proposals:
         FileNotFoundError: no such file. ValueError: a file that cannot be read, or with other arrays, naming it.
     """
     path = Path(path)
-    content = _read(path)
-    try:
-        return from_masks(**content, **frame)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from None
+    return _on_frame(path, _read(path), frame)
 
 
 class FileMaskProposer:
@@ -77,11 +77,10 @@ class FileMaskProposer:
                 raise ValueError(f"masks: only some of the files under {self.path} have {key}")
             if given:
                 joined[key] = given
-        sizes = [picture.shape[:2] for picture in pictures]
-        try:
-            return from_masks(**joined, class_names=contents[0].get("class_names"), original_sizes=sizes, **self.frame)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{self.path}: {error}") from None
+        if "class_names" in contents[0]:
+            joined["class_names"] = contents[0]["class_names"]
+        joined["original_sizes"] = [picture.shape[:2] for picture in pictures]
+        return _on_frame(self.path, joined, self.frame)
 
     def _file_of(self, name: str | None) -> Path:
         stem = None if name is None else Path(name).stem
@@ -96,53 +95,75 @@ class FileMaskProposer:
         raise FileNotFoundError(f"masks: for the picture {name}, none of {', '.join(map(str, candidates))} exists")
 
 
+def _on_frame(path: Path, content: dict[str, Any], frame: dict[str, Any]) -> Proposals:
+    """The masks of one or several images on their frame; errors name the file or folder."""
+    most = max(len(masks) for masks in content["masks"])
+    sides = {key: frame[key] for key in ("short_side", "long_side") if key in frame}
+    sizes = [frame_size(masks.shape[1:], **sides) for masks in content["masks"] if 0 not in masks.shape[1:]]
+    height, width = (max((size[axis] for size in sizes), default=0) for axis in (0, 1))
+    needed = len(content["masks"]) * most * height * width * 4
+    check_unpacked(needed, f"masks: {path}", f"{most} masks of {height} x {width}")
+    try:
+        return from_masks(**content, **frame)
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"{path}: {error}") from None
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """Arguments of `from_masks`, each a list of one picture's."""
+    """Arguments of `from_masks`, each a list of one image's."""
     if not path.exists():
         raise FileNotFoundError(f"masks: no file or folder {path}")
     if path.is_dir():
-        files = sorted(path.glob("*.png"))
-        if not files:
-            raise ValueError(f"masks: the folder {path} holds no .png file")
-        masks = [_read_png(file) != 0 for file in files]
-        for file, mask in zip(files, masks):
-            if mask.shape != masks[0].shape:
-                raise ValueError(f"masks: {file} is {mask.shape}, {files[0].name} is {masks[0].shape}")
-        return {"masks": [np.stack(masks)]}
+        return {"masks": [_read_folder(path)]}
     if path.suffix == ".npz":
         return _read_npz(path)
     if path.suffix == ".png":
-        regions = _read_png(path)
+        regions, _ = read_mask_file(path, "masks", grey=True)
         values = [value for value in np.unique(regions) if value != 0]
-        return {
-            "masks": [np.stack([regions == value for value in values]) if values else np.zeros((0, *regions.shape))]
-        }
+        check_unpacked(len(values) * regions.size, f"masks: {path}", f"{len(values)} masks of {_size(regions)}")
+        masks = np.zeros((len(values), *regions.shape), bool)
+        for mask, value in zip(masks, values):
+            np.equal(regions, value, out=mask)
+        return {"masks": [masks]}
     raise ValueError(f"masks: expected a .npz file, a .png file or a folder of .png files, got {path}")
+
+
+def _read_folder(path: Path) -> np.ndarray:
+    files = sorted(file for file in path.glob("*.png") if not hidden(file.name))
+    if not files:
+        raise ValueError(f"masks: the folder {path} holds no .png file")
+    masks: np.ndarray | None = None
+    for index, file in enumerate(files):
+        mask = read_mask_file(file, "masks", grey=True)[0] != 0
+        if masks is None:
+            check_unpacked(len(files) * mask.size, f"masks: {path}", f"{len(files)} masks of {_size(mask)}")
+            masks = np.zeros((len(files), *mask.shape), bool)
+        if mask.shape != masks.shape[1:]:
+            raise ValueError(f"masks: {file} is {mask.shape}, {files[0].name} is {masks.shape[1:]}")
+        masks[index] = mask
+    assert masks is not None
+    return masks
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
     known = ("masks", "quality", "class_scores", "class_names")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"masks: {path} is not a readable .npz file of plain arrays ({error})") from None
+    arrays = read_npz(path, "masks")
     if "masks" not in arrays or set(arrays) - set(known):
         raise ValueError(f"masks: {path} holds {sorted(arrays)}, expected `masks` and perhaps {', '.join(known[1:])}")
     content: dict[str, Any] = {name: [arrays[name]] for name in known[:3] if name in arrays}
+    odd = next((name for name in content if content[name][0].dtype.kind not in "biuf"), None)
+    if odd is not None:
+        raise FileFormatError(f"masks: {path} holds {content[odd][0].dtype} as {odd}, expected numbers")
+    if arrays["masks"].ndim != 3:
+        raise FileFormatError(f"masks: {path} has masks {list(arrays['masks'].shape)}, expected [Nq, H, W]")
     if "class_names" in arrays:
-        content["class_names"] = tuple(str(name) for name in arrays["class_names"])
+        names = arrays["class_names"]
+        if names.ndim != 1 or names.dtype.kind not in "US":
+            raise FileFormatError(f"masks: {path} has class_names {names.dtype} {list(names.shape)}, expected K names")
+        words = names.tolist()
+        content["class_names"] = tuple(w.decode("utf-8", "replace") if isinstance(w, bytes) else w for w in words)
     return content
 
 
-def _read_png(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            array = np.asarray(image.convert("L") if image.mode in ("1", "LA", "RGB", "RGBA") else image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"masks: {path} is not a readable picture ({error})") from None
-    if array.ndim != 2:
-        raise ValueError(f"masks: {path} has {array.shape[2]} channels, expected one")
-    return array
+def _size(array: np.ndarray) -> str:
+    return " x ".join(map(str, array.shape))

@@ -14,6 +14,9 @@ from zs3fast.proposals.components import label_masks
 from zs3fast.proposals.frames import DIVISOR, LONG_SIDE, SHORT_SIDE, frame_size, padded_size
 from zs3fast.types import Proposals
 
+_AT_ONCE = 8
+_CHECKED = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)  # checked as they are
+
 
 @runtime_checkable
 class MaskProposer(Protocol):
@@ -193,8 +196,10 @@ def _mask_rows(item: Tensor | np.ndarray, name: str) -> Tensor:
     tensor = torch.as_tensor(item)
     if tensor.dim() != 3 or 0 in tensor.shape[1:]:
         raise ValueError(f"{name}: expected [Nq, H, W] with pixels in it, got {list(tensor.shape)}")
-    _check_values(tensor.float(), name)
-    return tensor.float()
+    if tensor.dtype not in _CHECKED:
+        tensor = tensor.float()
+    _check_values(tensor, name)
+    return tensor
 
 
 def _on_frame(
@@ -210,13 +215,17 @@ def _on_frame(
     """Masks [Nq_i, H_i, W_i] at their pictures' sizes -> resized, padded and stacked."""
     originals = [(int(item.shape[1]), int(item.shape[2])) for item in rows]
     sizes = [frame_size(size, short_side, long_side) for size in originals]
-    resized = [
-        F.interpolate(item[None], size=size, mode="bilinear", antialias=True)[0].clamp_(0, 1)
-        if len(item)  # interpolate takes no empty batch
-        else item.new_zeros(0, *size)
-        for item, size in zip(rows, sizes)
-    ]
+    resized = [_resized(item, size) for item, size in zip(rows, sizes)]
     return stack_masks(resized, originals, padded_size(sizes, divisor), class_scores, class_names, quality)
+
+
+def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks [Nq, H, W] of any type as float32 [Nq, *size], some at a time: photos have millions of pixels."""
+    result = torch.zeros(len(masks), *size, device=masks.device)
+    for few, part in zip(masks.split(_AT_ONCE), result.split(_AT_ONCE)):
+        if len(few):  # interpolate takes no empty batch
+            part.copy_(F.interpolate(few[None].float(), size=size, mode="bilinear", antialias=True)[0].clamp_(0, 1))
+    return result
 
 
 def stack_masks(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from zs3fast.utils.arrays import read_npy
 
 
 def load_text_embeddings(path: str | os.PathLike[str], num_classes: int | None = None) -> Tensor:
@@ -22,12 +23,7 @@ def load_text_embeddings(path: str | os.PathLike[str], num_classes: int | None =
         ValueError: not a .npy file, truncated, pickled objects, another shape or dtype, or values that are not finite.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise ValueError(f"text_embeddings: {path} is not a whole .npy file of plain numbers ({error})") from None
+    array = read_npy(path, "text_embeddings")
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise ValueError(f"text_embeddings: {path} holds {array.dtype}, expected float16, float32 or float64")
     if array.ndim != 2 or 0 in array.shape:

@@ -82,7 +82,7 @@ def read_image_file(path: Path, what: str = "image") -> tuple[np.ndarray, int]:
         return pixels, orientation if orientation in range(2, 9) else 1
 
 
-def read_mask_file(path: Path, what: str = "labels") -> tuple[np.ndarray, str | None]:
+def read_mask_file(path: Path, what: str = "labels", grey: bool = False) -> tuple[np.ndarray, str | None]:
     """The numbers that a mask stores, [H, W] of an integer type, and a note on what may be meant otherwise.
 
     Of a palette image these are the indices. Greys of 1, 2 and 4 bits are the numbers 0, 1, 2, ... that lie in the
@@ -90,11 +90,14 @@ def read_mask_file(path: Path, what: str = "labels") -> tuple[np.ndarray, str | 
 
     Args:
         what: what errors call it.
+        grey: of an image in colours, take the greys; its transparency is not looked at.
     Raises:
         FileNotFoundError: no such file.  ImageError: unreadable, or in colours; the message names the file.
     """
     name = f"{what}: {path}"
     with _opened(path, name) as image:
+        if grey and image.mode in ("LA", "RGB", "RGBA"):
+            return np.asarray(image.convert("L")), None
         if image.mode not in ("1", "L", "P", *_SIXTEEN):
             raise ImageError(f"{name} is a picture of mode {image.mode}, expected class indices in one channel")
         top = _largest_grey(image)
