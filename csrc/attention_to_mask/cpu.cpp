@@ -10,26 +10,19 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 
 #include "attention_to_mask/kernel.h"
+#include "checks.h"
+#include "heads.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace zs3fast::attention_to_mask {
 namespace {
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512: return kernels_avx512;
-    case Isa::avx2: return kernels_avx2;
-    default: break;
-  }
-#endif
-  return kernels_baseline;
-}
+const Kernels& kernels() { return ZS3FAST_FOR_ISA(); }
 
 template <class T>
 Heads<T> heads_of(const at::Tensor& x) {
@@ -48,21 +41,24 @@ Dropout dropout_of(double p, const std::optional<at::Tensor>& seed) {
           static_cast<uint32_t>(key >> 32), static_cast<float>(1.0 / (1.0 - p))};
 }
 
-// [B, heads, rows, dh] lying in memory as [B, rows, heads, dh]: what the next linear layer reads without a copy.
-at::Tensor empty_heads(const at::Tensor& like) {
-  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
-}
+constexpr char kOp[] = "attention_to_mask";
 
-struct Scratch {
-  explicit Scratch(int64_t floats) : data(new (std::align_val_t(64)) float[floats]) {}
-  ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  float* data;
-};
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double dropout_p,
+           const std::optional<at::Tensor>& seed) {
+  check_floats(kOp, "q", q, at::kCPU, {kAny, kAny, kAny, kAny});
+  const int64_t B = q.size(0), heads = q.size(1), N = k.dim() == 4 ? k.size(2) : kAny, dh = q.size(3);
+  check_floats(kOp, "k", k, at::kCPU, {B, heads, N, dh});
+  check_floats(kOp, "v", v, at::kCPU, {B, heads, N, dh});
+  TORCH_CHECK_VALUE(heads >= 1 && dh >= 1 && N >= 1, kOp, ": heads, dh and N must be at least 1, got q ", q.sizes(),
+                    " and k ", k.sizes());
+  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p < 1, kOp, ": dropout_p must be in [0, 1), got ", dropout_p);
+  if (seed.has_value()) check_tensor(kOp, "seed", *seed, at::kCPU, {});
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tensor& k_in,
                                                        const at::Tensor& v_in, double scale, double dropout_p,
                                                        const std::optional<at::Tensor>& seed, bool need_masks) {
+  check(q_in, k_in, v_in, dropout_p, seed);
   // half types are computed in fp32: their inputs are small beside the scores that are never stored
   const auto q = q_in.to(at::kFloat), k = k_in.to(at::kFloat), v = v_in.to(at::kFloat);
   const Sizes size = sizes_of(q, k);
@@ -86,11 +82,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& q_in, c
                   heads_of<const float>(k), heads_of<const float>(v), heads_of<float>(output),
                   fused ? masks.data_ptr<float>() : nullptr, lse.data_ptr<float>()};
   at::parallel_for(0, size.batch * groups * blocks, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kernel.forward_scratch(size, heads, step));
+    ScratchArena scratch = ScratchArena::of_floats(kernel.forward_scratch(size, heads, step));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c0 = task % blocks * step, group = task / blocks % groups, b = task / blocks / groups;
       const int64_t c1 = std::min(c0 + step, size.classes);
-      if (c0 < c1) kernel.forward(f, b, group * heads, (group + 1) * heads, c0, c1, scratch.data);
+      if (c0 < c1) kernel.forward(f, b, group * heads, (group + 1) * heads, c0, c1, scratch.floats());
     }
   });
   if (need_masks && !fused) {
@@ -107,6 +103,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                                                         const at::Tensor& v_in, const at::Tensor& output_in,
                                                         const at::Tensor& lse, double scale, double dropout_p,
                                                         const std::optional<at::Tensor>& seed) {
+  check(q_in, k_in, v_in, dropout_p, seed);
+  const int64_t B = q_in.size(0), C = q_in.size(2);
+  check_floats(kOp, "grad_output", grad_output_in, at::kCPU, {B, q_in.size(1), C, q_in.size(3)});
+  check_floats(kOp, "output", output_in, at::kCPU, {B, q_in.size(1), C, q_in.size(3)});
+  check_floats(kOp, "lse", lse, at::kCPU, {B, q_in.size(1), C});
+  if (grad_masks_in.has_value()) check_floats(kOp, "grad_masks", *grad_masks_in, at::kCPU, {B, C, k_in.size(2)});
   const auto q = q_in.to(at::kFloat), k = k_in.to(at::kFloat), v = v_in.to(at::kFloat);
   const auto output = output_in.to(at::kFloat), grad_output = grad_output_in.to(at::kFloat);
   const auto log_sums = lse.contiguous();
@@ -128,9 +130,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                    grad_masks.defined() ? grad_masks.data_ptr<float>() : nullptr, heads_of<float>(dq),
                    heads_of<float>(dk), heads_of<float>(dv)};
   at::parallel_for(0, size.batch * size.heads, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kernel.backward_scratch(size));
+    ScratchArena scratch = ScratchArena::of_floats(kernel.backward_scratch(size));
     for (int64_t task = begin; task < end; ++task)
-      kernel.backward(g, task / size.heads, task % size.heads, scratch.data);
+      kernel.backward(g, task / size.heads, task % size.heads, scratch.floats());
   });
   return {dq.to(q_in.scalar_type()), dk.to(k_in.scalar_type()), dv.to(v_in.scalar_type())};
 }

@@ -6,26 +6,18 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "isa.h"
 #include "mask_loss/kernel.h"
+#include "scratch.h"
 
 namespace zs3fast::mask_loss {
 namespace {
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512: return kernels_avx512;
-    case Isa::avx2: return kernels_avx2;
-    default: break;
-  }
-#endif
-  return kernels_baseline;
-}
+const Kernels& kernels() { return ZS3FAST_FOR_ISA(); }
 
 int64_t round_up(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -62,13 +54,6 @@ class AxisTables {
   std::vector<float> lower_, upper_;
   std::vector<int64_t> support_;
   std::vector<float> gather_;
-};
-
-struct Scratch {
-  explicit Scratch(int64_t floats) : data(new (std::align_val_t(64)) float[floats]) {}
-  ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  float* data;
 };
 
 // Labels as int32 in rows of whole vectors, with -1 for all that is no class, and how often each class occurs in each
@@ -109,6 +94,16 @@ class LabelTables {
   }
 };
 
+constexpr char kOp[] = "mask_loss";
+
+void check(const at::Tensor& mask_logits, const at::Tensor& labels) {
+  check_floats(kOp, "mask_logits", mask_logits, at::kCPU, {kAny, kAny, kAny, kAny});
+  check_tensor(kOp, "labels", labels, at::kCPU, {mask_logits.size(0), kAny, kAny});
+  TORCH_CHECK_VALUE(mask_logits.size(1) <= kMaxPixels, kOp, ": too many classes, got ", mask_logits.sizes());
+  check_size(kOp, "the grid of mask_logits", mask_logits.sizes().slice(2));
+  check_size(kOp, "the size of labels", labels.sizes().slice(1));
+}
+
 // Everything a call shares between its planes.
 struct Call {
   Call(const at::Tensor& mask_logits, const at::Tensor& labels, double alpha, double gamma)
@@ -123,8 +118,8 @@ struct Call {
   template <class Plane>
   void for_each_plane(Plane plane) const {
     at::parallel_for(0, planes, 1, [&](int64_t first, int64_t last) {
-      Scratch scratch(scratch_floats(problem));
-      for (int64_t p = first; p < last; ++p) plane(p, scratch.data);
+      ScratchArena scratch = ScratchArena::of_floats(scratch_floats(problem));
+      for (int64_t p = first; p < last; ++p) plane(p, scratch.floats());
     });
   }
 
@@ -138,6 +133,7 @@ struct Call {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& mask_logits,
                                                                    const at::Tensor& labels, double alpha,
                                                                    double gamma) {
+  check(mask_logits, labels);
   const Call call(mask_logits, labels, alpha, gamma);
   const int64_t classes = call.problem.classes, bands = call.problem.rows.in + 1;
   const auto empty = [&] { return at::empty({mask_logits.size(0), classes}, call.logits.options()); };
@@ -161,9 +157,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Ten
 at::Tensor backward(const at::Tensor& grad_focal_sum, const at::Tensor& grad_intersection,
                     const at::Tensor& grad_prob_sum, const at::Tensor& mask_logits, const at::Tensor& labels,
                     double alpha, double gamma) {
+  check(mask_logits, labels);
+  for (const auto* grad : {&grad_focal_sum, &grad_intersection, &grad_prob_sum})
+    check_floats(kOp, "a gradient", *grad, at::kCPU, {mask_logits.size(0), mask_logits.size(1)});
   const Call call(mask_logits, labels, alpha, gamma);
-  const auto focal = grad_focal_sum.contiguous(), overlap = grad_intersection.contiguous(),
-             prob = grad_prob_sum.contiguous();
+  const auto focal = grad_focal_sum.to(at::kFloat).contiguous(), prob = grad_prob_sum.to(at::kFloat).contiguous(),
+             overlap = grad_intersection.to(at::kFloat).contiguous();
   const float *of_focal = focal.const_data_ptr<float>(), *of_overlap = overlap.const_data_ptr<float>(),
               *of_prob = prob.const_data_ptr<float>();
   auto grad = at::empty(call.logits.sizes(), call.logits.options());

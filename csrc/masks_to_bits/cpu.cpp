@@ -9,22 +9,14 @@
 #include <memory>
 #include <vector>
 
+#include "checks.h"
 #include "isa.h"
 #include "masks_to_bits/kernel.h"
 
 namespace zs3fast::masks_to_bits {
 namespace {
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512: return kernels_avx512;
-    case Isa::avx2: return kernels_avx2;
-    default: break;
-  }
-#endif
-  return kernels_baseline;
-}
+const Kernels& kernels() { return ZS3FAST_FOR_ISA(); }
 
 // torch's own fp32 coordinates, rounding included (one fused multiply-add): the mask of a box changes by whole pixels
 // from one patch to the next, so a coordinate that is off by 1e-5 is a mean that is off by as much.
@@ -70,6 +62,13 @@ class AxisTable {
 
 at::Tensor masks_to_bits(const at::Tensor& masks_in, at::IntArrayRef grid, at::IntArrayRef padded, bool align_corners,
                          bool logits) {
+  constexpr char op[] = "masks_to_bits";
+  check_floats(op, "masks", masks_in, at::kCPU, {kAny, kAny, kAny, kAny});
+  check_size(op, "the size of masks", masks_in.sizes().slice(2));
+  check_size(op, "grid", grid);
+  check_size(op, "padded_size", padded);
+  TORCH_CHECK_VALUE(logits || padded == masks_in.sizes().slice(2), op, ": soft masks are on the padded frame ", padded,
+                    ", got ", masks_in.sizes());
   const auto masks = masks_in.to(at::kFloat);
   const int64_t words = (grid[0] * grid[1] + 31) / 32;
   auto bits = at::empty({masks.size(0), masks.size(1), words}, masks.options().dtype(at::kInt));

@@ -11,8 +11,10 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "isa.h"
-#include "request.h"
+#include "masks_to_labels/request.h"
+#include "scratch.h"
 
 namespace zs3fast::masks_to_labels {
 namespace {
@@ -50,21 +52,45 @@ std::pair<Plan, Run> kernel_for(const Request& request) {
   const bool one = request.one_native_window() && request.top_k == 1 && request.masks.h != request.height &&
                    request.masks.w != request.width &&
                    (!request.weighted() || (request.trusty.h == request.masks.h && request.trusty.w == request.masks.w));
-#define ZS3FAST_PICK(name) \
-  one ? std::pair<Plan, Run>{name::plan_one_window(request), name::run_one_window} \
-      : std::pair<Plan, Run>{name::plan_windows(request), name::run_windows}
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return ZS3FAST_PICK(avx512);
-  if (isa() == Isa::avx2) return ZS3FAST_PICK(avx2);
-#endif
-  return ZS3FAST_PICK(baseline);
-#undef ZS3FAST_PICK
+  if (one) return {ZS3FAST_FOR_ISA(::plan_one_window)(request), ZS3FAST_FOR_ISA(::run_one_window)};
+  return {ZS3FAST_FOR_ISA(::plan_windows)(request), ZS3FAST_FOR_ISA(::run_windows)};
+}
+
+void check(const at::Tensor& mask_logits, const std::optional<at::Tensor>& trusty_logits, at::IntArrayRef seen,
+           c10::string_view trusty_weighting, at::IntArrayRef size, at::IntArrayRef crop, at::IntArrayRef canvas,
+           at::IntArrayRef windows, int64_t top_k, at::ScalarType dtype) {
+  constexpr char op[] = "masks_to_labels";
+  check_floats(op, "mask_logits", mask_logits, at::kCPU, {kAny, kAny, kAny, kAny});
+  check_size(op, "the grid of mask_logits", mask_logits.sizes().slice(2));
+  if (trusty_logits) {
+    check_floats(op, "trusty_logits", *trusty_logits, at::kCPU, {mask_logits.size(0), 1, kAny, kAny});
+    check_size(op, "the grid of trusty_logits", trusty_logits->sizes().slice(2));
+  }
+  const int64_t classes = mask_logits.size(1);
+  check_labels(op, dtype, classes);
+  TORCH_CHECK_VALUE(top_k >= 1 && top_k <= classes, op, ": top_k must be in 1..C = ", classes, ", got ", top_k);
+  for (const int64_t c : seen)
+    TORCH_CHECK_VALUE(c >= 0 && c < classes, op, ": seen must hold class indices 0..", classes - 1, ", got ", c);
+  TORCH_CHECK_VALUE(trusty_weighting == "both" || trusty_weighting == "seen" || trusty_weighting == "unseen" ||
+                        trusty_weighting == "off",
+                    op, ": trusty_weighting must be both, seen, unseen or off, got ", trusty_weighting);
+  check_size(op, "size", size);
+  check_size(op, "crop_size", crop);
+  check_size(op, "canvas_size", canvas);
+  TORCH_CHECK_VALUE(!windows.empty() && windows.size() % 2 == 0, op, ": windows must hold pairs (y, x), got ", windows);
+  const int64_t count = static_cast<int64_t>(windows.size()) / 2;
+  TORCH_CHECK_VALUE(mask_logits.size(0) % count == 0, op, ": ", mask_logits.size(0), " rows of mask_logits for ", count,
+                    " windows");
+  for (size_t i = 0; i < windows.size(); ++i)
+    TORCH_CHECK_VALUE(windows[i] >= 0 && windows[i] <= canvas[i % 2] - crop[i % 2], op, ": window (", windows[i / 2 * 2],
+                      ", ", windows[i / 2 * 2 + 1], ") of size ", crop, " leaves the canvas ", canvas);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> masks_to_labels(
     const at::Tensor& mask_logits, const std::optional<at::Tensor>& trusty_logits, at::IntArrayRef seen, double seen_offset,
     c10::string_view trusty_weighting, at::IntArrayRef size, at::IntArrayRef crop_size, at::IntArrayRef canvas_size,
     at::IntArrayRef windows, int64_t top_k, at::ScalarType dtype, bool return_details) {
+  check(mask_logits, trusty_logits, seen, trusty_weighting, size, crop_size, canvas_size, windows, top_k, dtype);
   const int64_t classes = mask_logits.size(1), num_windows = static_cast<int64_t>(windows.size()) / 2;
   const int64_t batch = mask_logits.size(0) / num_windows;
   std::vector<int64_t> shape{batch, size[0], size[1]};
@@ -107,9 +133,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masks_to_labels(
   const auto [plan, run] = kernel_for(request);
   const int64_t scratch_bytes = plan.scratch_bytes;
   at::parallel_for(0, plan.tasks, 1, [&, run = run](int64_t first, int64_t last) {
-    const auto scratch = std::make_unique_for_overwrite<unsigned char[]>(scratch_bytes + 64);
-    unsigned char* block = scratch.get();
-    run(request, first, last, block + (64 - reinterpret_cast<uintptr_t>(block) % 64) % 64);
+    ScratchArena scratch(scratch_bytes);
+    run(request, first, last, scratch.bytes());
   });
   return {labels, scores, nan_count};
 }

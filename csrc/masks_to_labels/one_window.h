@@ -270,7 +270,7 @@ inline void finish_piece(
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (image * q.height + y + r) * q.width + x;
-        store_labels(q, at, tile.label[r], columns);
+        store_labels(q.labels, q.label_bytes, at, tile.label[r], columns);
         if (!details) continue;
         for (int64_t i = 0; i < columns; ++i) q.scores[at + i] = tile.best[r][i];
         const int64_t nan = count_nan(tile.best[r], columns);

@@ -54,7 +54,7 @@ struct Plan {
   int64_t scratch_bytes;
 };
 
-// baseline::, avx2:: and avx512:: hold the same code, compiled for each instruction set.
+// kernels_baseline::, kernels_avx2:: and kernels_avx512:: hold the same code, compiled for each instruction set.
 #define ZS3FAST_DECLARE(isa)                                                                        \
   namespace isa {                                                                                   \
   Plan plan_one_window(const Request& request);                                                     \
@@ -62,9 +62,9 @@ struct Plan {
   Plan plan_windows(const Request& request);                                                        \
   void run_windows(const Request& request, int64_t first, int64_t last, unsigned char* scratch);    \
   }
-ZS3FAST_DECLARE(baseline)
-ZS3FAST_DECLARE(avx2)
-ZS3FAST_DECLARE(avx512)
+ZS3FAST_DECLARE(kernels_baseline)
+ZS3FAST_DECLARE(kernels_avx2)
+ZS3FAST_DECLARE(kernels_avx512)
 #undef ZS3FAST_DECLARE
 
 }  // namespace zs3fast::masks_to_labels

@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "request.h"
+#include "labels.h"
+#include "masks_to_labels/request.h"
 
 namespace zs3fast::masks_to_labels::ZS3FAST_ISA {
 namespace {
@@ -58,21 +59,6 @@ inline float load(const Maps& maps, int64_t index) {
     case Element::bfloat16:
       return bits<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(maps.data)[index]) << 16);
     default: return static_cast<float>(static_cast<const _Float16*>(maps.data)[index]);
-  }
-}
-
-template <typename Label>
-inline void store_as(void* labels, int64_t at, const int32_t* values, int64_t count) {
-  Label* out = static_cast<Label*>(labels) + at;
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Label>(values[i]);
-}
-
-inline void store_labels(const Request& request, int64_t at, const int32_t* values, int64_t count) {
-  switch (request.label_bytes) {
-    case 8: return store_as<int64_t>(request.labels, at, values, count);
-    case 4: return store_as<int32_t>(request.labels, at, values, count);
-    case 2: return store_as<int16_t>(request.labels, at, values, count);
-    default: return store_as<uint8_t>(request.labels, at, values, count);
   }
 }
 

@@ -381,7 +381,7 @@ inline void store_block(const Request& q, int64_t image, const WindowScratch& s,
     for (int64_t j = 0; j < block.rows; ++j) {
       const int64_t at = ((image * q.top_k + k) * q.height + block.y + j) * q.width + block.x;
       const int64_t from = k * kBlockPixels + j * kBlockColumns;
-      store_labels(q, at, s.label + from, block.columns);
+      store_labels(q.labels, q.label_bytes, at, s.label + from, block.columns);
       if (!q.scores) continue;
       for (int64_t i = 0; i < block.columns; ++i) q.scores[at + i] = s.best[from + i];
       const int64_t nan = k == 0 ? count_nan(s.best + from, block.columns) : 0;

@@ -4,19 +4,20 @@
 // costs more than the rows; where all are, it makes no difference.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
 #include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
+#include "heads.h"
 #include "isa.h"
 #include "proposal_attention/kernel.h"
+#include "scratch.h"
 
 namespace zs3fast::proposal_attention {
 namespace {
@@ -24,16 +25,7 @@ namespace {
 // A pair of a sparse row costs as much as this many of a dense tile (measured with AVX-512: they meet at 55 to 60 %).
 constexpr double kSparseCost = 1.8;
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512: return kernels_avx512;
-    case Isa::avx2: return kernels_avx2;
-    default: break;
-  }
-#endif
-  return kernels_baseline;
-}
+const Kernels& kernels() { return ZS3FAST_FOR_ISA(); }
 
 // The lists of one image; `tiles` point into them.
 class Plan {
@@ -148,22 +140,26 @@ std::vector<std::unique_ptr<Plan>> plans_of(const at::Tensor& bits, int64_t patc
   return plans;
 }
 
-// fp32 (half types are computed in fp32) with neighbouring columns, in whole vectors of them.
-at::Tensor rows_of(const at::Tensor& x) {
-  const auto wide = x.to(at::kFloat);
-  const int64_t missing = (kPad - wide.size(3) % kPad) % kPad;
-  if (missing != 0) return at::constant_pad_nd(wide, {0, missing});
-  return wide.stride(3) == 1 ? wide : wide.contiguous();
+constexpr char kOp[] = "proposal_attention";
+
+void check(const at::Tensor& q, const at::Tensor& k_self, const at::Tensor& v_self, const at::Tensor& k,
+           const at::Tensor& v, const at::Tensor& bits) {
+  check_floats(kOp, "q", q, at::kCPU, {kAny, kAny, kAny, kAny});
+  const int64_t B = q.size(0), heads = q.size(1), Nq = q.size(2), dh = q.size(3), N = k.dim() == 4 ? k.size(2) : kAny;
+  check_floats(kOp, "k_self", k_self, at::kCPU, {B, heads, Nq, dh});
+  check_floats(kOp, "v_self", v_self, at::kCPU, {B, heads, Nq, dh});
+  check_floats(kOp, "k", k, at::kCPU, {B, heads, N, dh});
+  check_floats(kOp, "v", v, at::kCPU, {B, heads, N, dh});
+  check_tensor(kOp, "bits", bits, at::kCPU, {B, Nq, (N + 31) / 32});
+  TORCH_CHECK_TYPE(bits.scalar_type() == at::kInt, kOp, ": bits must be int32, got ", bits.scalar_type());
+  TORCH_CHECK_VALUE(heads >= 1 && dh >= 1, kOp, ": heads and dh must be at least 1, got q ", q.sizes());
+  TORCH_CHECK_VALUE(N <= kMaxPixels && Nq <= kMaxPixels && (N + 32) * (Nq + 16) <= kMaxPixels, kOp,
+                    ": more pairs of proposals and patches than an int32 counts, got q ", q.sizes(), " and k ", k.sizes());
 }
 
 template <class T>
 Rows<T> head(const at::Tensor& x, int64_t b, int64_t h) {
   return {x.data_ptr<float>() + b * x.stride(0) + h * x.stride(1), x.stride(2)};
-}
-
-// [B, heads, rows, dh] lying in memory as [B, rows, heads, dh]: what the next linear layer reads without a copy.
-at::Tensor empty_heads(const at::Tensor& like, int64_t dh) {
-  return at::empty({like.size(0), like.size(2), like.size(1), dh}, like.options()).transpose(1, 2);
 }
 
 // What was computed in whole vectors, in the width and type that were asked for.
@@ -173,18 +169,12 @@ at::Tensor finish(const at::Tensor& x, const at::Tensor& like) {
   return narrow.copy_(x.narrow(3, 0, like.size(3)));
 }
 
-struct Scratch {
-  explicit Scratch(int64_t floats) : data(new (std::align_val_t(64)) float[floats]) {}
-  ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  float* data;
-};
-
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tensor& k_self_in,
                                            const at::Tensor& v_self_in, const at::Tensor& k_in, const at::Tensor& v_in,
                                            const at::Tensor& bits, double scale) {
-  const auto q = rows_of(q_in), k_self = rows_of(k_self_in), v_self = rows_of(v_self_in);
-  const auto k = rows_of(k_in), v = rows_of(v_in);
+  check(q_in, k_self_in, v_self_in, k_in, v_in, bits);
+  const auto q = rows_of(q_in, kPad), k_self = rows_of(k_self_in, kPad), v_self = rows_of(v_self_in, kPad);
+  const auto k = rows_of(k_in, kPad), v = rows_of(v_in, kPad);
   const int64_t batch = q.size(0), heads = q.size(1), proposals = q.size(2), patches = k.size(2), dh = q.size(3);
   auto output = empty_heads(q, dh);
   auto lse = at::empty({batch, heads, proposals}, q.options());
@@ -196,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Ten
   // heads are enough tasks, unless the threads are many and the images few
   const int64_t parts = std::clamp<int64_t>((at::get_num_threads() + batch * heads - 1) / (batch * heads), 1, tiles);
   at::parallel_for(0, batch * heads * parts, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kernel.forward_scratch(patches, dh));
+    ScratchArena scratch = ScratchArena::of_floats(kernel.forward_scratch(patches, dh));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / parts / heads, h = i / parts % heads, part = i % parts;
       const Plan& plan = *plans[b];
@@ -211,7 +201,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Ten
                       head<const float>(v, b, h),
                       head<float>(output, b, h),
                       lse.data_ptr<float>() + (b * heads + h) * proposals};
-      kernel.forward(f, plan.tiles().data() + first, last - first, scratch.data);
+      kernel.forward(f, plan.tiles().data() + first, last - first, scratch.floats());
     }
   });
   return {finish(output, q_in), lse};
@@ -221,9 +211,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_output_in, const at::Tensor& q_in, const at::Tensor& k_self_in, const at::Tensor& v_self_in,
     const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& bits, const at::Tensor& output_in,
     const at::Tensor& lse_in, double scale) {
-  const auto q = rows_of(q_in), k_self = rows_of(k_self_in), v_self = rows_of(v_self_in);
-  const auto k = rows_of(k_in), v = rows_of(v_in);
-  const auto grad_output = rows_of(grad_output_in), output = rows_of(output_in), lse = lse_in.contiguous();
+  check(q_in, k_self_in, v_self_in, k_in, v_in, bits);
+  check_floats(kOp, "grad_output", grad_output_in, at::kCPU, {q_in.size(0), q_in.size(1), q_in.size(2), q_in.size(3)});
+  check_floats(kOp, "output", output_in, at::kCPU, {q_in.size(0), q_in.size(1), q_in.size(2), q_in.size(3)});
+  check_floats(kOp, "lse", lse_in, at::kCPU, {q_in.size(0), q_in.size(1), q_in.size(2)});
+  const auto q = rows_of(q_in, kPad), k_self = rows_of(k_self_in, kPad), v_self = rows_of(v_self_in, kPad);
+  const auto k = rows_of(k_in, kPad), v = rows_of(v_in, kPad);
+  const auto grad_output = rows_of(grad_output_in, kPad), output = rows_of(output_in, kPad), lse = lse_in.contiguous();
   const int64_t batch = q.size(0), heads = q.size(1), proposals = q.size(2), patches = k.size(2), dh = q.size(3);
   auto dq = empty_heads(q, dh), dk_self = empty_heads(q, dh), dv_self = empty_heads(q, dh);
   auto dk = empty_heads(k, dh), dv = empty_heads(k, dh);
@@ -237,7 +231,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     for (const auto& plan : plans) most_pairs = std::max(most_pairs, plan->sparse_pairs());
     const Kernels& kernel = kernels();
     at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(kernel.backward_scratch(patches, dh, most_pairs));
+      ScratchArena scratch = ScratchArena::of_floats(kernel.backward_scratch(patches, dh, most_pairs));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / heads, h = i % heads;
         const Backward g{patches,
@@ -257,7 +251,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
                          head<float>(dk, b, h),
                          head<float>(dv, b, h)};
         const auto& tiles = plans[b]->tiles();
-        kernel.backward(g, tiles.data(), static_cast<int64_t>(tiles.size()), by_patch[b], scratch.data);
+        kernel.backward(g, tiles.data(), static_cast<int64_t>(tiles.size()), by_patch[b], scratch.floats());
       }
     });
   }

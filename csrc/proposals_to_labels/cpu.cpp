@@ -11,19 +11,15 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "isa.h"
 #include "proposals_to_labels/request.h"
+#include "scratch.h"
 
 namespace zs3fast::proposals_to_labels {
 namespace {
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512;
-  if (isa() == Isa::avx2) return avx2;
-#endif
-  return baseline;
-}
+const Kernels& kernels() { return ZS3FAST_FOR_ISA(); }
 
 // Bilinear resize of one axis in integers, since torch's own floats are off by 1e-6 on a large map. At the same size a
 // coordinate is the mean of itself with itself, exact for infinities too.
@@ -104,6 +100,18 @@ struct Weights {
 std::tuple<at::Tensor, at::Tensor> proposals_to_labels(
     const at::Tensor& class_weights, const at::Tensor& masks, at::IntArrayRef size, bool logits, at::IntArrayRef padded_size,
     at::IntArrayRef image_size, bool align_corners, at::ScalarType dtype, bool return_scores) {
+  constexpr char op[] = "proposals_to_labels";
+  check_floats(op, "masks", masks, at::kCPU, {kAny, kAny, kAny, kAny});
+  check_floats(op, "class_weights", class_weights, at::kCPU, {masks.size(0), masks.size(1), kAny});
+  check_labels(op, dtype, class_weights.size(2));
+  check_size(op, "the size of masks", masks.sizes().slice(2));
+  check_size(op, "size", size);
+  check_size(op, "padded_size", padded_size);
+  check_size(op, "image_size", image_size);
+  TORCH_CHECK_VALUE(logits || padded_size == masks.sizes().slice(2), op, ": soft masks are on the padded frame ",
+                    padded_size, ", got ", masks.sizes());
+  TORCH_CHECK_VALUE(image_size[0] <= padded_size[0] && image_size[1] <= padded_size[1], op, ": image_size ", image_size,
+                    " does not fit in the padded frame ", padded_size);
   const at::Tensor labels = at::empty({masks.size(0), size[0], size[1]}, masks.options().dtype(dtype));
   const at::Tensor scores =
       at::empty(return_scores ? labels.sizes() : at::IntArrayRef{0}, masks.options().dtype(at::kFloat));
@@ -144,9 +152,8 @@ std::tuple<at::Tensor, at::Tensor> proposals_to_labels(
   const int64_t bytes = kernels().scratch_bytes(request);
   std::atomic<int64_t> next{0};  // tiles differ in work a hundredfold: threads take the next one, not a share
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const auto scratch = std::make_unique<unsigned char[]>(bytes + 64);
-    unsigned char* block = scratch.get() + (64 - reinterpret_cast<uintptr_t>(scratch.get()) % 64) % 64;
-    for (int64_t task = next++; task < tasks; task = next++) kernels().run(request, task, block);
+    ScratchArena scratch(bytes);
+    for (int64_t task = next++; task < tasks; task = next++) kernels().run(request, task, scratch.bytes());
   });
   return {labels, scores};
 }

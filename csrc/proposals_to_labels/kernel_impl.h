@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "carver.h"
+#include "labels.h"
 #include "proposals_to_labels/classes.h"
 #include "proposals_to_labels/masks.h"
 
@@ -49,21 +50,6 @@ struct Scratch {
     label = carver.take<int32_t>(kLeaf);
   }
 };
-
-template <typename Label>
-inline void store_as(void* labels, int64_t at, const int32_t* values, int64_t count) {
-  Label* out = static_cast<Label*>(labels) + at;
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Label>(values[i]);
-}
-
-inline void store_labels(const Request& request, int64_t at, const int32_t* values, int64_t count) {
-  switch (request.label_bytes) {
-    case 8: return store_as<int64_t>(request.labels, at, values, count);
-    case 4: return store_as<int32_t>(request.labels, at, values, count);
-    case 2: return store_as<int16_t>(request.labels, at, values, count);
-    default: return store_as<uint8_t>(request.labels, at, values, count);
-  }
-}
 
 class Tile {
  public:
@@ -196,7 +182,7 @@ class Tile {
 
   void write(int64_t row, int64_t column, int64_t count, const int32_t* labels, const float* scores) {
     const int64_t at = (image_ * request_.height + top_ + row) * request_.width + left_ + column;
-    store_labels(request_, at, labels, count);
+    store_labels(request_.labels, request_.label_bytes, at, labels, count);
     if (request_.scores && scores) std::memcpy(request_.scores + at, scores, count * sizeof(float));
   }
 

@@ -50,6 +50,6 @@ struct Kernels {
 };
 
 // The same code, compiled for each instruction set.
-extern const Kernels baseline, avx2, avx512;
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
 }  // namespace zs3fast::proposals_to_labels

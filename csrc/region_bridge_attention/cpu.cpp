@@ -9,40 +9,39 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <memory>
 #include <tuple>
 
+#include "checks.h"
+#include "heads.h"
 #include "isa.h"
 #include "region_bridge_attention/kernel.h"
+#include "scratch.h"
 
 namespace zs3fast::region_bridge_attention {
 namespace {
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512: return kernels_avx512;
-    case Isa::avx2: return kernels_avx2;
-    default: break;
-  }
-#endif
-  return kernels_baseline;
-}
+const Kernels& kernels() { return ZS3FAST_FOR_ISA(); }
 
-// fp32 with neighbouring columns: half types are computed in fp32, which is also faster than torch's fp16 backward.
-at::Tensor rows_of(const at::Tensor& x) {
-  const auto wide = x.to(at::kFloat);
-  return wide.size(3) == 1 || wide.stride(3) == 1 ? wide : wide.contiguous();
+constexpr char kOp[] = "region_bridge_attention";
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t num_prefix, at::IntArrayRef grid,
+           at::IntArrayRef regions) {
+  check_size(kOp, "grid", grid);
+  check_size(kOp, "regions", regions);
+  TORCH_CHECK_VALUE(regions[0] <= grid[0] && regions[1] <= grid[1], kOp, ": regions ", regions, " do not fit the grid ",
+                    grid);
+  TORCH_CHECK_VALUE(num_prefix >= 1 && num_prefix <= kMaxPixels, kOp, ": num_prefix must be at least 1, got ", num_prefix);
+  const int64_t others = grid[0] * grid[1] + regions[0] * regions[1];
+  check_floats(kOp, "q", q, at::kCPU, {kAny, kAny, kAny, kAny});
+  check_floats(kOp, "k", k, at::kCPU, {q.size(0), q.size(1), num_prefix + others, q.size(3)});
+  check_floats(kOp, "v", v, at::kCPU, {q.size(0), q.size(1), num_prefix + others, q.size(3)});
+  TORCH_CHECK_VALUE(q.size(1) >= 1 && q.size(3) >= 1 && q.size(2) > others && q.size(2) <= num_prefix + others, kOp,
+                    ": q must hold 1 to ", num_prefix, " prefix rows, ", others, " patches and regions, got ", q.sizes());
 }
 
 template <class T>
 Rows<T> head(const at::Tensor& x, int64_t b, int64_t h) {
   return {x.data_ptr<float>() + b * x.stride(0) + h * x.stride(1), x.stride(2)};
-}
-
-// [B, heads, rows, dh] lying in memory as [B, rows, heads, dh]: what the next linear layer reads without a copy.
-at::Tensor empty_heads(const at::Tensor& like) {
-  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
 }
 
 struct Problem {
@@ -77,8 +76,8 @@ struct Problem {
   template <class Task>
   void for_each_region(const Task& task) const {
     at::parallel_for(0, batch * regions * heads, 1, [&](int64_t begin, int64_t end) {
-      const auto scratch = std::make_unique<float[]>(layout.wh * layout.ww + 1);
-      for (int64_t i = begin; i < end; ++i) task(scratch.get(), i / heads / regions, i % heads, i / heads % regions);
+      ScratchArena scratch = ScratchArena::of_floats(layout.wh * layout.ww + 1);
+      for (int64_t i = begin; i < end; ++i) task(scratch.floats(), i / heads / regions, i % heads, i / heads % regions);
     });
   }
 };
@@ -86,6 +85,7 @@ struct Problem {
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
                                            int64_t num_prefix, at::IntArrayRef grid, at::IntArrayRef regions,
                                            double scale) {
+  check(q_in, k_in, v_in, num_prefix, grid, regions);
   const auto q = rows_of(q_in), k = rows_of(k_in), v = rows_of(v_in);
   const Problem problem(q, k, num_prefix, grid, regions, scale);
   auto output = empty_heads(q);
@@ -115,6 +115,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                                                         const at::Tensor& output_in, const at::Tensor& lse_in,
                                                         int64_t num_prefix, at::IntArrayRef grid,
                                                         at::IntArrayRef regions, double scale) {
+  check(q_in, k_in, v_in, num_prefix, grid, regions);
+  check_floats(kOp, "grad_output", grad_output_in, at::kCPU, {q_in.size(0), q_in.size(1), q_in.size(2), q_in.size(3)});
+  check_floats(kOp, "output", output_in, at::kCPU, {q_in.size(0), q_in.size(1), q_in.size(2), q_in.size(3)});
+  check_floats(kOp, "lse", lse_in, at::kCPU, {q_in.size(0), q_in.size(1), q_in.size(2)});
   const auto q = rows_of(q_in), k = rows_of(k_in), v = rows_of(v_in);
   const auto grad_output = rows_of(grad_output_in), output = rows_of(output_in), lse = lse_in.contiguous();
   const Problem problem(q, k, num_prefix, grid, regions, scale);

@@ -10,8 +10,24 @@
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
+
 namespace zs3fast {
 namespace {
+
+constexpr char kOp[] = "relationship_descriptor";
+
+void check(const at::Tensor& text, const at::Tensor& visual, const at::Tensor& weight) {
+  check_floats(kOp, "text", text, at::kCPU, {kAny, kAny});
+  const int64_t D = text.size(1);
+  TORCH_CHECK_VALUE(D >= 1, kOp, ": text must be [C, D >= 1], got ", text.sizes());
+  if (visual.dim() == 3) {
+    check_floats(kOp, "visual", visual, at::kCPU, {kAny, kAny, D});
+  } else {
+    check_floats(kOp, "visual", visual, at::kCPU, {kAny, D});
+  }
+  check_floats(kOp, "weight", weight, at::kCPU, {kAny, 2 * D});
+}
 
 constexpr int64_t kChunkRows = 1024;  // rows of the matrix product at a time: 2 MB at D = 512
 
@@ -34,7 +50,10 @@ at::Tensor dense_rows(const at::Tensor& x) { return x.stride(1) == 1 ? x : x.con
 
 at::Tensor relationship_descriptor(const at::Tensor& text_in, const at::Tensor& visual_in, const at::Tensor& weight,
                                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& term_in) {
+  check(text_in, visual_in, weight);
   const int64_t C = text_in.size(0), D = text_in.size(1), wide = weight.size(0);
+  if (bias.has_value()) check_floats(kOp, "bias", *bias, at::kCPU, {wide});
+  if (term_in.has_value()) check_floats(kOp, "text_term", *term_in, at::kCPU, {C, wide});
   const auto text = dense_rows(text_in), visual = dense_rows(visual_in.reshape({-1, D}));
   const int64_t R = visual.size(0);
   at::Tensor term;
@@ -90,6 +109,11 @@ void contract(const at::Tensor& H, const at::Tensor& text, const at::Tensor& vis
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relationship_descriptor_backward(
     const at::Tensor& grad_in, const at::Tensor& text_in, const at::Tensor& visual_in, const at::Tensor& weight,
     bool has_text_term, bool need_text, bool need_visual, bool need_weight) {
+  check(text_in, visual_in, weight);
+  auto shape = visual_in.sizes().vec();
+  shape.back() = text_in.size(0);
+  shape.push_back(weight.size(0));
+  TORCH_CHECK_VALUE(grad_in.sizes() == at::IntArrayRef(shape), kOp, ": grad must be ", shape, ", got ", grad_in.sizes());
   const int64_t C = text_in.size(0), D = text_in.size(1), wide = weight.size(0);
   const auto text = dense_rows(text_in), visual = dense_rows(visual_in.reshape({-1, D}));
   const int64_t R = visual.size(0), chunk = chunk_of(C);

@@ -6,39 +6,23 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "isa.h"
+#include "scratch.h"
 #include "self_similarity_attention/kernel.h"
 
 namespace zs3fast::self_similarity_attention {
 namespace {
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512: return kernels_avx512;
-    case Isa::avx2: return kernels_avx2;
-    default: break;
-  }
-#endif
-  return kernels_baseline;
-}
+const Kernels& kernels() { return ZS3FAST_FOR_ISA(); }
 
 template <class T>
 Heads<T> heads_of(const at::Tensor& x) {
   return {x.data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
-
-struct Scratch {
-  explicit Scratch(int64_t floats) : data(new (std::align_val_t(64)) float[floats]) {}
-  ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  float* data;
-};
 
 std::vector<float> prior(int64_t size, double std) {
   std::vector<float> table(size);
@@ -83,10 +67,10 @@ at::Tensor forward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Ten
   const int64_t step = ((patches + wanted - 1) / wanted + 15) / 16 * 16;
   const int64_t tasks = (patches + step - 1) / step;
   at::parallel_for(0, pairs * tasks, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(kernel.scratch(problem));
+    ScratchArena scratch = ScratchArena::of_floats(kernel.scratch(problem));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t pair = i / tasks, first = i % tasks * step;
-      kernel.forward(problem, pair / heads, pair % heads, first, std::min(first + step, patches), scratch.data);
+      kernel.forward(problem, pair / heads, pair % heads, first, std::min(first + step, patches), scratch.floats());
     }
   });
   return output.to(q_in.scalar_type());

@@ -1,3 +1,0 @@
-#define ZS3FAST_ISA baseline
-#include "one_window.h"
-#include "windows.h"
