@@ -35,7 +35,7 @@ KEY = ("name", "backend", "shape", "dtype", "pass")  # what makes two rows measu
 
 def _memory_of_processes() -> Any:
     """The package's own measure of memory, read from its file: the process of a baseline imports no zs3fast."""
-    spec = importlib.util.spec_from_file_location("memory", ROOT / "zs3fast" / "training" / "memory.py")
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "zs3fast" / "utils" / "memory.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -32,20 +32,27 @@ Backends = Mapping[str, Objections | Implementation]
 
 
 @dataclass(frozen=True)
-class Backward:
-    """The gradient of an op, an op of its own named <op>_backward: the fields are `register_op`'s, and
+class Gradients:
+    """The gradient of an op, written in torch ops.
 
     setup_context: (ctx, inputs, output), keeps what the gradient needs.
-    gradients:     (ctx, *grads of the outputs) -> one gradient or None for each input, by a call of
-                   torch.ops.zs3fast.<op>_backward.
+    gradients:     (ctx, *grads of the outputs) -> one gradient or None for each input.
+    """
+
+    setup_context: Callable[..., None]
+    gradients: Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backward(Gradients):
+    """A gradient with kernels: an op of its own, torch.ops.zs3fast.<op>_backward, which `gradients` calls. The other
+    fields are those of `register_op`.
     """
 
     schema: str
     fake: Callable[..., Any]
     reference: Callable[..., Any]
     flops: Callable[..., int]
-    setup_context: Callable[..., None]
-    gradients: Callable[..., Any]
     backends: Backends = field(default_factory=dict)
 
 
@@ -57,7 +64,7 @@ def register_op(
     reference: Callable[..., Any],
     flops: Callable[..., int],
     backends: Backends | None = None,
-    backward: Backward | None = None,
+    backward: Gradients | None = None,
 ) -> None:
     """Make `torch.ops.zs3fast.<op>` and, for compiled kernels to plug into, `torch.ops.zs3fast_cpp.<op>`.
 
@@ -70,17 +77,24 @@ def register_op(
                    interpolations among them, 2 a multiply-add: what torch.utils.flop_counter.FlopCounterMode shows.
         backends:  "cpp" | "triton" | "cuda" | a variant -> its objections (arguments -> list of reasons, empty: none).
                    "cpp" and "cuda" run torch.ops.zs3fast_cpp.<op>, "triton" zs3fast.kernels.<op>.forward (and
-                   backward; without gradients a function named as the op); an `Implementation` says it otherwise. A
+                   backward; without such kernels a function named as the op); an `Implementation` says it otherwise. A
                    variant "cuda:name" has an entry of its own, torch.ops.zs3fast_cpp.<op>_name.
-        backward:  the gradient; None: not differentiable.
+        backward:  the gradient, a `Backward` where it has kernels of its own; None: not differentiable.
     """
-    entry = op if backward is None else "forward"
+    entry = "forward" if isinstance(backward, Backward) else op
     _define(op, schema, fake, reference, flops, backends or {}, partial(_run_triton, op, entry))
     if backward is None:
         return
-    name = f"{op}_backward"
-    run_triton = partial(_run_triton, op, "backward")
-    _define(name, backward.schema, backward.fake, backward.reference, backward.flops, backward.backends, run_triton)
+    if isinstance(backward, Backward):
+        _define(
+            f"{op}_backward",
+            backward.schema,
+            backward.fake,
+            backward.reference,
+            backward.flops,
+            backward.backends,
+            partial(_run_triton, op, "backward"),
+        )
     torch.library.register_autograd(f"zs3fast::{op}", backward.gradients, setup_context=backward.setup_context)
 
 

@@ -9,8 +9,8 @@ Floor: 4 B heads dh T (K + T) FLOPs and 4 B heads dh T elements moved; at T = 10
 
 CPU ladder, T = 1025, K = 10, 12 heads of 64, two cores of a Zen 5, one run: torch's flash attention 18.8 ms in float32
 and 19.5 in bfloat16; scores transposed, so that the softmax runs down the registers, with multiply-adds of 8 lanes
-16.0, of 16 lanes 8.0 (bfloat16 widened: 7.7); bfloat16 by `vdpbf16ps` 4.7. AMX's tiles have not run on hardware. On GPUs, and
-where a gradient is recorded, it is torch's own attention.
+16.0, of 16 lanes 8.0 (bfloat16 widened: 7.7); bfloat16 by `vdpbf16ps` 4.7. AMX's tiles have not run on hardware. On
+GPUs, and where a gradient is recorded, it is torch's own attention.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.ops import _dispatch, _matmul
+from zs3fast.ops import _dispatch, _flops, _matmul
+from zs3fast.ops._register import Gradients, register_op
 
 OP = "encoder_attention"
 
@@ -60,7 +61,8 @@ def encoder_attention(
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if _dispatch.requested_backend() == "auto" and (recorded or q.device.type != "cpu"):
         return _torch_attention(*tensors, scale)
-    return torch.ops.zs3fast.encoder_attention(*tensors, scale)
+    output: Tensor = torch.ops.zs3fast.encoder_attention(*tensors, scale)
+    return output
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, Tensor] | None, scale: float | None) -> None:
@@ -121,21 +123,9 @@ def _torch_attention(
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
-
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? context_k, Tensor? context_v, float scale"
-for _namespace in ("zs3fast", "zs3fast_cpp"):
-    torch.library.define(f"{_namespace}::encoder_attention", f"({_ARGUMENTS}) -> Tensor")
-torch.library.define("zs3fast_cpp::encoder_attention_by", f"({_ARGUMENTS}, str kernel) -> Tensor")
-torch.library.define("zs3fast_cpp::encoder_attention_kernels", "(bool bf16) -> str[]")
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("zs3fast::encoder_attention", "default")
-def _run(*args: Any) -> Tensor:
-    return _dispatch.call(OP, *args)
-
-
-@torch.library.register_fake("zs3fast::encoder_attention")
 def _fake(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None, scale: float) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -145,7 +135,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dS = P (dP - sum P dP), every score stored again: who trains takes torch's own attention."""
     q, k, v, context_k, context_v = ctx.saved_tensors
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -162,22 +152,12 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dq, dk[:, K:], dv[:, K:], *of_context, None
 
 
-torch.library.register_autograd("zs3fast::encoder_attention", _autograd, setup_context=_setup_context)
-
-
-# --- backends --------------------------------------------------------------------------------------------------------
-
-
 def _reference_run(q: Tensor, k: Tensor, v: Tensor, context_k: Any, context_v: Any, scale: float) -> Tensor:
     """The definition where it is asked for by name; `auto` without the extension takes torch's flash attention."""
     if _dispatch.requested_backend() == "auto":
         return _torch_attention(q, k, v, context_k, context_v, scale).contiguous()
     context = None if context_k is None else (context_k, context_v)
     return reference(q, k, v, context, scale).contiguous()
-
-
-def _cpp_run(*args: Any) -> Tensor:
-    return torch.ops.zs3fast_cpp.encoder_attention(*args)
 
 
 def kernels(dtype: torch.dtype) -> list[str]:
@@ -195,5 +175,20 @@ def _cpp_objections(first: Tensor, *_args: object) -> list[str]:
     return _dispatch.cpp_objections(first, _CPP_DTYPES)
 
 
-_dispatch.register(OP, "reference", _reference_run, _dispatch.never)
-_dispatch.register(OP, "cpp", _cpp_run, _cpp_objections)
+def _count(q: _flops.Shape, k: _flops.Shape, _v: _flops.Shape, context: _flops.Shape | None = None, *_args: Any) -> int:
+    B, queries, heads, dh = q
+    return _flops.attention(queries, k[1] + (0 if context is None else context[1]), B * heads, dh, 2)
+
+
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? context_k, Tensor? context_v, float scale"
+torch.library.define("zs3fast_cpp::encoder_attention_by", f"({_ARGUMENTS}, str kernel) -> Tensor")
+torch.library.define("zs3fast_cpp::encoder_attention_kernels", "(bool bf16) -> str[]")
+register_op(
+    OP,
+    schema=f"({_ARGUMENTS}) -> Tensor",
+    fake=_fake,
+    reference=_reference_run,
+    flops=_count,
+    backends={"cpp": _cpp_objections},
+    backward=Gradients(_setup_context, _gradients),
+)
