@@ -24,13 +24,29 @@ EPILOG = (
 
 
 def evaluate(
-    weights: Annotated[
-        str,
-        typer.Option("--weights", "-w", help="Weights: a converted file or its name in the cache, or an official one."),
-    ],
     dataset: Annotated[
-        str, typer.Option(help="voc20, coco171, context59, context60, ade150, voc5i, coco20i, ..., or world.")
+        str, typer.Option(help="voc20, voc21, coco171, coco_object, context59, ade150, cityscapes, ..., or world.")
     ],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", "-w", help="Weights: a converted file or its name in the cache, or an official one."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Without --weights: maskclip, sclip, clearclip, naclip, rcs or scclip."),
+    ] = None,
+    clip: Annotated[str, typer.Option(help="open_clip name of that CLIP.")] = "ViT-B-16",
+    pretrained: Annotated[
+        str | None, typer.Option(help="Its weights: an open_clip tag such as openai, or a file.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="Of maskclip, see `zs3fast segment --help`.")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Sizes, windows, names and thresholds as published: sclip, clearclip, naclip, rcs, scclip."),
+    ] = None,
+    refine: Annotated[
+        int | None, typer.Option(min=0, help="Steps of refinement (PAMR); left out: as the protocol has it.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Root of the dataset: VOCdevkit/VOC2012, coco_stuff164k, ...; world has none.")
     ] = None,
@@ -101,6 +117,12 @@ def evaluate(
             weights,
             dataset,
             data,
+            method=method,
+            clip=clip,
+            pretrained=pretrained,
+            attention=attention,
+            protocol=protocol,
+            refine=refine,
             split=split,
             setting=setting,
             trained_on=trained_on,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
 from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, learned_setting, published_items, resolve_setting
 from zs3fast.evaluation.scores import DENOMINATORS
 from zs3fast.inference.segmenter import Segmenter, find_weights, is_converted
-from zs3fast.proposals import MaskProposer, load_box_proposer, load_mask_proposer
-from zs3fast.text import class_names, load_text_embeddings, seen_classes, whole_names
+from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
+from zs3fast.models.registry import create_model
+from zs3fast.proposals import load_box_proposer, load_mask_proposer
+from zs3fast.text import class_names, competing_names, datasets, load_text_embeddings, seen_classes, whole_names
 from zs3fast.text.cache import tensor_digest
-from zs3fast.text.vocabulary import ClassEntry, same_name
+from zs3fast.text.vocabulary import same_name
 from zs3fast.utils.options import one_of
 from zs3fast.utils.rendering import UNLABELLED
 
@@ -49,10 +51,16 @@ class Job:
 
 
 def prepare(
-    weights: str,
+    weights: str | None,
     dataset: str,
     data: Path | None,
     *,
+    method: str | None = None,
+    clip: str = "ViT-B-16",
+    pretrained: str | None = None,
+    attention: str | None = None,
+    protocol: str | None = None,
+    refine: int | None = None,
     split: str = "val",
     setting: str | None = None,
     trained_on: str | None = None,
@@ -86,15 +94,32 @@ def prepare(
         raise ValueError(f"setting: a fold of {dataset} has one setting of its own, got {setting!r}")
     if quantize is not None:
         one_of("quantize", quantize, KINDS)
-    path = find_weights(weights)
+    plain = {"method": method, "pretrained": pretrained, "attention": attention}
+    if weights is not None:
+        for name, value in plain.items():
+            if value is not None:
+                raise ValueError(f"{name}: is for CLIP's weights alone, expected none beside weights, got {value!r}")
+    elif pretrained is None:
+        raise ValueError("weights: expected a weight file, or a method and pretrained weights of CLIP's own")
+    if refine is not None and protocol is None:
+        raise ValueError(f"refine: goes with a protocol, got {refine} without one")
+    path = None if weights is None else find_weights(weights)
     images = open_dataset(dataset, data, split, fold=fold)
     names = images.class_names if fold is None else images.class_names[: images.background]  # which stands last
     rows = None if text_embeddings is None else load_text_embeddings(text_embeddings, len(names))
     masks = None if proposer is None else load_mask_proposer(proposer, device)
-    segmenter = _segmenter(path, whole_names(names), rows, trained_on, templates, masks, crops, device)
+    steps = None if protocol is None else _window_protocol(protocol, dataset, refine)
+    entries = whole_names(names)
+    if steps is not None and rows is None and dataset in datasets():
+        entries = competing_names(dataset, steps.synonyms)
+    options = {"class_names": entries, "text_embeddings": rows, "templates": templates, "protocol": steps}
+    if path is None:
+        segmenter = _plain_clip(clip, plain, {**options, "proposer": masks, "crops": crops}, device)
+    else:
+        segmenter = _segmenter(path, trained_on, {**options, "proposer": masks, "crops": crops}, device)
     settings = {
         "method": segmenter.model.config["method"],
-        "weights": f"{path.name}, {path.stat().st_size} bytes",
+        "weights": f"{clip} {pretrained}" if path is None else f"{path.name}, {path.stat().st_size} bytes",
         "weights_sha256": _weights_digest(segmenter.model),
         "dataset": dataset,
         "split": split,
@@ -105,6 +130,11 @@ def prepare(
     }
     if crops is not None:
         settings["crops"] = crops
+    if steps is not None:
+        settings |= {"protocol": protocol, **asdict(steps)}
+        del settings["templates"]  # which may be others; the sentences stand under text
+    if attention is not None:
+        settings["attention"] = attention
     if quantize is not None:
         quantize_encoder(segmenter.model, quantize)  # after the digest, which is of the weights that were given
         settings["quantize"] = quantize
@@ -154,7 +184,7 @@ def _label_job(
     if setting.name == "cross-dataset" and model.method == "tagclip" and model.trusty_token is not None:
         model.trusty_token, model.trusty_weighting = None, "off"
         setting = replace(setting, notes=(*setting.notes, "cross-dataset: the trusty token is left out, as published"))
-    label = labeller(segmenter, images.class_names, setting.calibrated)
+    label = labeller(segmenter, images.class_names, setting.calibrated, segmenter.classes)
     settings = {**settings, "text_sha256": tensor_digest(_text_rows(segmenter, rows))}
     settings |= {"setting": setting.name, "denominator": denominator}
     options = {"setting": setting, "denominator": denominator, "pass_paths": True, "settings": settings}
@@ -227,7 +257,9 @@ def _text_rows(segmenter: Segmenter, rows: Tensor | None) -> Tensor:
     """Embeddings of the segmenter's classes: those given, or the text tower's."""
     if rows is not None:
         return rows
-    return segmenter.text_encoder.encode(segmenter.classes, segmenter.templates, text_token=segmenter.model.text_token)
+    names = [(name,) for name in dict.fromkeys(name for entry in segmenter.classes for name in entry)]
+    classes = names if segmenter.names_apart else segmenter.classes
+    return segmenter.text_encoder.encode(classes, segmenter.templates, text_token=segmenter.model.text_token)
 
 
 def _weights_digest(model: nn.Module) -> str:
@@ -236,16 +268,21 @@ def _weights_digest(model: nn.Module) -> str:
     return tensor_digest(torch.tensor(list(config.encode()), dtype=torch.uint8), *model.state_dict().values())
 
 
-def _segmenter(
-    path: Path,
-    names: Sequence[ClassEntry],
-    rows: Tensor | None,
-    trained_on: str | None,
-    templates: str | None,
-    proposer: MaskProposer | None,
-    crops: str | None,
-    device: str,
-) -> Segmenter:
+def _window_protocol(name: str, dataset: str, refine: int | None) -> WindowProtocol:
+    changes = {} if refine is None else {"refine": refine}
+    return window_protocol(name, dataset, **changes)
+
+
+def _plain_clip(clip: str, plain: dict[str, str | None], options: dict[str, Any], device: str) -> Segmenter:
+    """The segmenter of a method that needs CLIP's weights alone."""
+    given = {name: value for name, value in plain.items() if value is not None}
+    model = create_model(given.pop("method", "maskclip"), clip=clip, **given)
+    if not model.training_free:
+        raise ValueError(f"weights: {model.method} is trained, expected weights of it")
+    return Segmenter(model, **options, device=device)
+
+
+def _segmenter(path: Path, trained_on: str | None, options: dict[str, Any], device: str) -> Segmenter:
     """The segmenter of a weight file, for a dataset's classes."""
     official = {}
     if is_converted(path):
@@ -254,6 +291,4 @@ def _segmenter(
     elif trained_on is not None:
         learned = class_names(trained_on)
         official = {"class_names": learned, "num_classes": len(learned), "seen": seen_classes(trained_on)}
-    options = {"class_names": names, "text_embeddings": rows, "templates": templates}
-    masks = {"proposer": proposer, "crops": crops}
-    return Segmenter.from_pretrained(path, **options, **masks, device=device, official=official)
+    return Segmenter.from_pretrained(path, **options, device=device, official=official)

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from zs3fast.inference.segmenter import Segmenter
 
 # In the order of their chapters; "fold" is the (image, class) pairs of PASCAL-5i and COCO-20i.
-SETTINGS = ("inductive", "transductive", "supervised", "cross-dataset", "background-undifferentiated", "fold")
+SETTINGS = (
+    "inductive",
+    "transductive",
+    "supervised",
+    "cross-dataset",
+    "background-undifferentiated",
+    "training-free",
+    "fold",
+)
 PAIR_DATASETS = ("voc5i", "coco20i")
 ONE_STAGE = ("zegclip", "tagclip", "clip_rc")
 
@@ -27,6 +35,9 @@ PUBLISHED_ITEMS: dict[str, int | tuple[int, ...]] = {
     "coco171": 5000,
     "context59": 5104,
     "context60": 5104,
+    "voc21": 1449,
+    "coco_object": 5000,
+    "cityscapes": 500,
     "pc459": 5104,
     "ade150": 2000,
     "ade847": 2000,
@@ -84,9 +95,13 @@ class Setting:
 def learned_setting(model: nn.Module) -> str | None:
     """The setting that weights look to have been trained in, on their own vocabulary; None where they do not say.
 
+    Methods without training, where they carry no vocabulary: training-free.
+
     All classes seen: supervised. Else no offset on the seen ones, as self-training of the one-stage methods leaves
     them: transductive. Else inductive.
     """
+    if model.training_free and model.class_names is None:
+        return "training-free"
     if model.num_classes is None or not model.seen:
         return None
     if len(model.seen) == model.num_classes:
@@ -105,6 +120,7 @@ def resolve_setting(
     | transductive | none: after self-training nothing is offset and no trusty map weighs | seen, unseen |
     | supervised | all: an equal offset | the zero-shot split all the same, as the papers do |
     | cross-dataset | none: no class is favoured, and in an ensemble all lean on CLIP | all classes |
+    | training-free | none: nothing was trained | all classes |
 
     Args:
         name: one of `SETTINGS` but "fold"; None: `learned`, or inductive, where the model was trained on this dataset's
@@ -117,6 +133,10 @@ def resolve_setting(
     names = SETTINGS[:-1]
     if name is not None and name not in names:
         raise ValueError(f"setting: expected one of {', '.join(names)}, got {name!r}")
+    if learned == "training-free" and name in (None, learned):
+        return Setting(learned, (), None)
+    if name == "training-free":
+        raise ValueError("setting: training-free is for methods without training, these weights were trained")
     own = vocabulary is not None and _same_names(vocabulary, dataset.class_names)
     if name is None:
         if vocabulary is None:
@@ -136,20 +156,26 @@ def resolve_setting(
     calibrated = {"transductive": (), "supervised": tuple(range(dataset.num_classes))}.get(name, seen)
     notes = (UNDIFFERENTIATED_NOTE,) if name == "background-undifferentiated" else ()
     expected = "inductive" if name == "background-undifferentiated" else name
-    if own and learned not in (None, expected):
+    if own and learned not in (None, expected, "training-free"):
         notes += (f"{name} was asked for, but the weights look {learned}: {_SIGNS[learned]}",)
     return Setting(name, calibrated, seen, notes)
 
 
-def labeller(segmenter: Segmenter, class_names: Sequence[str], calibrated: Sequence[int]) -> Callable[..., np.ndarray]:
+def labeller(
+    segmenter: Segmenter,
+    class_names: Sequence[str],
+    calibrated: Sequence[int],
+    entries: Sequence[Sequence[str]] | None = None,
+) -> Callable[..., np.ndarray]:
     """`segmenter` as evaluation calls it: image uint8 [H, W, 3] (and its path) -> labels [H, W] among `class_names`.
 
     Args:
         calibrated: the classes that count as seen, see `Setting`.
+        entries: the names that compete for each class; None: its own.
     """
     from zs3fast.text import whole_names  # the text room brings open_clip
 
-    names = whole_names(class_names)
+    names = whole_names(class_names) if entries is None else list(entries)
     segmenter.check(names, seen=calibrated)
 
     def label(image: np.ndarray, path: Path | None = None) -> np.ndarray:

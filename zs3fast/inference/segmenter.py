@@ -224,6 +224,11 @@ class Segmenter:
         )
 
     @property
+    def names_apart(self) -> bool:
+        """Whether each name of a class competes on its own, in place of their mean."""
+        return self._predictor.names_apart
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

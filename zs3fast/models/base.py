@@ -60,6 +60,7 @@ class ZeroShotModel(nn.Module):
     templates: ClassVar[str | Sequence[str] | None] = None  # prompts it was trained with; None: by the vocabulary
     text_token = "projected"  # which token of the text tower: see TextEncoder.encode
     protocol: ClassVar[str] = "windows"  # or "averaged_windows", "squash", "proposals": see inference/predictors.py
+    training_free: ClassVar[bool] = False  # whether CLIP's weights are all it needs
     min_score: ClassVar[float | None] = None  # pixels below stay unlabelled, where a Segmenter is not told otherwise
 
     def __init__(

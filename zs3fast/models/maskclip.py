@@ -42,6 +42,7 @@ class MaskCLIP(FeatureModel):
 
     templates = "multi"
     protocol = "averaged_windows"
+    training_free = True
 
     def __init__(
         self,
