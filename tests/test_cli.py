@@ -264,7 +264,7 @@ def test_prepared_embeddings(place, tiny):
     expected = Segmenter(make_model(), text_embeddings=text_rows(5))("x.png")
     assert np.array_equal(np.asarray(Image.open("out/x_labels.png")), expected.labels)
     output = run("segment", "x.png", "--weights", tiny, "--text-embeddings", "rows.npy", "-c", "a, b", code=2)
-    assert output == "error text_embeddings: rows.npy has 5 rows, expected one for each of 2 classes"
+    assert output == "error --text-embeddings: rows.npy has 5 rows, expected one for each of 2 classes"
 
 
 def test_untrained_weights_work_and_say_so_once(place):
@@ -317,7 +317,7 @@ def test_compile_without_a_compiler_is_a_usage_error(place, tiny):
     save_photo(place / "x.png")
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         output = run("segment", "x.png", "-w", tiny, "--compile", code=2)
-    assert output.startswith("error compile: torch.compile needs a C++ compiler on a CPU and found none")
+    assert output.startswith("error --compile: torch.compile needs a C++ compiler on a CPU and found none")
 
 
 def test_an_image_tower_in_8_bits(place, tiny):

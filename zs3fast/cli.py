@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from zs3fast.utils.console import (
@@ -26,6 +25,7 @@ from zs3fast.utils.console import (
     USAGE_ERROR,
     first_line,
     one_line_errors,
+    progress_bar,
     stderr,
     stdout,
 )
@@ -179,7 +179,7 @@ def segment(
         return f"{escape(str(picture))} -> {escape(str(overlay))}: {escape(_in_words(segmentation))}"
 
     with (
-        _progress() as progress,
+        progress_bar() as progress,
         _warnings_by_picture(),
         closing(results),
         closing(ahead(results, write, workers)) as all_,
@@ -535,11 +535,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=stdout, transient=True, disable=not stdout.is_terminal)
 
 
 @contextmanager

@@ -375,7 +375,7 @@ def test_without_network_one_line_says_how_to_get_the_weights(place, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
     output = run("segment", "x.png", "--method", "maskclip", "--pretrained", "openai", "-c", "cat", code=2)
-    assert output.startswith("error pretrained: the weights 'openai' of ViT-B-16 are not on this machine")
+    assert output.startswith("error --pretrained: the weights 'openai' of ViT-B-16 are not on this machine")
     assert "Run once with network access" in output and "Traceback" not in output
 
 

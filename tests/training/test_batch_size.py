@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.training import tiny_run
-from zs3fast.training import batch_size, command
+from zs3fast.training import batch_size, command, setup
 from zs3fast.training.batch_size import BatchSizes, Classes, Trial, find_batch_size, largest_batch, micro_batch
 from zs3fast.utils.distributed import DistEnv
 
@@ -127,7 +127,7 @@ def test_every_method_has_a_step(tmp_path: Path, method: str) -> None:
     if method in ("clsclip", "maft"):
         options = {"nav_layers": [1, 2]} if method == "clsclip" else {"start_layer": 1}
         config = replace(config, model={"clip": config.model["clip"], **options})
-    batch = batch_size.synthetic_batch(config, CLASSES, 3)
+    batch = setup.synthetic_batch(config, CLASSES, 3)
     assert batch["images"].shape == (3, 3, size, size) and batch["labels"].shape == (3, size, size)
     assert set(CLASSES.seen) & set(batch["labels"][2].unique().tolist()) and batch["labels"].max() < 20
     runs = list(batch_size._iterations(config, CLASSES, 2, DistEnv(0, 1, torch.device("cpu"))))

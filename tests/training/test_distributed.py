@@ -15,10 +15,11 @@ import torch
 from tests.training import tiny_run
 from zs3fast import weights
 from zs3fast.training import checkpoints
-from zs3fast.training.config import TrainConfig, load_config, save_config
+from zs3fast.training.config import TrainConfig, from_dict, load_config, save_config
 from zs3fast.training.logs import RunLog
 from zs3fast.training.loop import train
-from zs3fast.training.setup import open_data, shares, text_embeddings
+from zs3fast.training.optimiser import freeze
+from zs3fast.training.setup import build_model, build_step, open_data, shares, text_embeddings, unused_parameters
 from zs3fast.training.validation import validate
 from zs3fast.utils.distributed import DistEnv
 
@@ -65,6 +66,7 @@ def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_config(replace(load_config(one / "config.yaml"), output=str(folder / "run")), folder / "config.yaml")
     done = tiny_run.run(2, str(folder / "config.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr  # of arguments that DDP no longer likes, of parameters it looks for in vain
     return folder / "run"
 
 
@@ -105,6 +107,20 @@ def test_batches_that_do_not_divide(one: Path) -> None:
     ):
         shares(config, 4)
     assert shares(config, 2).micro_batches == 1
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_parameters_without_gradient_are_looked_for(spare: bool, tmp_path: Path) -> None:
+    """DDP waits for the gradient of every parameter, unless it is told that some have none."""
+    config = tiny_run.config(tmp_path, "clip_rc")
+    dataset = open_data(config)
+    model = build_model(config, dataset)
+    if spare:
+        model.spare = torch.nn.Parameter(torch.zeros(1))
+    freeze(model)
+    step = build_step(config, dataset, model, text_embeddings(config, dataset, model), torch.device("cpu"))
+    assert unused_parameters(config, dataset, step) == (["spare"] if spare else [])
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_sharded_encoder(one: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -23,9 +25,12 @@ from typer.testing import CliRunner
 
 from tests.training import tiny_run
 from zs3fast import weights
+from zs3fast.encoders.clip_vit import resize_positions
 from zs3fast.training import checkpoints, command, loop, setup
-from zs3fast.training.config import from_dict, load_config, save_config
+from zs3fast.training.config import from_dict, list_configs, load_config, save_config
 from zs3fast.training.loop import RunResult, train
+from zs3fast.training.schedules import learning_rate
+from zs3fast.utils.packed_clip import tiny_clip_state
 from zs3fast.weights import CheckpointError
 
 METHODS = ("zegclip", "tagclip", "clip_rc")
@@ -131,7 +136,7 @@ def test_killed_at_any_moment_resumes_to_the_same_weights(reference: RunResult, 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_fall(method: str, tmp_path: Path) -> None:
-    config = tiny_run.config(tmp_path, method, iterations=40, checkpoint={"every": 40}, optimizer={"lr": 1e-2})
+    config = tiny_run.config(tmp_path, method, iterations=16, checkpoint={"every": 16}, optimizer={"lr": 2e-2})
     train(config)
     found = losses(config.folder)
     assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
@@ -215,9 +220,11 @@ def test_refusals_before_the_first_step(reference: RunResult, tmp_path: Path) ->
 
     with pytest.raises(ValueError, match=r"output: .* holds a run with checkpoints up to iteration_00000006.*--resume"):
         train(config)
-    changed = replace(config, optimizer=replace(config.optimizer, lr=1.0), iterations=8)
-    with pytest.raises(ValueError, match=r"another configuration: iterations: 6 -> 8; optimizer.lr: 0.003 -> 1.0"):
+    changed = replace(config, optimizer=replace(config.optimizer, lr=1.0), batch_size=8)
+    with pytest.raises(ValueError, match=r"another configuration: batch_size: 4 -> 8; optimizer.lr: 0.003 -> 1.0"):
         train(changed, resume=True)
+    with pytest.raises(ValueError, match=r"iterations: expected at least 6, which .*_00000006.safetensors has, got 5"):
+        train(replace(config, iterations=5), resume=True)
     other = tiny_run.text_file(tmp_path / "other.npy", width=32)
     np.save(other, -np.load(other))
     with pytest.raises(ValueError, match="frozen weights or text embeddings differ"):
@@ -356,6 +363,90 @@ def test_a_checkpoint_s_header_is_digested(reference: RunResult, tmp_path: Path)
             checkpoints.read_checkpoint(path)
     path.write_bytes(newest)
     assert checkpoints.read_checkpoint(path)[1]["iteration"] == 6
+
+
+def test_a_run_can_be_extended(reference: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(reference.folder, folder)
+    result = train(replace(load_config(folder / "config.yaml"), output=str(folder), iterations=8), resume=True)
+    assert result.iterations == 8 and losses(folder)[:6] == losses(reference.folder) and len(losses(folder)) == 8
+    text = " ".join(capsys.readouterr().out.split())
+    assert "of 6 iterations before: from here on the learning rate is that of a run of 8" in text
+    assert "iteration 8/8: loss" in text and "eta 0:00:00" in text and "MiB" in text
+    rates = [json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    schedule = load_config(folder / "config.yaml").schedule
+    assert rates[6:] == [learning_rate(schedule, t, 8, 3e-3) for t in (6, 7)]
+
+
+def test_a_missing_logger_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It used to end the run after all weights were loaded, and to leave a lock and a configuration behind."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = tiny_run.config(tmp_path, iterations=1, log={"every": 1, "tensorboard": True})
+    with caplog.at_level(logging.WARNING, "zs3fast"):
+        assert train(config).weights.is_file()
+    told = [record.getMessage() for record in caplog.records if "tensorboard" in record.getMessage()]
+    assert len(told) == 1 and "pip install 'zs3fast[train]'" in told[0]
+    assert not (config.folder / ".lock").exists()
+
+
+def test_a_refused_run_leaves_nothing_and_resume_says_where_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run.config(tmp_path, output=str(tmp_path / "some/where"), model={"num_promts": 1})
+    with pytest.raises(ValueError, match="model.num_promts"):
+        train(config, resume=True)
+    assert "holds no checkpoint to resume: the run starts at its beginning" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "some").exists()
+    (tmp_path / "kept").mkdir()  # not ours to delete
+    with pytest.raises(ValueError, match="model.num_promts"):
+        train(replace(config, output=str(tmp_path / "kept")))
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_position_tables_follow_the_crop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = train(tiny_run.config(tmp_path, iterations=1)).weights
+    values = tiny_run.values(tmp_path, init_from=str(first), output=str(tmp_path / "second"))
+    values["data"] |= {"crop_size": 48}
+    config = from_dict(values)
+    with caplog.at_level(logging.WARNING, "zs3fast"):
+        model = setup.build_model(config, setup.open_data(config))
+    before = weights.load(first)[0].encoder.positional_embedding
+    after = model.encoder.positional_embedding
+    side = int((len(after) - 1) ** 0.5)
+    assert len(after) > len(before) and torch.equal(after, resize_positions(before, (side, side)))
+    assert f"encoder.positional_embedding resized from 2 x 2 to {side} x {side} patches" in caplog.text
+
+
+@pytest.mark.parametrize("name", [name for name in list_configs() if name.endswith("_world")])
+def test_settings_of_the_world_start_from_the_package_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = load_config(name)
+    dataset = setup.open_data(config)
+    model = setup.build_model(config, dataset)
+    state = tiny_clip_state()
+    name = "conv1.weight"
+    assert model.weights_loaded and torch.equal(model.encoder.state_dict()[name], state[f"visual.{name}"])
+    rows = setup.text_embeddings(config, dataset, model)
+    assert rows.shape == (64, 128)
+
+
+def test_show_prints_every_key(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command.train)
+    shown = CliRunner().invoke(app, ["tagclip_voc20_transductive", "--show", "--set", "data.crop_size=256"]).stdout
+    values = yaml.safe_load(shown)
+    model = values["model"]
+    assert model["image_size"] == 256 and model["seen_offset"] == 0.0 and model["decoder_heads"] == 8
+    assert model["trusty_token"] is False and model["prompt_depth"] is None and model["layout"] == "a_n_n"
+    assert values["optimizer"]["betas"] == [0.9, 0.999]
+    assert "# of the dataset unless set: model.num_classes, model.class_names, model.seen" in " ".join(shown.split())
+    again = from_dict(values)
+    assert setup.whole_config(again) == setup.whole_config(from_dict({**values, "model": again.model}))
+    listed = CliRunner().invoke(app, []).stdout.splitlines()
+    assert "tagclip_voc20_transductive  tagclip, voc20" in listed and max(map(len, listed)) <= 80
+    assert len(listed) == 2 * len(list_configs())
 
 
 def test_command_line(tmp_path: Path) -> None:

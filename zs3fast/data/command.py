@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
+from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, progress_bar, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.data.check import CheckReport
@@ -76,8 +75,7 @@ def _open(root: Path, name: str | None, split: str | None) -> list[SegmentationD
 def _walk(dataset: SegmentationDataset, limit: int | None) -> CheckReport:
     from zs3fast.data.check import check_dataset
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stdout, transient=True, disable=not stdout.is_terminal) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(f"{dataset.name} {dataset.split}", total=None)
         return check_dataset(dataset, limit, lambda done, total: progress.update(task, completed=done, total=total))
 

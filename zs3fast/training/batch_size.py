@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zs3fast.training import loop, setup
 from zs3fast.training.config import TrainConfig, from_dict
@@ -31,7 +30,6 @@ MOST = 1024
 SPARE = 0.9  # of the memory that is free, where no budget is given
 TIMED = 2  # iterations, after one that makes the optimiser's state
 NO_ROOM = {"peak_bytes": None, "seconds": None}
-BLOCKS = 4  # label maps are so many blocks a side: as many regions as a busy picture has
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def _iterations(config: TrainConfig, vocabulary: Classes, size: int, env: distri
     rows = torch.nn.functional.normalize(torch.randn(len(vocabulary.class_names), model.embed_dim), dim=-1)
     step = setup.build_step(config, vocabulary, model, rows, device)
     optimizer = make_optimizer(model, config.optimizer)
-    batch = {name: value.to(device) for name, value in synthetic_batch(config, vocabulary, size).items()}
+    batch = {name: value.to(device) for name, value in setup.synthetic_batch(config, vocabulary, size).items()}
     split = setup.Shares(size, size, size, 1)
     for iteration in range(1 + TIMED):
         started = time.perf_counter()
@@ -234,20 +232,6 @@ def _iterations(config: TrainConfig, vocabulary: Classes, size: int, env: distri
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         yield started
-
-
-def synthetic_batch(config: TrainConfig, vocabulary: Classes, size: int) -> dict[str, Tensor]:
-    """A batch as the loader would give it: noise [B, 3, S, S], labels [B, S, S] of blocks of classes, one asked for."""
-    generator = torch.Generator().manual_seed(config.seed)
-    side = config.data.crop_size
-    blocks = torch.randint(len(vocabulary.class_names), (size, 1, BLOCKS, BLOCKS), generator=generator)
-    blocks[:, 0, 0, 0] = vocabulary.seen[0]  # a class that is trained on is in every picture
-    labels = torch.nn.functional.interpolate(blocks.float(), size=(side, side), mode="nearest")[:, 0].long()
-    return {
-        "images": torch.randn(size, 3, side, side, generator=generator),
-        "labels": labels,
-        "class_index": torch.full((size,), vocabulary.seen[0]),
-    }
 
 
 if __name__ == "__main__":

@@ -46,27 +46,52 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder for as long as this process lives (where the system has file locks).
 
     The lock is the process's own: reading workers, which outlive one that was killed for some seconds, do not hold it.
+    A run that ends takes its lock file along, and folders that were made for it where there is nothing else in them.
     """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    held = folder.resolve()
+    held, path = folder.resolve(), folder / ".lock"
     busy = f"output: another run is training in {folder}"
     if held in _held:  # to its owner a process's lock is no obstacle, and closing the file again would drop it
         raise ValueError(busy)
-    with open(folder / ".lock", "w") as file:
-        try:
-            import fcntl  # not on every system
-        except ImportError:
-            pass
-        else:
+    try:
+        with _locked(path, busy):
+            _held.add(held)
+            try:
+                yield
+            finally:
+                _held.remove(held)
+                path.unlink(missing_ok=True)  # while it is locked: see `_locked`
+    finally:
+        for place in made:
+            if any(place.iterdir()):
+                break
+            place.rmdir()
+
+
+@contextmanager
+def _locked(path: Path, busy: str) -> Iterator[None]:
+    """A file of that name, locked by this process, or an error."""
+    try:
+        import fcntl
+    except ImportError:  # not on every system
+        path.touch()
+        yield
+        return
+    while True:
+        with open(path, "w") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(busy) from None
-        _held.add(held)
-        try:
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                same = False
+            if not same:  # its former owner deleted it between our opening and locking it
+                continue
             yield
-        finally:
-            _held.remove(held)
+            return
 
 
 def remove_leftovers(folder: Path) -> None:

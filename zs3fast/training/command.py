@@ -60,10 +60,10 @@ def train(
     weights.safetensors, which `zs3fast segment` and `zs3fast eval` take. A killed run goes on with --resume. Under
     torchrun the batch is shared by the processes.
     """
-    from zs3fast.training.config import list_configs, load_config
+    from zs3fast.training.config import load_config
 
     if config is None:
-        stdout.print("\n".join(list_configs()))
+        _list_settings()
         return
     overrides = list(set_ or [])
     given = {"data.root": data, "output": output, "init_from": init_from, "text.embeddings": text_embeddings}
@@ -72,9 +72,8 @@ def train(
     with one_line_errors(USAGE_ERROR):
         loaded = load_config(config, overrides)
     if show:
-        import yaml
-
-        stdout.print(yaml.safe_dump(loaded.to_dict(), sort_keys=False), markup=False)
+        with one_line_errors(USAGE_ERROR):
+            _show(loaded)
         return
     if find_batch_size:
         with one_line_errors(USAGE_ERROR):
@@ -93,6 +92,30 @@ def train(
         best = result.best
         text = f", best {best['metric']} {best['value']:.2f} at {best['iteration']}" if best else ""
         stdout.print(f"{result.iterations} iterations done, weights in {escape(str(result.weights))}{text}")
+
+
+def _list_settings() -> None:
+    """The published settings with their method, dataset and a line on each."""
+    from zs3fast.training.config import describe, list_configs, load_config
+
+    for name in list_configs():
+        loaded = load_config(name)
+        stdout.print(f"[bold]{name}[/]  {loaded.method}, {loaded.data.name}", highlight=False)
+        stdout.print(f"    {escape(describe(name))}", highlight=False)
+
+
+def _show(config: TrainConfig) -> None:
+    """Every key with its value, as YAML that `zs3fast train` takes."""
+    import yaml
+
+    from zs3fast.training.setup import whole_config
+
+    values, of_data = whole_config(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
+    stdout.print(text, markup=False)
+    if of_data:
+        said = ", ".join(f"model.{name}" for name in of_data)
+        stdout.print(f"# of the dataset unless set: {said}", markup=False)
 
 
 def _find_batch_size(config: TrainConfig, memory: float | None, most: int | None) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import field
 from importlib import resources
@@ -224,6 +227,15 @@ def list_configs() -> list[str]:
     """Names of the published settings that `load_config` knows."""
     folder = resources.files("zs3fast.training") / "configs"
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def describe(name: str) -> str:
+    """The line on a published setting: the first sentence of its file, of at most 76 characters."""
+    text, _, _ = _find(name, None)
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    sentence = re.split(r"[.;]( |$)", " ".join(line.lstrip("# ") for line in lines))[0]
+    short = sentence if len(sentence) <= 76 else sentence.split(": ")[0]
+    return textwrap.shorten(short, 76, placeholder=" ...")
 
 
 def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 from torch import Tensor
 
+from zs3fast.utils.console import progress_bar, stdout
 from zs3fast.utils.distributed import DistEnv
+from zs3fast.utils.memory import resident_bytes
+
+logger = logging.getLogger("zs3fast")
 
 
 class RunLog:
@@ -26,19 +31,18 @@ class RunLog:
 
     def __init__(self, folder: Path, env: DistEnv, start: int, stop: int, images: int, tensorboard: bool):
         self.path = folder / "log.jsonl"
-        self._group, self._images = env, images
+        self._env, self._images = env, images
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self._writer = self._progress = None
-        self._since = time.perf_counter()
+        self._start, self._stop = start, stop
+        self._since = self._began = time.perf_counter()
         if not env.main:
             return
         _cut(self.path, start)
-        self.console = Console(soft_wrap=True, highlight=False)
         if tensorboard:
             self._writer = _tensorboard(folder / "tensorboard", start)
-        if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self.console)
+        if stdout.is_terminal:
+            self._progress = progress_bar(stdout, transient=False)
             self._task = self._progress.add_task("training", total=stop, completed=start)
             self._progress.start()
 
@@ -57,7 +61,7 @@ class RunLog:
         pending, self._pending = self._pending, []
         names = list(pending[0][2])
         values = torch.stack([torch.stack([terms[name] for name in names]) for _, _, terms in pending])
-        values = (self._group.total(values) / self._group.world).cpu().double().numpy()
+        values = (self._env.total(values) / self._env.world).cpu().double().numpy()
         for (iteration, _, _), row in zip(pending, values):
             bad = [f"{name} {value:g}" for name, value in zip(names, row) if not np.isfinite(value)]
             if bad:
@@ -66,7 +70,7 @@ class RunLog:
                     "the iteration before"
                 )
         last = dict(zip(names, values[-1].tolist()))
-        if self._group.main:
+        if self._env.main:
             seconds = (time.perf_counter() - self._since) / len(pending)
             self._write(pending, names, values, seconds)
         self._since = time.perf_counter()
@@ -84,19 +88,27 @@ class RunLog:
                 self._writer.add_scalar(f"train/{name}", value, iteration)
             self._writer.flush()
         text = f"loss {means['loss']:.4g}  lr {lr:.3g}  {speed['images_per_second']:.3g} images/s"
+        done, memory = iteration + 1, f"{self._memory() / 2**20:.0f} MiB"
         if self._progress is not None:
-            self._progress.update(self._task, completed=iteration + 1, description=text)
+            self._progress.update(self._task, completed=done, description=f"{text}  {memory}")
         else:
-            self.console.print(f"iteration {iteration}: {text}")
+            left = (self._stop - done) * (time.perf_counter() - self._began) / (done - self._start)
+            eta = timedelta(seconds=round(left))
+            stdout.print(f"iteration {done}/{self._stop}: {text}  eta {eta}  {memory}")
+
+    def _memory(self) -> int:
+        """Bytes: the most that was allocated on the GPU, or what this process holds."""
+        device = self._env.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
     def note(self, text: str) -> None:
         """A line for the reader."""
-        if self._group.main:
-            self.console.print(text)
+        if self._env.main:
+            stdout.print(escape(text))
 
     def scores(self, iteration: int, values: Mapping[str, float]) -> None:
         """Validation scores, into validation.jsonl and TensorBoard."""
-        if not self._group.main:
+        if not self._env.main:
             return
         with open(self.path.with_name("validation.jsonl"), "a") as file:
             file.write(json.dumps({"iteration": iteration, **values}) + "\n")
@@ -136,11 +148,13 @@ def _cut(path: Path, start: int) -> None:
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
+    """A writer of event files; None, with a warning, where there is none to be had: the run does not need it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError(
-            "log.tensorboard: tensorboard is not installed (pip install 'zs3fast[train]', or --set "
-            "log.tensorboard=false)"
-        ) from None
+        logger.warning(
+            "log.tensorboard: tensorboard is not installed (pip install 'zs3fast[train]'): no event files, log.jsonl "
+            "has it all"
+        )
+        return None
     return SummaryWriter(str(folder), purge_step=start)

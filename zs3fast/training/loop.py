@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 
 from zs3fast.data.datasets import ids_digest
 from zs3fast.training import checkpoints, setup, validation
-from zs3fast.training.config import TrainConfig, changed_keys, save_config
+from zs3fast.training.config import FREE, TrainConfig, changed_keys, save_config
 from zs3fast.training.export import export_weights
 from zs3fast.training.logs import RunLog
 from zs3fast.training.optimiser import finite_step, freeze, make_optimizer, set_learning_rate
 from zs3fast.training.schedules import learning_rate
 from zs3fast.training.steps import Batch, Terms
 from zs3fast.utils import distributed
+from zs3fast.utils.console import stderr
 from zs3fast.utils.distributed import DistEnv
 
 
@@ -53,8 +55,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunResult:
     best.safetensors, validation.jsonl and predictions/.
 
     Args:
-        resume: go on from the folder's last checkpoint, or start if it has none. Without it a folder that holds
-            checkpoints is left alone.
+        resume: go on from the folder's last checkpoint, or start if it has none (and say so). Without it a folder that
+            holds checkpoints is left alone. `iterations` may be another number than before, the checkpoint's at least.
     Raises:
         ValueError, OSError: a configuration, data, weights or a checkpoint that will not do; before the first step.
         RuntimeError: a loss that is not finite.
@@ -69,6 +71,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> RunResult:
 def _train(config: TrainConfig, resume: bool, env: DistEnv) -> RunResult:
     split = setup.shares(config, env.world)
     previous = previous_checkpoint(config.folder, resume)
+    if resume and not previous and env.main:
+        stderr.print(f"{escape(str(config.folder))} holds no checkpoint to resume: the run starts at its beginning")
     dataset = setup.open_data(config)
     if config.validation.every:
         validation.check(config)
@@ -83,7 +87,8 @@ def _train(config: TrainConfig, resume: bool, env: DistEnv) -> RunResult:
     tensors, facts = _read(previous, config, frozen, source) if previous else ({}, {"iteration": 0, "best": None})
 
     step = setup.build_step(config, dataset, model, text, env.device)
-    spread = distributed.parallelize(step, config.parallel, env)
+    unused = env.world > 1 and config.parallel == "ddp" and setup.unused_parameters(config, dataset, step) != []
+    spread = distributed.parallelize(step, config.parallel, env, unused)
     optimizer = make_optimizer(model, config.optimizer)
     if previous:
         checkpoints.restore(tensors, model, optimizer, previous)
@@ -97,6 +102,11 @@ def _train(config: TrainConfig, resume: bool, env: DistEnv) -> RunResult:
     log = RunLog(config.folder, env, start, iterations, split.total, config.log.tensorboard)
     if previous:
         log.note(f"going on from {previous} at iteration {start} of {iterations}")
+        if facts["config"]["iterations"] != iterations:
+            log.note(
+                f"of {facts['config']['iterations']} iterations before: from here on the learning rate is that of a "
+                f"run of {iterations}"
+            )
     saved = {"config": config.to_dict(), "frozen": frozen, "data": source, "world": env.world}
     terms: dict[str, float] = {}
     try:
@@ -185,7 +195,11 @@ def _read(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint of the same run, or an error that names what differs."""
     tensors, facts = checkpoints.read_checkpoint(path)
-    changed = changed_keys(facts["config"], config.to_dict())
+    changed = changed_keys(facts["config"], config.to_dict(), (*FREE, "iterations"))  # a run may be extended
+    if config.iterations < facts["iteration"]:
+        raise ValueError(
+            f"iterations: expected at least {facts['iteration']}, which {path} has, got {config.iterations}"
+        )
     if changed:
         raise ValueError(f"resume: {path} is of a run with another configuration: {'; '.join(changed)}")
     if facts["frozen"] != frozen:

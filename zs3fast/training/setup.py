@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import shutil
 import sys
@@ -23,17 +24,23 @@ from zs3fast.data import open_dataset
 from zs3fast.data.datasets import PAINTED, SegmentationDataset
 from zs3fast.data.sampling import PairSet, PositionSampler, TrainingSet, seed_worker
 from zs3fast.data.transforms import train_transform
+from zs3fast.encoders.clip_vit import resize_positions
 from zs3fast.evaluation.evaluate import Reader
 from zs3fast.models.registry import create_model
 from zs3fast.text import TextEncoder, load_text_embeddings, resolve_templates, whole_names
 from zs3fast.training.config import ONE_STAGE, TrainConfig
 from zs3fast.training.proposing import build_proposal_step
+from zs3fast.training.settings import plain
 from zs3fast.training.steps import OneStageStep, PairStep, Step
 from zs3fast.utils.checkpoint_io import strict_load
 from zs3fast.utils.distributed import DistEnv, encoder_blocks
 from zs3fast.utils.options import did_you_mean
 
 logger = logging.getLogger("zs3fast")
+
+OF_DATASET = ("num_classes", "class_names", "seen")  # options of the model
+POSITIONS = "positional_embedding"
+_BLOCKS = 4  # synthetic label maps are so many blocks a side: as many regions as a busy image has
 
 
 class Vocabulary(Protocol):
@@ -73,7 +80,7 @@ def open_data(config: TrainConfig, split: str | None = None) -> SegmentationData
     """The dataset of the configuration, or of another split of it."""
     data = config.data
     if data.root is None and data.name != PAINTED:
-        raise ValueError(f"data.root: expected the folder of {data.name} (--set data.root=/path/to/it)")
+        raise ValueError(f"data.root: expected the folder of {data.name} (--data FOLDER)")
     return open_dataset(data.name, data.root, split or data.split, fold=data.fold)
 
 
@@ -136,7 +143,7 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset) -> nn.Module:
     elif config.setting == "transductive":
         raise ValueError(
             "init_from: self-training starts from weights of the inductive run, "
-            "expected their file (--set init_from=runs/.../weights_00010000.safetensors)"
+            "expected their file (--init-from runs/.../weights_00010000.safetensors)"
         )
     elif not model.weights_loaded:
         logger.warning("model.pretrained is not set: the image encoder starts from random weights")
@@ -188,7 +195,10 @@ def _encoded(dataset: Vocabulary, model: nn.Module, *templates: str | Sequence[s
     """Embeddings [C, D] of all classes by the text tower of the model's CLIP, for each choice of templates."""
     clip = model.config
     if not isinstance(clip["clip"], str) and clip["pretrained"] is None:
-        raise ValueError("text.embeddings: expected a .npy file, since this model's CLIP has no text tower to load")
+        raise ValueError(
+            "text.embeddings: expected a .npy file (--text-embeddings FILE), since this model's CLIP has no text tower "
+            "to load"
+        )
     encoder = TextEncoder.from_open_clip(clip["clip"], clip["pretrained"] or "openai")
     options = {"text_token": model.text_token} if model.method == "clsclip" else {}
     names = whole_names(dataset.class_names)
@@ -210,6 +220,32 @@ def build_step(config: TrainConfig, dataset: Vocabulary, model: nn.Module, text:
         check_compiler(device)
         step.compile()
     return step.to(device).train()
+
+
+def synthetic_batch(config: TrainConfig, vocabulary: Vocabulary, size: int) -> dict[str, Tensor]:
+    """A batch as the loader would give it: noise [B, 3, S, S], labels [B, S, S] of blocks of classes, one asked for."""
+    generator = torch.Generator().manual_seed(config.seed)
+    side = config.data.crop_size
+    blocks = torch.randint(len(vocabulary.class_names), (size, 1, _BLOCKS, _BLOCKS), generator=generator)
+    blocks[:, 0, 0, 0] = vocabulary.seen[0]  # a class that is trained on is in every image
+    labels = torch.nn.functional.interpolate(blocks.float(), size=(side, side), mode="nearest")[:, 0].long()
+    return {
+        "images": torch.randn(size, 3, side, side, generator=generator),
+        "labels": labels,
+        "class_index": torch.full((size,), vocabulary.seen[0]),
+    }
+
+
+def unused_parameters(config: TrainConfig, dataset: Vocabulary, step: Step) -> list[str]:
+    """Trained parameters that get no gradient from an image without labels, from which there is least to learn."""
+    device = step.text_embeddings.device
+    batch = {name: value.to(device) for name, value in synthetic_batch(config, dataset, 1).items()}
+    batch["labels"].fill_(dataset.ignore_index)
+    count = step.count(batch)
+    step.forward(batch, None if count is None else count.clamp_min(1))["loss"].backward()  # not the compiled step
+    unused = [name for name, parameter in step.model.trainable().items() if parameter.grad is None]
+    step.zero_grad(set_to_none=True)
+    return unused
 
 
 def check_compiler(device: torch.device) -> None:
@@ -247,7 +283,7 @@ def _recomputed(forward: Any) -> Any:
 
 
 def _model_options(config: TrainConfig, dataset: Vocabulary) -> dict[str, Any]:
-    known = _known_options(config.method)
+    known = model_defaults(config.method)
     for key in config.model:
         if key not in known:
             hint = did_you_mean(key, known) or f"; known: {', '.join(sorted(known))}"
@@ -258,28 +294,60 @@ def _model_options(config: TrainConfig, dataset: Vocabulary) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "seen": list(range(len(dataset.class_names))) if supervised else list(dataset.seen),
     }
-    if config.method != "maft":  # whose pictures are squashed to CLIP's size after they were cropped
+    return {**options, **_derived_options(config), **config.model}
+
+
+def _derived_options(config: TrainConfig) -> dict[str, Any]:
+    """Options of the model that follow from the rest of the configuration, unless it says otherwise."""
+    options: dict[str, Any] = {}
+    if config.method != "maft":  # whose images are squashed to CLIP's size after they were cropped
         options["image_size"] = config.data.crop_size
     if config.setting == "transductive":
         options["seen_offset"] = 0.0
-    return {**options, **config.model}
+    return options
 
 
-def _known_options(method: str) -> set[str]:
-    """Keyword arguments of a model and of the bases it hands them on to."""
+def model_defaults(method: str) -> dict[str, Any]:
+    """Keyword arguments of a model and of the bases it hands them on to, with their defaults."""
     module = importlib.import_module(f"zs3fast.models.{method}")
     model = next(v for v in vars(module).values() if isinstance(v, type) and vars(v).get("method") == method)
-    names: set[str] = set()
+    defaults: dict[str, Any] = {}
     for cls in model.__mro__:
         if "__init__" in cls.__dict__ and cls is not nn.Module and cls is not object:
-            parameters = inspect.signature(cls.__init__).parameters.values()
-            names |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return names
+            for p in inspect.signature(cls.__init__).parameters.values():
+                if p.kind is p.KEYWORD_ONLY:
+                    given = None if p.default is p.empty else p.default
+                    defaults.setdefault(p.name, given)
+    if defaults.get("loss_weights", 0) is None:
+        defaults["loss_weights"] = dict(model.default_loss_weights)
+    return defaults
+
+
+def whole_config(config: TrainConfig) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Every key of a run with its value, options of the model included; and those that the dataset decides if unset."""
+    of_data = [name for name in OF_DATASET if name not in config.model]
+    defaults = model_defaults(config.method)
+    derived = _derived_options(config)
+    values = {**defaults, **derived, **config.model}
+    if isinstance(values.get("loss_weights"), dict):
+        values["loss_weights"] = {**defaults["loss_weights"], **values["loss_weights"]}
+    model = {name: value for name, value in values.items() if name not in of_data}
+    return {**config.to_dict(), "model": plain(model)}, tuple(of_data)
 
 
 def _load_initial(model: nn.Module, path: Path) -> None:
-    """Weights of an earlier run, by name. What this model does not have (TagCLIP's token) is left out, with a note."""
+    """Weights of an earlier run, by name. What this model does not have (TagCLIP's token) is left out, with a note.
+
+    A position table for images of another size is resized, bilinearly as CLIP's own is.
+    """
     source, _ = weights.load(path)
-    spare = strict_load(model, source.state_dict(), f"init_from: {path}", spare=lambda name: True)
+    state, own = source.state_dict(), model.state_dict()
+    for name in own.keys() & state.keys():
+        given, wanted = state[name].shape, own[name].shape
+        if name.endswith(POSITIONS) and given != wanted and given[1] == wanted[1]:
+            side, before = math.isqrt(wanted[0] - 1), math.isqrt(given[0] - 1)
+            state[name] = resize_positions(state[name], (side, side))
+            logger.warning("init_from: %s resized from %d x %d to %d x %d patches", name, before, before, side, side)
+    spare = strict_load(model, state, f"init_from: {path}", spare=lambda name: True)
     if spare:
         logger.warning("init_from: %s holds weights that this model has no use for: %s", path, ", ".join(spare))

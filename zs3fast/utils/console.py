@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import unicodedata
@@ -12,6 +13,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from zs3fast.utils.errors import Zs3fastError
@@ -21,6 +23,8 @@ CROPS_HELP = "maft: classify proposals by a CLIP pass each, the baseline: mask, 
 QUANTIZE_HELP = "Run the image tower in 8 bits: int8, int8-weights or fp8; needs zs3fast[quantize]."
 USER_ERRORS = (Zs3fastError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
 _LONGEST_MESSAGE = 800  # characters
+# What functions of ours call their arguments, where commands have another name for the same.
+_OTHER_NAMES = {"root": "data", "name": "dataset", "name_or_path": "weights"}
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
@@ -69,6 +73,12 @@ stderr = SafeConsole(stderr=True, soft_wrap=True, highlight=False)
 stdout = SafeConsole(soft_wrap=True, highlight=False)
 
 
+def progress_bar(console: Console = stdout, *, shown: bool = True, transient: bool = True) -> Progress:
+    """The bar of every command: what is done, of how many, how long it takes; on a terminal alone."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=transient, disable=not (shown and console.is_terminal))
+
+
 @contextmanager
 def one_line_errors(code: int) -> Iterator[None]:
     """Turn the errors a user can cause into one line and an exit code; an interrupt ends with 130."""
@@ -82,9 +92,37 @@ def one_line_errors(code: int) -> Iterator[None]:
             raise typer.Exit(INTERRUPTED) from None
         if not isinstance(error, USER_ERRORS):
             raise
-        for line in getattr(error, "lines", None) or [first_line(error)]:  # settings say all that is wrong at once
+        for line in getattr(error, "lines", None) or [
+            as_option(first_line(error))
+        ]:  # settings say all that is wrong at once
             stderr.print(f"[red]error[/] {escape(printable(line))}")
         raise typer.Exit(code) from None
+
+
+def as_option(line: str) -> str:
+    """A message about an argument, "trusted_on: ...", as one about the running command's option --trusted-on."""
+    name, colon, rest = line.partition(": ")
+    command = getattr(_click_context(), "command", None)
+    if command is None or not colon or not name.isidentifier():
+        return line
+    options = {param.name.rstrip("_"): param for param in command.params}
+    param = options.get(name) or options.get(_OTHER_NAMES.get(name, ""))
+    if param is None:
+        return line
+    said = max(param.opts, key=len)
+    return f"{said if said.startswith('-') else (param.metavar or said).upper()}: {rest}"
+
+
+def _click_context() -> Any:
+    """The command that is running, as click knows it; newer Typers have a click of their own inside."""
+    for module in ("typer._click.globals", "click.globals"):
+        try:
+            found = importlib.import_module(module).get_current_context(silent=True)
+        except (ImportError, AttributeError):
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -86,12 +86,13 @@ def sum_over_processes(value: Tensor) -> None:
         dist.all_reduce(value)
 
 
-def parallelize(step: nn.Module, parallel: str, env: DistEnv) -> nn.Module:
+def parallelize(step: nn.Module, parallel: str, env: DistEnv, unused: bool = False) -> nn.Module:
     """The training step over all processes: DDP, or FSDP2 with every encoder block and the rest sharded.
 
-    DDP is told that parameters may go without a gradient. Some do (the official code trains such too), and only then
-    does it keep the buckets it starts with: sums over three and more processes then round alike before and after a
-    resume.
+    Args:
+        unused: whether an iteration may leave parameters without a gradient, which DDP has to be told. With three and
+            more processes it is told in any case: only then does it keep the buckets it starts with, and sums over
+            processes round alike before and after a resume.
     """
     if parallel == "fsdp":
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -106,9 +107,11 @@ def parallelize(step: nn.Module, parallel: str, env: DistEnv) -> nn.Module:
         return fully_shard(step, mesh=mesh)
     if env.world == 1:
         return step
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     devices = [env.device] if env.device.type == "cuda" else None
-    return DistributedDataParallel(step, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its former name
+    options = {buffers: False, "find_unused_parameters": unused or env.world > 2}
+    return DistributedDataParallel(step, device_ids=devices, **options)
 
 
 def accumulating(step: nn.Module, more: bool) -> AbstractContextManager[None]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from zs3fast.utils.options import close_names
+from zs3fast.utils.packed_clip import TINY_CLIP, tiny_clip_state
 from zs3fast.utils.torchscript import is_torchscript, read_torchscript
 
 downloads = logging.getLogger("zs3fast.downloads")
@@ -223,24 +224,28 @@ def create_open_clip(
     """open_clip's model, its text tower as a module of its own (`.visual`, `.text`).
 
     Args:
-        pretrained: an open_clip tag, a checkpoint file that `torch.load(weights_only=True)` reads, or None.
+        pretrained: an open_clip tag, a checkpoint file that `torch.load(weights_only=True)` reads, "zs3fast-tiny-clip"
+            (the one in the package; `clip` is its configuration, as in the settings *_world), or None.
         quick_gelu: overrides the activation.
     Raises:
         ValueError: weights that cannot be found, fetched or read.
     """
     import open_clip
+    from open_clip.model import convert_to_custom_text_state_dict
 
     config = clip_model_config(clip, ("vision_cfg", "text_cfg"))
     gelu = uses_quick_gelu(clip, pretrained) if quick_gelu is None else quick_gelu
     tag = _tag(clip, pretrained)
-    if pretrained and not tag:
+    if pretrained and not tag and not (pretrained == TINY_CLIP and isinstance(clip, dict)):
         check_file(clip, pretrained)
     try:
         with quiet_open_clip():
             if isinstance(clip, dict):
                 sizes = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
                 model = open_clip.CustomTextCLIP(**sizes, quick_gelu=gelu)
-                if pretrained is not None:
+                if pretrained == TINY_CLIP:
+                    model.load_state_dict(convert_to_custom_text_state_dict(tiny_clip_state()))
+                elif pretrained is not None:
                     open_clip.load_checkpoint(model, pretrained)
                 return model
             if tag:

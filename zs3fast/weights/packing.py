@@ -1,7 +1,6 @@
-"""Small files: a CLIP in half precision without the words it never met, and models as what they add to such a CLIP.
+"""Small files: models as what they add to a packed CLIP (`utils/packed_clip.py`).
 
-open_clip's tokenizer knows 49,408 tokens, the sentences of the procedural world a hundred. Rows of the others are zero,
-and a file need not hold zeros. A model that was trained on a frozen CLIP holds that CLIP again, and need not either.
+A model that was trained on a frozen CLIP holds that CLIP again, and its file need not.
 """
 
 from __future__ import annotations
@@ -9,11 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from zs3fast.encoders.open_clip_weights import load_tower_state
@@ -22,18 +19,24 @@ from zs3fast.utils.checkpoint_io import read_safetensors
 from zs3fast.utils.errors import CheckpointError
 from zs3fast.utils.files import replacing
 from zs3fast.utils.limits import check_unpacked
+from zs3fast.utils.packed_clip import BASE, ROWS, SIZE, TOKENS, bundled, pack_clip, unpack_clip
 
-BASE = "tiny-clip.safetensors"  # what the small models of a folder build on
+__all__ = [
+    "BASE",
+    "BASE_KEY",
+    "bundled",
+    "pack_clip",
+    "packed_models",
+    "packed_path",
+    "put_base",
+    "read_base",
+    "save_on_base",
+    "unpack_clip",
+]
+
 BASE_KEY = "zs3fast_base"  # in a header: the name of the packed CLIP beside the file
-TABLE = "token_embedding.weight"
-_ROWS, _TOKENS, _SIZE = "token_embedding.rows", "token_embedding.tokens", "token_embedding.size"
 _VISUAL = "visual."
 _SCALARS = ("logit_scale", "logit_bias")
-
-
-def bundled() -> Path:
-    """The folder of the small models in the package."""
-    return Path(str(resources.files("zs3fast.weights") / "bundled"))
 
 
 def packed_path(folder: Path, method: str) -> Path:
@@ -45,24 +48,6 @@ def packed_models(folder: Path) -> dict[str, Path]:
     """The small models in a folder: method -> weight file."""
     found = {method: packed_path(folder, method) for method in list_models()}
     return {method: path for method, path in found.items() if path.is_file()}
-
-
-def pack_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a CLIP in half precision, its word table as the rows that are not zero and their tokens."""
-    packed = {name: tensor.half() for name, tensor in state.items() if name != TABLE}
-    table = state[TABLE]
-    tokens = table.abs().amax(1).nonzero()[:, 0]
-    size = torch.tensor(len(table), dtype=torch.int32)
-    return {**packed, _ROWS: table[tokens].half(), _TOKENS: tokens.int(), _SIZE: size}
-
-
-def unpack_clip(packed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The float32 state dict of open_clip that `pack_clip` was given, rounded to half precision."""
-    state = {name: tensor.float() for name, tensor in packed.items() if name not in (_ROWS, _TOKENS, _SIZE)}
-    rows = packed[_ROWS].float()
-    table = rows.new_zeros(int(packed[_SIZE]), rows.shape[1])
-    table[packed[_TOKENS].long()] = rows
-    return {**state, TABLE: table}
 
 
 def save_on_base(
@@ -84,10 +69,10 @@ def save_on_base(
 def read_base(path: Path) -> dict[str, Tensor]:
     """The weights of a packed CLIP's file, unpacked."""
     packed, _ = read_safetensors(path)
-    missing = [name for name in (_ROWS, _TOKENS, _SIZE) if name not in packed]
+    missing = [name for name in (ROWS, TOKENS, SIZE) if name not in packed]
     if missing:
         raise CheckpointError(f"{path}: not a packed CLIP, it has no {', '.join(missing)}")
-    rows, tokens, size = packed[_ROWS], packed[_TOKENS].long(), packed[_SIZE]
+    rows, tokens, size = packed[ROWS], packed[TOKENS].long(), packed[SIZE]
     fits = rows.dim() == 2 and tokens.shape == rows.shape[:1] and size.numel() == 1
     if not fits or (len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < int(size)):
         raise CheckpointError(f"{path}: not a packed CLIP, the rows of its word table do not fit its size")
