@@ -15,7 +15,7 @@ import torch
 from tests.training import tiny_run
 from zs3fast import weights
 from zs3fast.training import checkpoints
-from zs3fast.training.config import TrainConfig, from_dict, load_config, save_config
+from zs3fast.training.config import TrainConfig, load_config, save_config
 from zs3fast.training.logs import RunLog
 from zs3fast.training.loop import train
 from zs3fast.training.optimiser import freeze

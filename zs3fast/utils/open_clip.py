@@ -165,8 +165,9 @@ def clip_state(clip: str | dict[str, Any], pretrained: str) -> ClipState:
     """The weights of an open_clip tag or a checkpoint file; nothing is built for a plain CLIP, in memory or time.
 
     Args:
-        pretrained: an open_clip tag, fetched where it is not in the hub's cache; or a file: safetensors, what
-            `torch.load(weights_only=True)` reads, or a TorchScript archive such as OpenAI's, of which no code is run.
+        pretrained: an open_clip tag, fetched where it is not in the hub's cache; a file: safetensors, what
+            `torch.load(weights_only=True)` reads, or a TorchScript archive such as OpenAI's, of which no code is run;
+            or "zs3fast-tiny-clip", the one in the package.
     Raises:
         ValueError: weights that cannot be found, fetched or read.
     """
@@ -174,7 +175,10 @@ def clip_state(clip: str | dict[str, Any], pretrained: str) -> ClipState:
     if not tag:
         check_file(clip, pretrained)
     try:
-        state = _read_checkpoint(_fetched(clip, pretrained, tag) if tag else Path(pretrained))
+        if pretrained == TINY_CLIP:
+            state = tiny_clip_state()
+        else:
+            state = _read_checkpoint(_fetched(clip, pretrained, tag) if tag else Path(pretrained))
     except Exception as error:  # the hub, the network, zip files and the unpickler each raise their own
         raise ValueError(_no_weights(clip, pretrained, tag, error)) from None
     image = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
@@ -236,7 +240,7 @@ def create_open_clip(
     config = clip_model_config(clip, ("vision_cfg", "text_cfg"))
     gelu = uses_quick_gelu(clip, pretrained) if quick_gelu is None else quick_gelu
     tag = _tag(clip, pretrained)
-    if pretrained and not tag and not (pretrained == TINY_CLIP and isinstance(clip, dict)):
+    if pretrained and not tag:
         check_file(clip, pretrained)
     try:
         with quiet_open_clip():
@@ -263,6 +267,8 @@ def check_file(clip: str | dict[str, Any], pretrained: str) -> None:
     """Raise where `pretrained`, which is no tag of the model, is no file either."""
     import open_clip
 
+    if pretrained == TINY_CLIP and isinstance(clip, dict):
+        return
     if not os.path.isfile(pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) if isinstance(clip, str) else "none"
         raise ValueError(
