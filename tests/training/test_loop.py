@@ -155,7 +155,7 @@ def test_self_training_starts_from_inductive_weights(tmp_path: Path) -> None:
     model, _ = weights.load(result.weights)
     assert model.seen_offset == 0 and model.trusty_token is None
     values["model"]["num_prompts"] = 3
-    with pytest.raises(ValueError, match=r"init_from: .*prompt_embeddings \[1, 2, 48\], expected \[1, 3, 48\]"):
+    with pytest.raises(ValueError, match=r"(?s)init_from: .*prompt_embeddings \[1, 2, 48\], expected \[1, 3, 48\]"):
         train(from_dict({**values, "init_from": str(start), "output": str(tmp_path / "third")}))
 
 
