@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -180,3 +181,4 @@ class PositionSampler(Sampler[list[int]]):
 def seed_worker(worker: int) -> None:
     """A DataLoader's `worker_init_fn`: one thread a worker, as the items themselves need no seeding."""
     torch.set_num_threads(1)
+    cv2.setNumThreads(0)  # whose threads, moreover, a forked process does not have

@@ -2,8 +2,8 @@
 
 ZegCLIP, TagCLIP and CLIP-RC share one recipe ("zegclip"), with OpenCV's arithmetic; MAFT ("maft") and ClsCLIP
 ("clsclip") resize with Pillow's antialiased bilinear filter, MAFT as its training library does, ClsCLIP by our choice.
-Pictures are resized only where the crop looks. "flip" is for `zs3fast.data.world`, whose scenes are drawn at random and
-whose classes are told apart by colour: it jitters and resizes nothing.
+MAFT's and ClsCLIP's images are resized only where the crop looks. "flip" is for `zs3fast.data.world`, whose scenes are
+drawn at random and whose classes are told apart by colour: it jitters and resizes nothing.
 """
 
 from __future__ import annotations
@@ -100,13 +100,12 @@ class ZegclipTransform(_Recipe):
         ratio = rng.uniform(0.5, 2)
         factor = min(int(4 * self.crop_size * ratio) / long, int(self.crop_size * ratio) / short)
         size = _scaled(sample.labels.shape, factor)
-        window = _draw_window(size, self.crop_size, rng)
-        labels = resize_nearest(sample.labels, size, window)
-        for _ in range(_TRIES):
+        whole = resize_nearest(sample.labels, size)
+        for _ in range(_TRIES + 1):
+            window = top, left, height, width = _draw_window(size, self.crop_size, rng)
+            labels = whole[top : top + height, left : left + width]
             if varied(labels, self.ignore_index):
                 break
-            window = _draw_window(size, self.crop_size, rng)
-            labels = resize_nearest(sample.labels, size, window)
         image = resize_bilinear(sample.image, size, window)
         if rng.random() < 0.5:
             image, labels = image[:, ::-1], labels[:, ::-1]
