@@ -170,11 +170,13 @@ class Segmentation:
 
     def to_dict(self) -> dict[str, Any]:
         """A summary that JSON can hold: size, and every class with its index, pixels, percent and mean score."""
+        from zs3fast.utils import rendering
+
+        counts, sums = rendering.class_sums(self.labels, len(self.class_names), self.scores)
         classes = []
         for index, name in enumerate(self.class_names):
-            mask = self.labels == index
-            pixels = int(mask.sum())
-            score = float(self.scores[mask].mean(dtype=np.float64)) if pixels else float("nan")
+            pixels = int(counts[index])
+            score = float(sums[index]) / pixels if pixels else float("nan")
             classes.append(
                 {
                     "index": index,
@@ -190,6 +192,6 @@ class Segmentation:
             "height": height,
             "width": width,
             "classes": classes,
-            "unlabelled_pixels": int((self.labels < 0).sum()),
+            "unlabelled_pixels": self.labels.size - int(counts.sum()),
             "nan_pixels": self.nan_pixels,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -133,3 +134,22 @@ def test_summary():
     assert summary["classes"][2]["mean_score"] is None
     assert (summary["unlabelled_pixels"], summary["nan_pixels"], summary["source"]) == (1, 1, "a.jpg")
     assert (summary["height"], summary["width"]) == (1, 4)
+
+
+def test_a_large_photo_is_drawn_in_strips():
+    """66 bytes a pixel were needed beside the photo: 2.4 GB for 36 megapixels."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (3000, 3000, 3), np.uint8)
+    labels = rng.integers(-1, 3, (3000, 3000)).astype(np.int32)
+    tracemalloc.start()
+    whole = rendering.overlay(image, labels, ["a", "b", "c"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * labels.size
+    colours = rendering.palette(3).astype(np.float32)
+    expected = image.astype(np.float32)
+    expected[labels >= 0] = np.float32(0.4) * expected[labels >= 0] + np.float32(0.6) * colours[labels[labels >= 0]]
+    got = np.asarray(whole)[:, :3000]
+    assert np.abs(got - expected).max() <= 0.51
+    counts, sums = rendering.class_sums(labels, 3, np.full(labels.shape, 0.5, np.float32))
+    assert counts.tolist() == [(labels == c).sum() for c in range(3)] and np.allclose(sums, counts / 2)

@@ -438,10 +438,10 @@ def _segmentation(
 ) -> Segmentation:
     """The result from the winners' labels and scores, without what the plan leaves unlabelled."""
     labels = labels.astype(np.int32)
-    unlabelled = np.isin(labels, plan.rejected)
+    if plan.rejected:
+        labels[np.isin(labels, plan.rejected)] = -1
     if plan.min_score is not None:
-        unlabelled |= ~(scores >= plan.min_score)
-    labels[unlabelled] = -1
+        labels[~(scores >= plan.min_score)] = -1
     nan_pixels = int(np.isnan(scores).sum())
     if nan_pixels:
         what = source or "the image"

@@ -24,7 +24,7 @@ _SUFFIXES = (
     ".pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp"
 ).split()
 _UNREADABLE = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".raf", ".rw2")
-_STRIP = 1 << 20  # pixels that are converted at a time: a photo of 36 megapixels is not held three times over
+_STRIP = 1 << 19  # pixels that are worked on at a time
 _ORIENTATION = 0x0112  # of EXIF
 _SIXTEEN = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -108,6 +108,13 @@ def read_mask_file(path: Path, what: str = "labels", grey: bool = False) -> tupl
     if top is not None:
         values = ((values.astype(np.uint16) * top + 127) // 255).astype(np.uint8)
     return values, None if note is None else f"{name} {note}"
+
+
+def strips(height: int, width: int) -> Iterator[slice]:
+    """Rows of an image, some at a time: work on a photo of 36 megapixels then needs no memory but the photo's."""
+    step = max(1, _STRIP // max(width, 1))
+    for top in range(0, height, step):
+        yield slice(top, min(top + step, height))
 
 
 def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -201,17 +208,16 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
             raise ImageError(f"image: {name} holds integers from {low} to {high}, expected 8 or 16 bits")
     transparent = image.has_transparency_data
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, _STRIP // image.width)
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        strip = image.crop((0, top, image.width, bottom)) if rows < image.height else image
+    for rows in strips(image.height, image.width):
+        whole = rows == slice(0, image.height)
+        strip = image if whole else image.crop((0, rows.start, image.width, rows.stop))
         if image.mode in _SIXTEEN:
-            pixels[top:bottom] = _eight_bits(np.asarray(strip).astype(np.uint16))[:, :, None]
+            pixels[rows] = _eight_bits(np.asarray(strip).astype(np.uint16))[:, :, None]
             continue
         if transparent:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
-        pixels[top:bottom] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+        pixels[rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
     return pixels
 
 

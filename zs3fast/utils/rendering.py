@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from zs3fast.utils.files import replacing
+from zs3fast.utils.images import strips
 
 UNLABELLED = -1
 _BLEND = 0.6  # how much of a class colour covers the photo
@@ -48,17 +49,19 @@ def overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -
         RGB image. The legend lists the classes present, largest first: colour, name, share of all pixels. Photos
         smaller than 200 pixels a side are enlarged.
     """
+    height, width = labels.shape
+    factor = max(1, -(-_SMALLEST_SIDE // max(height, width)))
+    legend = _legend(_rows(labels, class_names), (width * factor, height * factor))
+    size = (width * factor + legend.width, max(height * factor, legend.height))
+    whole = Image.new("RGB", size, "white")
     colours = palette(len(class_names)).astype(np.float32)
-    blended = image.astype(np.float32)
-    labelled = labels != UNLABELLED
-    blended[labelled] = (1 - _BLEND) * blended[labelled] + _BLEND * colours[labels[labelled]]
-    picture = Image.fromarray(blended.round().astype(np.uint8))
-    factor = max(1, -(-_SMALLEST_SIDE // max(picture.size)))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    legend = _legend(_rows(labels, class_names), picture.size)
-    whole = Image.new("RGB", (picture.width + legend.width, max(picture.height, legend.height)), "white")
-    whole.paste(picture, (0, 0))
-    whole.paste(legend, (picture.width, 0))
+    for rows in strips(height, width):
+        strip, few = image[rows].astype(np.float32), labels[rows]
+        labelled = few != UNLABELLED
+        strip[labelled] = (1 - _BLEND) * strip[labelled] + _BLEND * colours[few[labelled]]
+        blended = strip.round().astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+        whole.paste(Image.fromarray(blended), (0, rows.start * factor))
+    whole.paste(legend, (width * factor, 0))
     return whole
 
 
@@ -72,12 +75,12 @@ def save_labels(labels: np.ndarray, path: str | os.PathLike[str], count: int) ->
     if count > 65535:
         raise ValueError(f"labels: a PNG holds up to 65535 classes, got {count}")
     if count <= 255:
-        picture = Image.fromarray(np.where(labels == UNLABELLED, 255, labels).astype(np.uint8), "L")
+        picture = Image.fromarray(labels.astype(np.uint8), "L")  # -1 wraps round to 255
         colours = np.full((256, 3), 255, np.uint8)
         colours[:count] = palette(count)
         picture.putpalette(colours.tobytes())
     else:
-        picture = Image.fromarray(np.where(labels == UNLABELLED, 65535, labels).astype(np.uint16))
+        picture = Image.fromarray(labels.astype(np.uint16))  # -1 wraps round to 65535
     with replacing(path) as temporary:
         picture.save(temporary, "PNG")
 
@@ -85,12 +88,23 @@ def save_labels(labels: np.ndarray, path: str | os.PathLike[str], count: int) ->
 def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PIL image in the format of the suffix; the file is replaced whole, or not at all."""
     with replacing(path) as temporary:
-        picture.save(temporary)
+        picture.save(temporary, compress_level=1)  # of PNG: a third of the time for a tenth more bytes
+
+
+def class_sums(labels: np.ndarray, count: int, scores: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of every class, int64 [C], and the sum of their scores, float64 [C], of labels [H, W], -1: of none."""
+    pixels, sums = np.zeros(count, np.int64), np.zeros(count)
+    for rows in strips(*labels.shape):
+        few = labels[rows].ravel() + 1
+        pixels += np.bincount(few, minlength=count + 1)[1:]
+        if scores is not None:
+            sums += np.bincount(few, scores[rows].ravel(), count + 1)[1:]
+    return pixels, sums
 
 
 def _rows(labels: np.ndarray, class_names: Sequence[str]) -> list[tuple[tuple[int, int, int] | None, str, str]]:
     """(colour, name, share) of what is present, largest first; unlabelled pixels last, without a colour."""
-    counts = np.bincount(labels[labels != UNLABELLED].ravel(), minlength=len(class_names))
+    counts = class_sums(labels, len(class_names))[0]
     colours = palette(len(class_names))
     present = sorted((c for c in range(len(class_names)) if counts[c]), key=lambda c: -counts[c])
     rows = [(tuple(map(int, colours[c])), class_names[c], _share(counts[c], labels.size)) for c in present]
