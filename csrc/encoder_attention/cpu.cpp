@@ -8,64 +8,12 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
+#include "cpu_features.h"
 #include "encoder_attention/kernel.h"
 #include "isa.h"
 
 namespace zs3fast::encoder_attention {
 namespace {
-
-#if defined(__x86_64__)
-struct Cpu {
-  bool avx512_bf16 = false;
-  bool fast_dots = false;  // vdpbf16ps measured faster than float32's multiply-adds (docs/performance.md)
-  bool amx = false;        // there, and allowed to this process
-
-  Cpu() {
-    unsigned a, b, c, d;
-    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512_bf16 = a >> 5 & 1;
-    fast_dots = avx512_bf16 && amd_family() >= 26;  // Zen 5
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-      const bool tiles = d >> 24 & 1, multiplies_bf16 = d >> 22 & 1;
-      amx = avx512_bf16 && tiles && multiplies_bf16 && system_saves_tiles() && permitted();
-    }
-  }
-
-  static unsigned amd_family() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid(0, &a, &b, &c, &d)) return 0;
-    if (b != signature_AMD_ebx || c != signature_AMD_ecx || d != signature_AMD_edx) return 0;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-    return (a >> 8 & 15) + (a >> 20 & 255);
-  }
-  static bool system_saves_tiles() {
-    unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;  // OSXSAVE
-    unsigned low, high;
-    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low >> 17 & 3) == 3;
-  }
-  // Linux gives the room for tiles to a process that asks for it, once.
-  static bool permitted() {
-#if defined(__linux__)
-    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, request, tile_data) == 0;
-#else
-    return false;
-#endif
-  }
-};
-
-const Cpu& cpu() {
-  static const Cpu found;
-  return found;
-}
-#endif
 
 // The kernels that this machine runs, the fastest first.
 std::vector<const Kernel*> kernels(bool bf16) {
@@ -74,16 +22,16 @@ std::vector<const Kernel*> kernels(bool bf16) {
   if (isa() == Isa::avx512) {
     if (bf16) {
 #if defined(ZS3FAST_AMX)
-      if (cpu().amx) able.push_back(&kernel_amx);
+      if (cpu_features().amx_bf16) able.push_back(&kernel_amx);
 #endif
 #if defined(ZS3FAST_AVX512_BF16)
-      if (cpu().fast_dots) able.push_back(&kernel_avx512_bf16);
+      if (cpu_features().zen5) able.push_back(&kernel_avx512_bf16);
 #endif
     }
     able.push_back(&kernel_avx512);
 #if defined(ZS3FAST_AVX512_BF16)
-    if (bf16 && cpu().avx512_bf16) {
-      if (!cpu().fast_dots) able.push_back(&kernel_avx512_bf16);
+    if (bf16 && cpu_features().avx512_bf16) {
+      if (!cpu_features().zen5) able.push_back(&kernel_avx512_bf16);
       able.push_back(&kernel_amx_emulated);
     }
 #endif

@@ -15,8 +15,7 @@
 #include "simd.h"
 
 #if defined(__AVX512F__)
-#include <immintrin.h>
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own header
+#include "avx512.h"
 #endif
 
 namespace zs3fast::encoder_attention {
@@ -37,27 +36,11 @@ inline Float larger(Float a, Float b) {
 #endif
 }
 
-// 2^x for x <= 0: fraction and whole part by one instruction each where there is one for it.
+// 2^x for x <= 0.
 template <bool Short>
 inline Float exp2(Float x) {
 #if defined(__AVX512F__)
-  const Float f = (Float)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x), in [0, 1)
-  Float p;
-  if constexpr (Short) {  // 3e-6 at most, where the result is rounded to 2e-3
-    p = all(1.342668861e-2f);
-    p = p * f + 5.224246716e-2f;
-    p = p * f + 2.412802081e-1f;
-    p = p * f + 6.930448445e-1f;
-  } else {  // 2e-9, less than a rounding
-    p = all(2.161291988e-4f);
-    p = p * f + 1.246784514e-3f;
-    p = p * f + 9.675451694e-3f;
-    p = p * f + 5.548528056e-2f;
-    p = p * f + 2.402293056e-1f;
-    p = p * f + 6.931470444e-1f;
-  }
-  p = p * f + 1.0f;
-  return (Float)_mm512_scalef_ps((__m512)p, (__m512)x);  // p 2^floor(x)
+  return (Float)exp2_512<Short>((__m512)x);
 #else
   return exponential(x * 0.693147181f);
 #endif

@@ -1,22 +1,30 @@
 // What the products of bfloat16 pairs share: how their operands lie.
 #pragma once
 
+#include "avx512.h"
 #include "encoder_attention/kernel_impl.h"
 
 namespace zs3fast::encoder_attention {
 namespace {
 
-inline uint32_t pair_at(const uint16_t* x) {
-  uint32_t pair;
-  std::memcpy(&pair, x, sizeof pair);
-  return pair;
-}
+static_assert(kBlock == kQueries);
 
-// C [M, kQueries] = A [M, K] B [K, kQueries], with A in rows of bfloat16 and B in pairs: [K / 2, kQueries, 2].
-struct PairOperands {
+// Products of bfloat16: `Multiply` is Dots, or TileProducts.
+template <class Multiply>
+struct PairProducts {
   using Packed = uint16_t;
   static constexpr int64_t kDepth = 32, kGroup = 32;  // a tile of A holds 32 columns
   static constexpr bool kShort = true;
+  static void begin() { Multiply::begin(); }
+  static void end() { Multiply::end(); }
+  static void scores(int64_t keys, int64_t width, const uint16_t* k, const uint16_t* q, float* s) {
+    if constexpr (requires { Multiply::multiply64; })
+      if (width == 64) return Multiply::multiply64(keys, k, q, s);
+    Multiply::multiply(keys, width, k, width, q, s, false);
+  }
+  static void values(int64_t keys, int64_t width, int64_t stride, const uint16_t* v, const uint16_t* p, float* o) {
+    Multiply::multiply(width, keys, v, stride, p, o, true);
+  }
 
   // K [keys, width] and V^T [width, all keys], filled up with zeros
   template <class T>
@@ -40,14 +48,12 @@ struct PairOperands {
   template <class T>
   static void pack_queries(const T* q, int64_t stride, int64_t count, int64_t dh, int64_t width, bool negate,
                            uint16_t* packed) {
-    const uint32_t sign = negate ? 0x8000u : 0u;
-    for (int64_t i = 0; i < kQueries; ++i)
-      for (int64_t d = 0; d < width; d += 2) {
-        const uint32_t low = i < count && d < dh ? q[i * stride + d] ^ sign : 0;
-        const uint32_t high = i < count && d + 1 < dh ? q[i * stride + d + 1] ^ sign : 0;
-        const uint32_t pair = low | high << 16;
-        std::memcpy(packed + d * kQueries + 2 * i, &pair, sizeof pair);
-      }
+    std::memset(packed, 0, static_cast<size_t>(width * kQueries) * sizeof(uint16_t));
+    pack_columns(q, stride * static_cast<int64_t>(sizeof(uint16_t)), count, dh / 2, reinterpret_cast<uint32_t*>(packed));
+    if (dh % 2)
+      for (int64_t i = 0; i < count; ++i) packed[(dh - 1) * kQueries + 2 * i] = q[i * stride + dh - 1];
+    if (negate)
+      for (int64_t i = 0; i < width * kQueries; ++i) packed[i] ^= 0x8000;
   }
   static uint16_t* probabilities(float*, float* p) { return reinterpret_cast<uint16_t*>(p); }
   static void store_pair(uint16_t* p, int64_t row, int64_t column, Float first, Float second, bool) {

@@ -4,6 +4,7 @@ from zs3fast.ops._bits import unpack_bits
 from zs3fast.ops._dispatch import use_backend
 from zs3fast.ops.attention_to_mask import attention_to_mask
 from zs3fast.ops.encoder_attention import encoder_attention
+from zs3fast.ops.fused_linear import fused_linear
 from zs3fast.ops.mask_loss import MaskLossTerms, mask_loss
 from zs3fast.ops.masks_to_bits import masks_to_bits
 from zs3fast.ops.masks_to_labels import masks_to_labels
@@ -17,6 +18,7 @@ from zs3fast.ops.self_similarity_attention import self_similarity_attention
 __all__ = [
     "MaskLossTerms",
     "encoder_attention",
+    "fused_linear",
     "mask_loss",
     "attention_to_mask",
     "masks_to_bits",

@@ -1,0 +1,136 @@
+// fused_linear, CPU: the instruction set chosen, and the binding.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu_features.h"
+#include "fused_linear/kernel.h"
+#include "isa.h"
+
+namespace zs3fast::fused_linear {
+namespace {
+
+struct Choice {
+  const Kernel* kernel;
+  bool faster;  // than torch's own product, as far as was measured
+};
+
+// The kernels that this machine runs, the fastest first.
+std::vector<Choice> kernels(bool bf16) {
+  std::vector<Choice> able;
+#if defined(__x86_64__)
+  const auto& cpu = cpu_features();
+  if (bf16) {
+#if defined(ZS3FAST_AMX)
+    if (cpu.amx_bf16) able.push_back({&kernel_amx, true});
+#endif
+#if defined(ZS3FAST_AVX512_BF16)
+    if (cpu.avx512_bf16) able.push_back({&kernel_avx512_bf16, cpu.zen5});
+    if (cpu.avx512_bf16) able.push_back({&kernel_amx_emulated, false});
+#endif
+  } else if (isa() == Isa::avx512) {
+    able.push_back({&kernel_avx512, cpu.zen5});
+  }
+#endif
+  return able;
+}
+
+// [..., depth] as rows, without a copy where they lie evenly.
+at::Tensor rows_of(const at::Tensor& x) {
+  const auto flat = x.reshape({-1, x.size(-1)});
+  return flat.stride(1) == 1 || flat.size(1) == 1 ? flat : flat.contiguous();
+}
+
+at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& x_in, const at::Tensor& weight_in,
+                     const std::optional<at::Tensor>& bias_in, const std::optional<at::Tensor>& residual_in,
+                     int64_t activation) {
+  auto sizes = x_in.sizes().vec();
+  sizes.back() = weight_in.size(0);
+  auto out = at::empty(sizes, x_in.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  const auto x = rows_of(x_in), weight = rows_of(weight_in);
+  at::Tensor bias, residual;
+  if (bias_in) bias = bias_in->contiguous();
+  if (residual_in) residual = rows_of(*residual_in);
+  const auto packed = at::empty({blocks(x.size(0)), kRows, x.size(1)}, x.options());
+
+  const Problem f{x.size(0),
+                  weight.size(0),
+                  x.size(1),
+                  x.data_ptr(),
+                  weight.data_ptr(),
+                  bias_in ? bias.data_ptr() : nullptr,
+                  residual_in ? residual.data_ptr() : nullptr,
+                  out.data_ptr(),
+                  x.stride(0),
+                  weight.stride(0),
+                  residual_in ? residual.stride(0) : 0,
+                  weight.size(0),
+                  static_cast<Activation>(activation),
+                  packed.data_ptr()};
+  const int64_t count = blocks(f.rows);
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { kernel.pack(f, begin, end); });
+  at::parallel_for(0, count * panels(f.outputs), 1, [&](int64_t begin, int64_t end) { kernel.run(f, begin, end); });
+  return out;
+}
+
+at::Tensor by_name(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                   const std::optional<at::Tensor>& residual, int64_t activation, std::string_view name) {
+  const auto same = [&](const at::Tensor& y) { return y.scalar_type() == x.scalar_type() && y.device() == x.device(); };
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "fused_linear: expected float32 or bfloat16, got ", x.scalar_type());
+  TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.size(1) == x.size(-1) && same(weight),
+              "fused_linear: weight must be [out, in = ", x.dim() ? x.size(-1) : 0, "] of x's type, got ",
+              weight.sizes());
+  TORCH_CHECK(weight.size(0) % 32 == 0 && weight.size(1) % 32 == 0,
+              "fused_linear: weight must have sides of multiples of 32, got ", weight.sizes());
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && same(*bias)),
+              "fused_linear: bias must be [", weight.size(0), "] of x's type");
+  TORCH_CHECK(0 <= activation && activation <= 2, "fused_linear: activation must be 0, 1 or 2, got ", activation);
+  if (residual) {
+    auto sizes = x.sizes().vec();
+    sizes.back() = weight.size(0);
+    TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes) && same(*residual), "fused_linear: residual must be ",
+                at::IntArrayRef(sizes), " of x's type, got ", residual->sizes());
+  }
+  std::string known;
+  for (const auto& choice : kernels(x.scalar_type() == at::kBFloat16)) {
+    if (name.empty() || name == choice.kernel->name)
+      return by_kernel(*choice.kernel, x, weight, bias, residual, activation);
+    known += (known.empty() ? "" : ", ") + std::string(choice.kernel->name);
+  }
+  TORCH_CHECK(false, "fused_linear: kernel must be one of ", known, " here, got ", name);
+}
+
+at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                   const std::optional<at::Tensor>& residual, int64_t activation) {
+  return by_name(x, weight, bias, residual, activation, "");
+}
+
+std::vector<std::string> names(bool bf16) {
+  std::vector<std::string> found;
+  for (const auto& choice : kernels(bf16)) found.emplace_back(choice.kernel->name);
+  return found;
+}
+
+bool faster(bool bf16) {
+  const auto able = kernels(bf16);
+  return !able.empty() && able.front().faster;
+}
+
+}  // namespace
+}  // namespace zs3fast::fused_linear
+
+TORCH_LIBRARY_IMPL(zs3fast_cpp, CPU, m) {
+  m.impl("fused_linear", zs3fast::fused_linear::forward);
+  m.impl("fused_linear_by", zs3fast::fused_linear::by_name);
+}
+
+TORCH_LIBRARY_IMPL(zs3fast_cpp, BackendSelect, m) {  // they take no tensor
+  m.impl("fused_linear_kernels", zs3fast::fused_linear::names);
+  m.impl("fused_linear_faster", zs3fast::fused_linear::faster);
+}

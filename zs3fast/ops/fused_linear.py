@@ -1,0 +1,189 @@
+"""fused_linear: a linear layer with its activation and the residual connection after it, in one pass on the CPU.
+
+    out = residual + activation(x weight^T + bias)
+
+Floor: 2 R in out FLOPs for R rows. The CPU's product is computed as out^T = W x^T: a row of W is read where it lies, so
+that nothing of the weights is copied, packed or kept twice, where oneDNN packs a bfloat16 weight again in every call;
+x is turned over once a call, 64 rows at a time. Sums stay in float32 until the last step; plain torch rounds after
+each. float32 by AVX-512's multiply-adds, bfloat16 by `vdpbf16ps` or AMX's tiles.
+
+`auto` takes the kernel where it was measured faster than torch's own product (docs/performance.md): on Zen 5, and for
+bfloat16 with AMX, where issue-time prototypes won and this kernel has not run. On GPUs, and where a gradient is
+recorded, it is torch's own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zs3fast.ops import _dispatch, _matmul
+
+OP = "fused_linear"
+ACTIVATIONS = ("none", "quick_gelu", "gelu")
+QUICK_GELU_SLOPE = 1.702
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), OpenAI's activation, as silu(1.702 x) / 1.702: one tensor is kept for its gradient."""
+    return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
+
+
+_FUNCTIONS = {"none": lambda x: x, "quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """Step by step: see `fused_linear`."""
+    out = _FUNCTIONS[activation](F.linear(x, weight, bias))
+    return out if residual is None else residual + out
+
+
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """A linear layer, its activation and the residual after it.
+
+    out = residual + activation(x weight^T + bias)
+
+    Args:
+        x:          [..., in]. No rows give an empty result.
+        weight:     [out, in].  bias: [out] or None.
+        activation: "none", "quick_gelu": x sigmoid(1.702 x), or "gelu": x (1 + erf(x / sqrt 2)) / 2.
+        residual:   [..., out] to add, or None.
+    Returns:
+        [..., out]. Differentiable in all tensors. NaN in x makes its row NaN; in weight or bias, the column.
+    """
+    _check(x, weight, bias, activation, residual)
+    x, weight, bias, residual = _matmul.autocast(x, weight, bias, residual)
+    if _dispatch.requested_backend() == "auto" and not _by_kernel(x, weight, bias, residual):
+        return reference(x, weight, bias, activation=activation, residual=residual)
+    return torch.ops.zs3fast.fused_linear(x, weight, bias, residual, ACTIVATIONS.index(activation))
+
+
+def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether `auto` takes the kernel."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # inductor fuses what comes after by itself
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        return False
+    return not _cpp_objections(x, weight) and _measured_faster(x.dtype)
+
+
+@cache
+def _measured_faster(dtype: torch.dtype) -> bool:
+    from zs3fast.ops import _extension
+
+    _extension.module()
+    return bool(torch.ops.zs3fast_cpp.fused_linear_faster(dtype == torch.bfloat16))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
+    for label, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if t is None and label in ("bias", "residual"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{OP}: {label}: expected a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{OP}: {label}: expected floating point, got {t.dtype}")
+        if t.dtype != x.dtype and not _matmul.autocasting(x):
+            raise TypeError(f"{OP}: {label}: expected x's dtype {x.dtype}, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{OP}: {label}: expected x's device {x.device}, got {t.device}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{OP}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if weight.ndim != 2:
+        raise ValueError(f"{OP}: weight: expected [out, in], got {list(weight.shape)}")
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{OP}: x: expected [..., {weight.shape[1]}] by the weight, got {list(x.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{OP}: bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        expected = [*x.shape[:-1], weight.shape[0]]
+        raise ValueError(f"{OP}: residual: expected {expected}, got {list(residual.shape)}")
+
+
+# --- torch.library ---------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation"
+for _namespace in ("zs3fast", "zs3fast_cpp"):
+    torch.library.define(f"{_namespace}::fused_linear", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define("zs3fast_cpp::fused_linear_by", f"({_ARGUMENTS}, str kernel) -> Tensor")
+torch.library.define("zs3fast_cpp::fused_linear_kernels", "(bool bf16) -> str[]")
+torch.library.define("zs3fast_cpp::fused_linear_faster", "(bool bf16) -> bool")
+
+
+@torch.library.impl("zs3fast::fused_linear", "default")
+def _run(*args: Any) -> Tensor:
+    return _dispatch.call(OP, *args)
+
+
+@torch.library.register_fake("zs3fast::fused_linear")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, residual, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.residual = residual is not None
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    inner = grad
+    if ctx.activation:
+        z = F.linear(x, weight, bias)
+        if ACTIVATIONS[ctx.activation] == "quick_gelu":
+            s = torch.sigmoid(QUICK_GELU_SLOPE * z)
+            slope = s * (1 + QUICK_GELU_SLOPE * z * (1 - s))
+        else:
+            density = torch.exp(-0.5 * z * z) * (2 * torch.pi) ** -0.5
+            slope = 0.5 * (1 + torch.erf(z * 2**-0.5)) + z * density
+        inner = grad * slope
+    rows = inner.flatten(0, -2) if inner.ndim > 1 else inner.unsqueeze(0)
+    dweight = rows.mT @ x.reshape(-1, x.shape[-1])
+    return inner @ weight, dweight, None if bias is None else rows.sum(0), grad if ctx.residual else None, None
+
+
+torch.library.register_autograd("zs3fast::fused_linear", _autograd, setup_context=_setup_context)
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+
+def _reference_run(x: Tensor, weight: Tensor, bias: Any, residual: Any, activation: int) -> Tensor:
+    out = reference(x, weight, bias, activation=ACTIVATIONS[activation], residual=residual)
+    return out.contiguous()
+
+
+def _cpp_run(*args: Any) -> Tensor:
+    return torch.ops.zs3fast_cpp.fused_linear(*args)
+
+
+def kernels(dtype: torch.dtype) -> list[str]:
+    """The C++ kernels that this machine runs for inputs of this dtype, the one that is taken first."""
+    from zs3fast.ops import _extension
+
+    _extension.module()
+    return list(torch.ops.zs3fast_cpp.fused_linear_kernels(dtype == torch.bfloat16))
+
+
+def _cpp_objections(x: Tensor, weight: Tensor, *_args: object) -> list[str]:
+    reasons = _dispatch.cpp_objections(x, (torch.float32, torch.bfloat16))
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        reasons.append(f"reads the memory of a plain weight, not of {type(weight).__name__}")
+    if weight.shape[0] % 32 or weight.shape[1] % 32:
+        reasons.append(f"a weight of {list(weight.shape)}, built for sides of multiples of 32")
+    if not reasons and not kernels(x.dtype):
+        reasons.append(f"no kernel for {str(x.dtype)[6:]} on this CPU: AVX-512, and AVX-512-BF16 for bfloat16")
+    return reasons
+
+
+_dispatch.register(OP, "reference", _reference_run, _dispatch.never)
+_dispatch.register(OP, "cpp", _cpp_run, _cpp_objections)
