@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import open_clip
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from tests.goldens_data import relative
 from tests.tiny import CLIP
+from zs3fast import ops
 from zs3fast.encoders.clip_vit import quick_gelu
 from zs3fast.encoders.config import vision_config
 from zs3fast.encoders.navigated import NavigatedClipViT, attention_with_lse
@@ -117,19 +120,19 @@ def test_the_prefix_runs_once_and_its_attention_too(monkeypatch: pytest.MonkeyPa
     """Two images, five classes: rows that go through each block's MLP and query projection."""
     encoder, images = make(), torch.randn(2, 3, 64, 64)
     mlp_rows, query_rows = [0] * LAYERS, [0] * LAYERS
-    linear = F.linear
+    linear = ops.fused_linear
 
-    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         for i, block in enumerate(encoder.transformer.resblocks):
             if weight is block.attn.in_proj_weight:
                 query_rows[i] += x.shape[:-1].numel()
-        return linear(x, weight, bias)
+        return linear(x, weight, bias, **options)
 
     for i, block in enumerate(encoder.transformer.resblocks):
         block.mlp.register_forward_pre_hook(
             lambda _, args, i=i: mlp_rows.__setitem__(i, mlp_rows[i] + args[0].shape[:-1].numel())
         )
-    monkeypatch.setattr(F, "linear", counted)
+    monkeypatch.setattr(ops, "fused_linear", counted)
     with torch.no_grad():
         encoder.suffix(encoder.prefix(images), encoder.class_tokens(make_tokens(encoder, 5)))
     patches, pairs = 16, 10

@@ -14,15 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zs3fast import ops
 from zs3fast.encoders.config import ClipVisionConfig
+from zs3fast.ops.fused_linear import QUICK_GELU_SLOPE, quick_gelu, runs_kernel
+from zs3fast.utils.weight_cache import WeightCache
 
-QUICK_GELU_SLOPE = 1.702
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), OpenAI's activation, as silu(1.702 x) / 1.702: one tensor is kept for its gradient."""
-    return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
+def linear(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    """residual + activation(layer(x)), in one pass where `ops.fused_linear` has a kernel for it."""
+    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
+        return ops.fused_linear(x, layer.weight, layer.bias, activation=activation, residual=residual)
+    out: Tensor = layer(x)
+    if activation != "none":
+        out = quick_gelu(out) if activation == "quick_gelu" else F.gelu(out)
+    return out if residual is None else residual + out
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`ops.encoder_attention` of q [B, heads, T, dh] and k, v [B, heads, S, dh] -> [B, heads, T, dh]."""
+    return ops.encoder_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -48,24 +60,31 @@ class Attention(nn.Module):
         q = self.in_proj(x, slice(0, x.shape[-1]))
         return q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def in_proj(self, x: Tensor, rows: slice) -> Tensor:
-        """The part of the packed projection in these rows of its weight: queries, or keys and values."""
-        return F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+    def in_proj(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """The packed projection, or the part in these rows of its weight: queries, or keys and values."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        return ops.fused_linear(x, weight, bias) if rows is None else ops.fused_linear(x, weight[rows], bias[rows])
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None, attend: Attend | None = None) -> Tensor:
-        """[B, T, width] -> [B, T, width]; `context` puts keys and values before those of `x`.
+    def forward(
+        self,
+        x: Tensor,
+        context: tuple[Tensor, Tensor] | None = None,
+        attend: Attend | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, width] -> [B, T, width], plus `residual`; `context` puts keys and values before those of `x`.
 
         `attend` takes q, k, v [B, heads, tokens, dh] in the place of plain softmax attention.
         """
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if attend is None:
+            return linear(self.out_proj, ops.encoder_attention(q, k, v, context).flatten(2), residual=residual)
         if context is not None:
             k, v = (torch.cat([new.expand(x.shape[0], -1, -1, -1), own], 1) for new, own in zip(context, (k, v)))
             if torch.is_grad_enabled():
                 q = q.contiguous()  # a view would keep all of qkv for the backward pass
-        attend = attend or F.scaled_dot_product_attention
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return linear(self.out_proj, out.transpose(1, 2).flatten(2), residual=residual)
 
 
 class Mlp(nn.Module):
@@ -76,18 +95,22 @@ class Mlp(nn.Module):
         self.c_fc = nn.Linear(width, hidden)
         self.c_proj = nn.Linear(hidden, width)
         self.quick = quick
+        self._scaled_bias = WeightCache()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.quick:
-            return self.c_proj(F.gelu(self.c_fc(x)))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.c_proj(quick_gelu(self.c_fc(x)))
-        # x * sigmoid(a x) = silu(a x) / a: the factors ride on the matrix products, the activation is one pass.
-        a = QUICK_GELU_SLOPE
-        hidden = torch.addmm(self.c_fc.bias, x.flatten(0, 1), self.c_fc.weight.t(), beta=a, alpha=a)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., width] -> [..., width], plus `residual`."""
+        steps = torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_kernel(x, self.c_fc.weight)
+        if steps or not self.quick:
+            hidden = linear(self.c_fc, x, "quick_gelu" if self.quick else "gelu")
+            return linear(self.c_proj, hidden, residual=residual)
+        # x * sigmoid(a x) = silu(a x) / a: the factors ride on the matrix products, the activation is one pass. The
+        # bias comes scaled: cuBLASLt adds it within the product where its factor is 1.
+        a, fc, proj = QUICK_GELU_SLOPE, self.c_fc, self.c_proj
+        bias = self._scaled_bias.get([fc.bias], lambda: a * fc.bias)
+        hidden = torch.addmm(bias, x.reshape(-1, x.shape[-1]), fc.weight.t(), alpha=a)
         hidden = F.silu(hidden, inplace=True)
-        out = torch.addmm(self.c_proj.bias, hidden, self.c_proj.weight.t(), alpha=1 / a)
-        return out.view(x.shape)
+        out = torch.addmm(proj.bias, hidden, proj.weight.t(), alpha=1 / a).view(x.shape)
+        return out if residual is None else residual + out
 
 
 class Block(nn.Module):
@@ -105,8 +128,9 @@ class Block(nn.Module):
         return self.attn.context_keys_values(self.ln_1(tokens))
 
     def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None, attend: Attend | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), context, attend)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), context, attend, residual=x)
+        out: Tensor = self.mlp(self.ln_2(x), residual=x)
+        return out
 
 
 class Transformer(nn.Module):

@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zs3fast.encoders.clip_vit import Block, ClipViT
+from zs3fast.encoders.clip_vit import Block, ClipViT, linear
 from zs3fast.encoders.config import ClipVisionConfig
 from zs3fast.utils.weight_cache import WeightCache
 
@@ -190,9 +189,9 @@ class NavigatedClipViT(ClipViT):
         scores = torch.einsum("gnhd,gchd->gcnh", prefix.queries, k).to(prefix.lse.dtype) * k.shape[-1] ** -0.5
         share = torch.sigmoid(scores - prefix.lse.unsqueeze(1)).to(v.dtype)  # [G, C, N, heads]
         attended = torch.lerp(prefix.attended.unsqueeze(1), v.unsqueeze(2), share.unsqueeze(-1))
-        x = prefix.patches.unsqueeze(1) + block.attn.out_proj(attended.flatten(-2))
+        x = prefix.patches.unsqueeze(1) + linear(block.attn.out_proj, attended.flatten(-2))
         x = x.flatten(0, 1)
-        out: Tensor = x + block.mlp(block.ln_2(x))
+        out: Tensor = block.mlp(block.ln_2(x), residual=x)
         return out
 
     def _prompts(self) -> list[KeysValues | None]:
@@ -239,7 +238,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 def _among_themselves(block: Block, patches: Tensor, prompts: KeysValues | None) -> dict[str, Tensor]:
     """The shared half of a block's attention: `queries`, `attended` and `lse` of an `ImagePrefix`."""
     attn = block.attn
-    qkv = F.linear(block.ln_1(patches), attn.in_proj_weight, attn.in_proj_bias)
+    qkv = attn.in_proj(block.ln_1(patches))
     q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).unbind(2)  # [G, N, heads, dh]
     k, v = _join(prompts, (k, v))
     attended, lse = attention_with_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs3fast import ops
-from zs3fast.encoders.clip_vit import Block, ClipViT, resize_positions
+from zs3fast.encoders.clip_vit import Block, ClipViT, linear, resize_positions, softmax_attention
 from zs3fast.encoders.config import ClipVisionConfig
 
 # What table 4d freezes, unit by unit; attention and the norms of the blocks always train.
@@ -77,7 +77,7 @@ class ProposalClipViT(ClipViT):
             normed = block.ln_1(patches)
             q, k, v = _heads(block, normed)
             proposals = _proposal_block(block, proposals, k, v, bits)
-            patches = _finish(block, patches, F.scaled_dot_product_attention(q, k, v))
+            patches = _finish(block, patches, softmax_attention(q, k, v))
         k, v = (part.transpose(1, 2) for part in last.context(patches))  # the last patch outputs are dead
         proposals = _proposal_block(last, proposals, k, v, bits)
         out: Tensor = (self.ln_post(proposals) @ self.proj).view(batch, count, self.embed_dim)
@@ -91,7 +91,7 @@ class ProposalClipViT(ClipViT):
         k, v = (part.transpose(1, 2) for part in last.context(tokens))
         token = tokens[:, :1]
         q = _heads(last, last.ln_1(token))[0]
-        token = _finish(last, token, F.scaled_dot_product_attention(q, k, v))
+        token = _finish(last, token, softmax_attention(q, k, v))
         out: Tensor = self.ln_post(token[:, 0]) @ self.proj
         return out
 
@@ -107,15 +107,19 @@ class ProposalClipViT(ClipViT):
 def _heads(block: Block, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, heads, T, dh] of tokens after `ln_1`."""
     attn = block.attn
-    qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.heads, -1))
+    qkv = attn.in_proj(normed).unflatten(-1, (3, attn.heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
 def _finish(block: Block, x: Tensor, attended: Tensor) -> Tensor:
     """The rest of a block after attention [B, heads, T, dh]: output projection, residuals, MLP."""
-    x = x + block.attn.out_proj(attended.transpose(1, 2).flatten(2))
-    out: Tensor = x + block.mlp(block.ln_2(x))
+    x = linear(
+        block.attn.out_proj,
+        attended.transpose(1, 2).flatten(2),
+        residual=x.expand(len(attended), attended.shape[2], -1),
+    )
+    out: Tensor = block.mlp(block.ln_2(x), residual=x)
     return out
 
 

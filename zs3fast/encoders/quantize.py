@@ -85,7 +85,9 @@ class QuantizedAttention(Attention):
         )
         self.out_proj = _linear(attn.out_proj.weight, attn.out_proj.bias, quantize)
 
-    def in_proj(self, x: Tensor, rows: slice) -> Tensor:
+    def in_proj(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        if rows is None:
+            return F.linear(x, self.in_proj_weight, self.in_proj_bias)
         weight = self.key_value_weight if rows.start else self.query_weight
         return F.linear(x, weight, self.in_proj_bias[rows])
 
@@ -104,8 +106,9 @@ class QuantizedMlp(nn.Module):
         self.c_proj = _linear(mlp.c_proj.weight / a, mlp.c_proj.bias, quantize)
         self.activation = F.silu if mlp.quick else F.gelu
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        out: Tensor = self.c_proj(self.activation(self.c_fc(x)))
+        return out if residual is None else residual + out
 
 
 def _quantizer(kind: str, like: Tensor) -> Quantize:

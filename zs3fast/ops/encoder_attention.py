@@ -9,8 +9,7 @@ Floor: 4 B heads dh T (K + T) FLOPs and 4 B heads dh T elements moved; at T = 10
 
 CPU ladder, T = 1025, K = 10, 12 heads of 64, two cores of a Zen 5, one run: torch's flash attention 18.8 ms in float32
 and 19.5 in bfloat16; scores transposed, so that the softmax runs down the registers, with multiply-adds of 8 lanes
-16.0, of 16 lanes 8.0 (bfloat16 widened: 7.7); bfloat16 by `vdpbf16ps` 4.7. AMX's tiles have not run on hardware. On
-GPUs, and where a gradient is recorded, it is torch's own attention.
+16.0, of 16 lanes 8.0 (bfloat16 widened: 7.7); bfloat16 by `vdpbf16ps` 4.7. AMX's tiles have not run on hardware.
 """
 
 from __future__ import annotations
@@ -52,14 +51,16 @@ def encoder_attention(
     Returns:
         [B, T, heads, dh], contiguous on the CPU: joining the heads is a view. Differentiable in all tensors. NaN in a
         query or in a key makes the rows that see it NaN; in a value, the column.
+
+    On GPUs, where a gradient is recorded, and for backends that have no kernel of it, it is torch's own attention.
     """
     _check(q, k, v, context, scale)
     context_k, context_v = context or (None, None)
-    q, k, v, context_k, context_v = _matmul.autocast(q, k, v, context_k, context_v)
+    tensors = _matmul.autocast(q, k, v, context_k, context_v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tensors = (q, k, v, context_k, context_v)
+    backend = _dispatch.requested_backend()
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if _dispatch.requested_backend() == "auto" and (recorded or q.device.type != "cpu"):
+    if backend != "reference" and (recorded or q.device.type != "cpu" or backend not in ("auto", "cpp")):
         return _torch_attention(*tensors, scale)
     output: Tensor = torch.ops.zs3fast.encoder_attention(*tensors, scale)
     return output
