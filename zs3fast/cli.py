@@ -416,7 +416,11 @@ def _class_list(classes: str | None, classes_file: Path | None, dataset: str | N
         return parse_classes(classes, "--classes")
     if classes_file is not None:
         return read_class_file(classes_file)
-    return None if dataset is None else [(name,) for name in class_names(dataset)]
+    if dataset is None:
+        return None
+    from zs3fast.data.registered import described_classes
+
+    return described_classes(dataset) or [(name,) for name in class_names(dataset)]
 
 
 def _training_vocabulary(trained_on: str | None) -> dict[str, object]:

@@ -4,6 +4,7 @@ from zs3fast.data.datasets import Sample, SegmentationDataset, list_datasets, op
 from zs3fast.data.folds import fold_classes
 from zs3fast.data.pairs import test_pairs
 from zs3fast.data.presence import class_pixels, images_per_class
+from zs3fast.data.registered import register_dataset
 from zs3fast.data.sampling import PairSet, PositionSampler, TrainingSet
 from zs3fast.data.transforms import train_transform
 
@@ -18,6 +19,7 @@ __all__ = [
     "images_per_class",
     "list_datasets",
     "open_dataset",
+    "register_dataset",
     "test_pairs",
     "train_transform",
 ]

@@ -19,9 +19,7 @@ EPILOG = "**Example**: `zs3fast data check VOCdevkit/VOC2012 --dataset voc20`"
 
 
 def data_check(
-    root: Annotated[
-        Path, typer.Argument(help="The dataset's folder (VOCdevkit/VOC2012, coco_stuff164k, ...) or above.")
-    ],
+    root: Annotated[Path, typer.Argument(help="The dataset's folder or above, or a YAML file that describes one.")],
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -56,13 +54,16 @@ def _open(root: Path, name: str | None, split: str | None) -> list[SegmentationD
 
     if split is not None and split not in SPLITS:
         raise ValueError(f"--split: expected train or val, got {split!r}")
+    place: Path | None = root
+    if name is None and root.suffix.lower() in (".yaml", ".yml"):  # a dataset of one's own says where it lies
+        name, place = str(root), None
     if name is None:
         return find_datasets(root, split)
     fold = 0 if name in FOLDED else None  # folds share their pairs
     opened, errors = [], []
     for part in SPLITS if split is None else [split]:
         try:
-            opened.append(open_dataset(name, root, part, fold=fold, check_files=False))
+            opened.append(open_dataset(name, place, part, fold=fold, check_files=False))
         except (ValueError, OSError) as error:
             errors.append(error)
     if not opened:

@@ -16,16 +16,19 @@ from torch.utils.data import Dataset
 from zs3fast.data import ade, cityscapes, coco, context, voc
 from zs3fast.data.folds import fold_classes
 from zs3fast.data.layouts import INVALID, Source, fill, names_in
-from zs3fast.text import unseen_classes
+from zs3fast.data.registered import registered, registered_source
+from zs3fast.text import unseen_classes, whole_names
+from zs3fast.text.vocabulary import ClassEntry
 from zs3fast.utils.errors import ImageError
-from zs3fast.utils.images import read_image_file, read_mask_file
+from zs3fast.utils.images import read_colours, read_image_file, read_mask_file
+from zs3fast.utils.options import did_you_mean
 
 logger = logging.getLogger("zs3fast")
 
 SPLITS = ("train", "val")
 PAINTED = "world"  # `zs3fast.data.world`: the one dataset that lies in no folder
 FOLDED = ("coco20i", "voc5i")
-_SOURCES: dict[str, Callable[[Path, str], Source]] = {
+SOURCES: dict[str, Callable[[Path, str], Source]] = {
     "ade150": ade.ade150,
     "ade847": ade.ade847,
     "cityscapes": cityscapes.cityscapes,
@@ -84,6 +87,11 @@ class SegmentationDataset(Dataset[Sample]):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def classes(self) -> list[ClassEntry]:
+        """The classes as text: each a name and its synonyms, which only datasets of one's own have."""
+        return whole_names(self.class_names) if self._source.classes is None else list(self._source.classes)
+
     @cached_property
     def unseen(self) -> list[int]:
         """Classes that zero-shot training never sees: of the published split, of the fold, or none.
@@ -91,6 +99,8 @@ class SegmentationDataset(Dataset[Sample]):
         ADE20K-847: those in at most 10 training images, counted once and cached (MAFT section 9); none where the
         training images are not there.
         """
+        if self._source.unseen is not None:
+            return list(self._source.unseen)
         if self.name in FOLDED:
             return fold_classes(self.name, self.fold)
         if self.name in _PUBLISHED_SPLITS:
@@ -132,16 +142,21 @@ class SegmentationDataset(Dataset[Sample]):
             logger.warning("%s %s: %s", self.name, self.split, text)
 
     def image_path(self, index: int) -> Path:
-        return fill(self._source.image_pattern, self.ids[index])
+        path = fill(self._source.image_pattern, self.ids[index])
+        files = self._source.files
+        return path if files is None else path.with_name(files[self.ids[index]][0])
 
     def label_path(self, index: int) -> Path:
         choice = self._source.label_choice
         pattern = self._source.label_patterns[0 if choice is None else choice[index]]
-        return fill(pattern, self.ids[index])
+        path, files = fill(pattern, self.ids[index]), self._source.files
+        return path if files is None else path.with_name(files[self.ids[index]][1])
 
     def read_labels(self, index: int) -> np.ndarray:
         """Int32 [H, W] labels of a pair, without its image."""
         path = self.label_path(index)
+        if self._source.palette is not None:
+            return read_colour_labels(path, self._source.palette, self.name)
         values, note = read_mask_file(path)
         if note is not None:
             self.note("palette", note)
@@ -198,7 +213,7 @@ def ids_digest(ids: Iterable[str]) -> str:
 
 def list_datasets() -> list[str]:
     """Names of datasets on disk that `open_dataset` knows; it also knows "world", which is on none."""
-    return list(_SOURCES)
+    return list(SOURCES)
 
 
 def open_dataset(
@@ -212,9 +227,9 @@ def open_dataset(
     """The pairs of a dataset under a folder, in any of the layouts it is commonly kept in.
 
     Args:
-        name: one of `list_datasets()`, or "world" (`zs3fast.data.world`).
+        name: one of `list_datasets()`, "world" (`zs3fast.data.world`), a name of `register_dataset`, or a YAML file.
         root: the dataset's own folder (VOCdevkit/VOC2012, coco_stuff164k, ADEChallengeData2016, ...) or one above;
-            None for "world", which is painted when it is read.
+            None for "world", which is painted when it is read, and where a description of one's own says it.
         split: "train" or "val"; of "world" also "test". VOC's training set is the augmented one (10,582 images).
         fold: 0..3 for voc5i and coco20i, and for those only.
         check_files: whether every image and label map must be there.
@@ -224,20 +239,33 @@ def open_dataset(
     """
     if name == PAINTED:
         return _open_world(root, split, fold)
-    if name not in _SOURCES:
-        raise ValueError(f"name: expected one of {', '.join((*_SOURCES, PAINTED))}, got {name!r}")
     if split not in SPLITS:
         raise ValueError(f"split: expected train or val, got {split!r}")
+    own = registered_source(name, root, split)
+    if own is not None:
+        if fold is not None:
+            raise ValueError(f"fold: {name} has none, got {fold}")
+        return _with_files(SegmentationDataset(name, split, *own), check_files)
+    if name not in SOURCES:
+        known = (*SOURCES, *registered(), PAINTED)
+        raise ValueError(
+            f"name: expected one of {', '.join(known)}, or a YAML file that describes a dataset, got {name!r}"
+            f"{did_you_mean(name, known)}"
+        )
     if fold is not None or name in FOLDED:
         fold_classes(name, fold)
     if root is None:
         raise ValueError(f"root: expected the folder of {name}")
     root = Path(root)
-    dataset = SegmentationDataset(name, split, _SOURCES[name](root, split), root, fold)
+    return _with_files(SegmentationDataset(name, split, SOURCES[name](root, split), root, fold), check_files)
+
+
+def _with_files(dataset: SegmentationDataset, check_files: bool) -> SegmentationDataset:
+    """The dataset, if every image and label map is there or it does not matter."""
     absent = dataset.missing() if check_files else []
     if absent:
         more = f", and {len(absent) - 1} more files" if len(absent) > 1 else ""
-        raise FileNotFoundError(f"{name} {split}: no file {absent[0][1]}{more}")
+        raise FileNotFoundError(f"{dataset.name} {dataset.split}: no file {absent[0][1]}{more}")
     return dataset
 
 
@@ -247,6 +275,20 @@ def _open_world(root: str | os.PathLike[str] | None, split: str, fold: int | Non
     if root is not None or fold is not None:
         raise ValueError(f"root, fold: {PAINTED} has neither, expected None, got {root} and {fold}")
     return WorldDataset(split)
+
+
+def read_colour_labels(path: Path, palette: dict[tuple[int, int, int], int], name: str) -> np.ndarray:
+    """Int32 [H, W] of a mask in colours."""
+    colours = read_colours(path, "labels").astype(np.int32)
+    codes = colours[:, :, 0] << 16 | colours[:, :, 1] << 8 | colours[:, :, 2]
+    found, places = np.unique(codes, return_inverse=True)
+    labels = np.empty(len(found), np.int32)
+    for index, code in enumerate(found.tolist()):
+        colour = (code >> 16, code >> 8 & 255, code & 255)
+        if colour not in palette:
+            raise ImageError(f"labels: {path} holds the colour {list(colour)}, which is none of {name}'s palette")
+        labels[index] = palette[colour]
+    return labels[places].reshape(codes.shape)
 
 
 def _invalid(values: np.ndarray, table: np.ndarray) -> np.ndarray:

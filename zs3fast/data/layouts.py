@@ -30,6 +30,10 @@ class Source:
     table:          int32 [256] or [65536]: mask value -> class index, `ignore_index` or -1 for what is no label.
     ignore_index:   255, or 65535 where C > 255.
     shared:         whether the folder of images holds others too, so that an image without a mask means nothing.
+    unseen:         of a dataset of one's own: classes that training never sees; None: by the dataset's name.
+    classes:        names and synonyms of the C classes; None: the names alone.
+    files:          id -> names of image and mask in the folders of the patterns; None: as the patterns say.
+    palette:        of masks in colours: (red, green, blue) -> class index or `ignore_index`; None: masks hold numbers.
     """
 
     ids: list[str]
@@ -40,6 +44,10 @@ class Source:
     ignore_index: int
     label_choice: np.ndarray | None = None
     shared: bool = True
+    unseen: tuple[int, ...] | None = None
+    classes: tuple[tuple[str, ...], ...] | None = None
+    files: dict[str, tuple[str, str]] | None = None
+    palette: dict[tuple[int, int, int], int] | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def class_pixels(dataset: SegmentationDataset) -> list[dict[int, int]]:
     values mean: a changed mask is read again. A cache that cannot be written only warns.
     """
     key = _key(dataset)
-    path = cache_dir() / "data" / f"{dataset.name}_{dataset.split}_{key[:16]}.json"
+    path = cache_dir() / "data" / f"{Path(dataset.name).stem}_{dataset.split}_{key[:16]}.json"
     stored = _read(path, key)
     if stored is None:
         logger.info("reading the label maps of %s %s, %d of them, once", dataset.name, dataset.split, len(dataset))
@@ -57,6 +57,8 @@ def _count(dataset: SegmentationDataset, index: int) -> np.ndarray:
 def _key(dataset: SegmentationDataset) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {dataset.name} {dataset.split}".encode())
     digest.update(dataset._source.table.tobytes())
+    if dataset._source.palette is not None:
+        digest.update(repr(dataset._source.palette).encode())
     for stamp in dataset.stamps():
         digest.update(f"\n{stamp}".encode())
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from zs3fast.inference.segmenter import Segmenter, find_weights, is_converted
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.models.registry import create_model
 from zs3fast.proposals import load_box_proposer, load_mask_proposer
-from zs3fast.text import class_names, competing_names, datasets, load_text_embeddings, seen_classes, whole_names
+from zs3fast.text import class_names, competing_names, datasets, load_text_embeddings, seen_classes
 from zs3fast.text.cache import tensor_digest
 from zs3fast.text.vocabulary import same_name
 from zs3fast.utils.options import one_of
@@ -109,7 +109,7 @@ def prepare(
     rows = None if text_embeddings is None else load_text_embeddings(text_embeddings, len(names))
     masks = None if proposer is None else load_mask_proposer(proposer, device)
     steps = None if protocol is None else _window_protocol(protocol, dataset, refine)
-    entries = whole_names(names)
+    entries = images.classes[: len(names)]
     if steps is not None and rows is None and dataset in datasets():
         entries = competing_names(dataset, steps.synonyms)
     options = {"class_names": entries, "text_embeddings": rows, "templates": templates, "protocol": steps}

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from zs3fast import weights
 from zs3fast.data import open_dataset
-from zs3fast.data.datasets import PAINTED, SegmentationDataset
+from zs3fast.data.datasets import SOURCES, SegmentationDataset
 from zs3fast.data.sampling import PairSet, PositionSampler, TrainingSet, seed_worker
 from zs3fast.data.transforms import train_transform
 from zs3fast.encoders.clip_vit import resize_positions
@@ -79,7 +79,7 @@ def shares(config: TrainConfig, world: int) -> Shares:
 def open_data(config: TrainConfig, split: str | None = None) -> SegmentationDataset:
     """The dataset of the configuration, or of another split of it."""
     data = config.data
-    if data.root is None and data.name != PAINTED:
+    if data.root is None and data.name in SOURCES:  # others say themselves where they lie
         raise ValueError(f"data.root: expected the folder of {data.name} (--data FOLDER)")
     return open_dataset(data.name, data.root, split or data.split, fold=data.fold)
 
@@ -201,7 +201,7 @@ def _encoded(dataset: Vocabulary, model: nn.Module, *templates: str | Sequence[s
         )
     encoder = TextEncoder.from_open_clip(clip["clip"], clip["pretrained"] or "openai")
     options = {"text_token": model.text_token} if model.method == "clsclip" else {}
-    names = whole_names(dataset.class_names)
+    names = dataset.classes if isinstance(dataset, SegmentationDataset) else whole_names(dataset.class_names)
     return [encoder.encode(names, template, **options) for template in templates]
 
 

@@ -110,6 +110,15 @@ def read_mask_file(path: Path, what: str = "labels", grey: bool = False) -> tupl
     return values, None if note is None else f"{name} {note}"
 
 
+def read_colours(path: Path, what: str = "labels") -> np.ndarray:
+    """The colours of a mask as they are stored, uint8 [H, W, 3]: no rotation, and transparency is not looked at."""
+    name = f"{what}: {path}"
+    with _opened(path, name) as image:
+        if image.mode not in ("P", "L", "1", "RGB", "RGBA"):
+            raise ImageError(f"{name} is a picture of mode {image.mode}, expected colours of 8 bits a channel")
+        return np.asarray(image.convert("RGB"))
+
+
 def strips(height: int, width: int) -> Iterator[slice]:
     """Rows of an image, some at a time: work on a photo of 36 megapixels then needs no memory but the photo's."""
     step = max(1, _STRIP // max(width, 1))
