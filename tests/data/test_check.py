@@ -98,7 +98,7 @@ def test_images_without_a_mask_are_mentioned(tmp_path):
 def test_what_a_folder_holds(tmp_path):
     folders(tmp_path / "one", "images/val2017", "annotations/val2017", {"7": stripes((12, 255))})
     folders(tmp_path / "two/COCO2014", "train2014", "annotations/train2014", {"8": stripes((0, 80))})
-    assert [(d.name, d.split) for d in find_datasets(tmp_path / "one")] == [("coco171", "val")]
+    assert [(d.name, d.split) for d in find_datasets(tmp_path / "one")] == [("coco171", "val"), ("coco_object", "val")]
     assert [(d.name, d.split) for d in find_datasets(tmp_path / "two")] == [("coco20i", "train")]
     assert find_datasets(tmp_path / "two", "train")[0].ids == ["8"]
 
