@@ -24,7 +24,7 @@ CASES = {  # B, Q, (h, w) of the maps, size, options
     "upsampled": (2, 21, (14, 9), (50, 70), {"steps": 3, "dilations": (1, 2, 4)}),
     "long": (1, 1, (5, 5), (200, 33), {}),
     "farther-than-the-image": (1, 3, (6, 4), (12, 10), {"steps": 4, "dilations": (30,)}),
-    "no-steps": (2, 9, (7, 8), (64, 65), {"steps": 0}),
+    "no-steps": (2, 9, (7, 8), (20, 33), {"steps": 0}),
     "one-pixel": (1, 2, (1, 1), (1, 1), {"steps": 2}),
     "six-dilations": (1, 2, (20, 21), (30, 31), {"steps": 2, "dilations": (1, 2, 4, 8, 12, 24, 3, 5, 7)}),
     "smaller": (1, 3, (40, 50), (20, 31), {"steps": 1}),
@@ -33,9 +33,14 @@ CASES = {  # B, Q, (h, w) of the maps, size, options
         {"steps": 3, "dilations": (1, 3), "crop_size": (20, 20), "canvas_size": (30, 32),
          "windows": [(0, 0), (0, 12), (10, 0), (10, 12)]},
     ),
+    "small": (2, 9, (3, 4), (9, 11), {"steps": 2, "dilations": (1, 2, 4)}),
+    "small-windows": (
+        1, 5, (2, 2), (8, 9), {"steps": 2, "dilations": (2,), "crop_size": (4, 4), "canvas_size": (4, 6),
+                               "windows": [(0, 0), (0, 2)]},
+    ),
     "one-window": (1, 3, (4, 5), (31, 40), {"steps": 2, "crop_size": (16, 20), "canvas_size": (16, 20)}),
 }  # fmt: skip
-INTERPRETED = ["upsampled", "farther-than-the-image", "no-steps", "one-pixel", "windows"]
+INTERPRETED = ["small", "small-windows", "farther-than-the-image", "no-steps", "one-pixel"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -152,8 +157,8 @@ def test_weights_are_shares():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_flat_takes_all_neighbours_alike(backend):
     """White of a photo, normalised: upsampling it by rounded shares would leave noise that 1e-8 does not hide."""
-    image = torch.full((1, 3, 17, 23), 2.6400)
-    maps = torch.randn(1, 2, 50, 61)
+    image = torch.full((1, 3, 7, 10), 2.6400)
+    maps = torch.randn(1, 2, 21, 33)
     _skip_unless_possible(backend, image, maps)
     if backend == "reference":
         image, maps = image.double(), maps.double()
@@ -165,9 +170,9 @@ def test_what_is_flat_takes_all_neighbours_alike(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_colours_that_differ_are_kept_apart(backend):
-    image = torch.zeros(1, 3, 32, 33)
+    image = torch.zeros(1, 3, 12, 33)
     image[..., 16:] = 5
-    maps = torch.rand(1, 1, 32, 33)
+    maps = torch.rand(1, 1, 12, 33)
     maps[..., 16:] += 10
     _skip_unless_possible(backend, image, maps)
     with use_backend(backend):
@@ -177,7 +182,7 @@ def test_colours_that_differ_are_kept_apart(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_excluded_names_do_not_win_but_count(backend):
-    args, options = _case("upsampled")
+    args, options = _case("small")
     _skip_unless_possible(backend, *args[:2])
     with use_backend(backend):
         labels, scores = refine_maps_to_labels(*args, **options, logit_scale=2.0, excluded=[0, 7, 8])

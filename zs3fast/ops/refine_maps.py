@@ -358,6 +358,10 @@ def _cpp_objections(image: Tensor, maps: Tensor, *_: Any) -> list[str]:
     return _dispatch.cpp_objections(maps, _KERNEL_DTYPES) + _wide_image(image)
 
 
+def _triton_objections(image: Tensor, maps: Tensor, *_: Any) -> list[str]:
+    return _dispatch.triton_objections(maps, _KERNEL_DTYPES) + _wide_image(image)
+
+
 register_op(
     OP,
     schema=(
@@ -368,5 +372,5 @@ register_op(
     fake=_fake,
     reference=_reference_run,
     flops=_count,
-    backends={"cpp": _cpp_objections},
+    backends={"cpp": _cpp_objections, "triton": _triton_objections},
 )

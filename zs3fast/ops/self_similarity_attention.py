@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _flops, _matmul
-from zs3fast.ops._attention import accumulator, as_heads, check_heads, cpp_objections, empty_heads
+from zs3fast.ops._attention import accumulator, as_heads, check_heads, cpp_objections, empty_heads, triton_objections
 from zs3fast.ops._checks import check_number, is_int
 from zs3fast.ops._register import Backward, register_op
 
@@ -229,7 +229,7 @@ register_op(
     fake=_fake,
     reference=_reference_run,
     flops=_count,
-    backends={"cpp": cpp_objections},
+    backends={"cpp": cpp_objections, "triton": triton_objections},
     backward=Backward(
         schema=f"(Tensor grad_output, {_ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)",
         fake=_fake_backward,
