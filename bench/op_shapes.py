@@ -11,6 +11,8 @@ OPS = (
     "relationship_descriptor",
     "region_bridge_attention",
     "proposal_attention",
+    "self_similarity_attention",
+    "refine_maps",
     "masks_to_bits",
     "masks_to_labels",
     "proposals_to_labels",
@@ -53,6 +55,11 @@ NAMED = {
         "region_bridge_attention": "voc-M1024",
         "attention_to_mask": "cliprc-m1024-voc20",
         "relationship_descriptor": "cliprc-m1024-voc20",
+    },
+    # SCLIP on VOC with a background: a window of 224, the image refined
+    "sclip-voc21": {
+        "self_similarity_attention": "sclip-196",
+        "refine_maps": "voc21-375x500",
     },
     # exercises the scripts, measures nothing
     "tiny": dict.fromkeys(OPS, "tiny"),

@@ -21,8 +21,10 @@ OPS = (
     "masks_to_labels",
     "proposal_attention",
     "proposals_to_labels",
+    "refine_maps",
     "region_bridge_attention",
     "relationship_descriptor",
+    "self_similarity_attention",
 )
 
 # A room may import the rooms listed for it (and itself). Left to right is the way data flows.

@@ -272,6 +272,26 @@ def _proposals_to_labels(
     return run
 
 
+def _self_similarity(dtype: torch.dtype, dh: int, similarity: str, std: float | None) -> Run:
+    """The last block on a window of 512 x 512."""
+
+    def run(kernels: Any) -> None:
+        q, k, v = (_heads(2, 12, 1025, dh, dtype) for _ in range(3))
+        kernels.forward(q, k, v, similarity, 0.125, (32, 32), 1, std)
+
+    return run
+
+
+def _refine_maps(dilations: tuple[int, ...], labels: bool, names: int = 21) -> Run:
+    """An image of 375 x 500; maps of any type are widened before the kernels see them."""
+
+    def run(kernels: Any) -> None:
+        image, maps, size = empty(1, 3, 336, 448), empty(1, names, 336, 448), (375, 500)
+        kernels.refine_maps(image, maps, size, size, size, [0, 0], 10, dilations, 40.0, [1], labels)
+
+    return run
+
+
 def cases(op: str | None = None) -> list[Case]:
     """Every specialisation of every kernel: element types, head widths, options and the shapes that choose a tile."""
     found: list[Case] = []
@@ -302,6 +322,18 @@ def cases(op: str | None = None) -> list[Case]:
                 name = f"{dtype_name(dtype)}-dh{dh}-B{batch}-Nq{Nq}"
                 spread = dh == 64 and batch == 1 and dtype != torch.float16
                 add(name, _proposal_attention(dtype, dh, batch, Nq), dtype in HALF, spread)
+    current = "self_similarity_attention"
+    for dtype in FLOATS:
+        for dh in (12, 32, 64, 96, 128):
+            for similarity, std in (("kk", None), ("kk", 5.0), ("qq+kk", None), ("qq+kk", 5.0)):
+                name = f"{dtype_name(dtype)}-dh{dh}-{similarity}" + "-prior" * (std is not None)
+                spread = dh == 64 and dtype != torch.float16
+                add(name, _self_similarity(dtype, dh, similarity, std), dtype in HALF, spread)
+    current = "refine_maps"
+    for dilations in ((8, 16), (1, 2, 4, 8, 12, 24), (1,)):
+        for labels in (False, True):
+            name = f"{len(dilations)}-dilations" + "-labels" * labels
+            add(name, _refine_maps(dilations, labels), False, dilations == (8, 16))
     current = "relationship_descriptor"
     for dtype in FLOATS:
         for C, M, D in ((171, None, 512), (847, 16, 768), (1, None, 512), (20, None, 64)):
