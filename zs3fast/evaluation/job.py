@@ -17,6 +17,7 @@ from zs3fast.data import SegmentationDataset, open_dataset, test_pairs
 from zs3fast.data.datasets import ids_digest
 from zs3fast.encoders.quantize import KINDS, quantize_encoder
 from zs3fast.evaluation.evaluate import ItemScore, Report, evaluate, evaluate_pairs
+from zs3fast.evaluation.options import EvalOptions
 from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
 from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, learned_setting, published_items, resolve_setting
 from zs3fast.evaluation.scores import DENOMINATORS
@@ -31,13 +32,14 @@ from zs3fast.utils.options import one_of
 from zs3fast.utils.rendering import UNLABELLED
 
 EVAL_SIZES = ("original", "input")
+_OF_PLAIN_CLIP = ("method", "pretrained", "attention")
 
 
 @dataclass(frozen=True)
 class Job:
     """An evaluation that only has to be run.
 
-    run:      `evaluate` or `evaluate_pairs` with everything bound but how: limit, device, workers, progress, partial.
+    run:      `evaluate` or `evaluate_pairs` with everything bound but progress and partial.
     shown:    (image, item) -> label map [H, W] to look at, see `worst_images`.
     settings: what the counts depend on; JSON-safe.
     published: how many images (or pairs) the published test set has; None: unknown, or not the one that is scored.
@@ -50,108 +52,82 @@ class Job:
     published: int | None
 
 
-def prepare(
-    weights: str | None,
-    dataset: str,
-    data: Path | None,
-    *,
-    method: str | None = None,
-    clip: str = "ViT-B-16",
-    pretrained: str | None = None,
-    attention: str | None = None,
-    protocol: str | None = None,
-    refine: int | None = None,
-    split: str = "val",
-    setting: str | None = None,
-    trained_on: str | None = None,
-    text_embeddings: Path | None = None,
-    templates: str | None = None,
-    proposer: str | None = None,
-    crops: str | None = None,
-    boxes: str | None = None,
-    no_box: str = "whole_image",
-    fold: int | None = None,
-    episodes: str = "all",
-    threshold: float = 0.5,
-    eval_size: str = "original",
-    denominator: str = "gt_or_pred",
-    quantize: str | None = None,
-    device: str = "cpu",
-) -> Job:
-    """Open everything and check that it fits together; see `zs3fast eval --help` for the arguments."""
-    if dataset in PAIR_DATASETS and fold is None:
-        raise ValueError(f"fold: {dataset} is tested fold by fold, expected 0..3")
-    if dataset not in PAIR_DATASETS and fold is not None:
-        raise ValueError(f"fold: {dataset} has no folds, only {' and '.join(PAIR_DATASETS)} have")
-    if denominator not in DENOMINATORS:
-        raise ValueError(f"denominator: expected one of {', '.join(DENOMINATORS)}, got {denominator!r}")
-    if fold is None and boxes is not None:
-        raise ValueError(f"boxes: are for the folds of {' and '.join(PAIR_DATASETS)}, got them for {dataset}")
-    one_of("eval_size", eval_size, EVAL_SIZES)
-    if eval_size != "original" and (fold is None or boxes is not None):
-        raise ValueError(f"eval_size: {eval_size} is for folds without boxes")
-    if fold is not None and setting is not None:
-        raise ValueError(f"setting: a fold of {dataset} has one setting of its own, got {setting!r}")
-    if quantize is not None:
-        one_of("quantize", quantize, KINDS)
-    plain = {"method": method, "pretrained": pretrained, "attention": attention}
-    if weights is not None:
-        for name, value in plain.items():
-            if value is not None:
-                raise ValueError(f"{name}: is for CLIP's weights alone, expected none beside weights, got {value!r}")
-    elif pretrained is None:
-        raise ValueError("weights: expected a weight file, or a method and pretrained weights of CLIP's own")
-    if refine is not None and protocol is None:
-        raise ValueError(f"refine: goes with a protocol, got {refine} without one")
-    path = None if weights is None else find_weights(weights)
-    images = open_dataset(dataset, data, split, fold=fold)
-    names = images.class_names if fold is None else images.class_names[: images.background]  # which stands last
-    rows = None if text_embeddings is None else load_text_embeddings(text_embeddings, len(names))
-    masks = None if proposer is None else load_mask_proposer(proposer, device)
-    steps = None if protocol is None else _window_protocol(protocol, dataset, refine)
+def prepare(options: EvalOptions) -> Job:
+    """Open everything and check that it fits together, on the device of the options (None: the CPU)."""
+    o = replace(options, device=options.device or "cpu")
+    _check(o)
+    path = None if o.weights is None else find_weights(o.weights)
+    images = open_dataset(o.dataset, o.data, o.split, fold=o.fold)
+    names = images.class_names if o.fold is None else images.class_names[: images.background]  # which stands last
+    rows = None if o.text_embeddings is None else load_text_embeddings(o.text_embeddings, len(names))
+    steps = None if o.protocol is None else _window_protocol(o.protocol, o.dataset, o.refine)
     entries = images.classes[: len(names)]
-    if steps is not None and rows is None and dataset in datasets():
-        entries = competing_names(dataset, steps.synonyms)
-    options = {"class_names": entries, "text_embeddings": rows, "templates": templates, "protocol": steps}
-    if path is None:
-        segmenter = _plain_clip(clip, plain, {**options, "proposer": masks, "crops": crops}, device)
-    else:
-        segmenter = _segmenter(path, trained_on, {**options, "proposer": masks, "crops": crops}, device)
+    if steps is not None and rows is None and o.dataset in datasets():
+        entries = competing_names(o.dataset, steps.synonyms)
+    segmenter = _segmenter(
+        path,
+        o,
+        class_names=entries,
+        text_embeddings=rows,
+        templates=o.templates,
+        protocol=steps,
+        proposer=None if o.proposer is None else load_mask_proposer(o.proposer, o.device),
+        crops=o.crops,
+        device=o.device,
+    )
     settings = {
         "method": segmenter.model.config["method"],
-        "weights": f"{clip} {pretrained}" if path is None else f"{path.name}, {path.stat().st_size} bytes",
+        "weights": f"{o.clip} {o.pretrained}" if path is None else f"{path.name}, {path.stat().st_size} bytes",
         "weights_sha256": _weights_digest(segmenter.model),
-        "dataset": dataset,
-        "split": split,
+        "dataset": o.dataset,
+        "split": o.split,
         "items": len(images),
         "items_sha256": ids_digest(images.ids),
-        "proposer": proposer,
-        "text": " | ".join(segmenter.templates) if rows is None else text_embeddings.name,
+        "proposer": o.proposer,
+        "text": " | ".join(segmenter.templates) if o.text_embeddings is None else o.text_embeddings.name,
     }
-    if crops is not None:
-        settings["crops"] = crops
+    if o.crops is not None:
+        settings["crops"] = o.crops
     if steps is not None:
-        settings |= {"protocol": protocol, **asdict(steps)}
+        settings |= {"protocol": o.protocol, **asdict(steps)}
         del settings["templates"]  # which may be others; the sentences stand under text
-    if attention is not None:
-        settings["attention"] = attention
-    if quantize is not None:
-        quantize_encoder(segmenter.model, quantize)  # after the digest, which is of the weights that were given
-        settings["quantize"] = quantize
-    if fold is not None:
-        if settings["method"] != "clsclip":
-            raise ValueError(f"weights: {dataset} is for clsclip, these are {settings['method']}'s")
-        rows = _text_rows(segmenter, rows)
-        masks = _pair_segmenter(segmenter, rows, boxes, no_box, threshold, device)
-        settings |= {"text_sha256": tensor_digest(rows)}
-        settings |= {"fold": fold, "episodes": episodes, "threshold": threshold}
-        if boxes is not None:
-            settings |= {"method": "clsclip+", "boxes": boxes, "no_box": no_box}
-        label_size = None if eval_size == "original" else (segmenter.model.image_size,) * 2
-        if label_size is not None:
-            settings["eval_size"] = eval_size
-        return _pair_job(masks, images, fold, episodes, label_size, settings, _fold_notes(segmenter.model, images))
-    return _label_job(segmenter, images, rows, setting, denominator, settings)
+    if o.attention is not None:
+        settings["attention"] = o.attention
+    if o.quantize is not None:
+        quantize_encoder(segmenter.model, o.quantize)  # after the digest, which is of the weights that were given
+        settings["quantize"] = o.quantize
+    return (_label_job if o.fold is None else _pair_job)(segmenter, images, rows, o, settings)
+
+
+def _check(o: EvalOptions) -> None:
+    """Raise for options that do not go together, before anything is opened."""
+    folded = " and ".join(PAIR_DATASETS)
+    if o.dataset in PAIR_DATASETS and o.fold is None:
+        raise ValueError(f"fold: {o.dataset} is tested fold by fold, expected 0..3")
+    if o.dataset not in PAIR_DATASETS and o.fold is not None:
+        raise ValueError(f"fold: {o.dataset} has no folds, only {folded} have")
+    one_of("denominator", o.denominator, DENOMINATORS)
+    if o.fold is None and o.boxes is not None:
+        raise ValueError(f"boxes: are for the folds of {folded}, got them for {o.dataset}")
+    one_of("eval_size", o.eval_size, EVAL_SIZES)
+    if o.eval_size != "original" and (o.fold is None or o.boxes is not None):
+        raise ValueError(f"eval_size: {o.eval_size} is for folds without boxes")
+    if o.fold is not None and o.setting is not None:
+        raise ValueError(f"setting: a fold of {o.dataset} has one setting of its own, got {o.setting!r}")
+    if o.episodes != "all" and not o.episodes.isdecimal():
+        raise ValueError(f"episodes: expected all or a number, got {o.episodes!r}")
+    if o.quantize is not None:
+        one_of("quantize", o.quantize, KINDS)
+    if o.weights is not None:
+        for name in _OF_PLAIN_CLIP:
+            if getattr(o, name) is not None:
+                raise ValueError(
+                    f"{name}: is for CLIP's weights alone, expected none beside weights, got {getattr(o, name)!r}"
+                )
+    elif o.pretrained is None:
+        raise ValueError("weights: expected a weight file, or a method and pretrained weights of CLIP's own")
+    if o.refine is not None and o.protocol is None:
+        raise ValueError(f"refine: goes with a protocol, got {o.refine} without one")
 
 
 def noted(report: Report, published: int | None) -> Report:
@@ -172,39 +148,38 @@ def noted(report: Report, published: int | None) -> Report:
 
 
 def _label_job(
-    segmenter: Segmenter,
-    images: SegmentationDataset,
-    rows: Tensor | None,
-    name: str | None,
-    denominator: str,
-    settings: dict[str, Any],
+    segmenter: Segmenter, images: SegmentationDataset, rows: Tensor | None, o: EvalOptions, settings: dict[str, Any]
 ) -> Job:
     model = segmenter.model
-    setting = resolve_setting(name, images, model.config.get("class_names"), learned_setting(model))
+    setting = resolve_setting(o.setting, images, model.config.get("class_names"), learned_setting(model))
     if setting.name == "cross-dataset" and model.method == "tagclip" and model.trusty_token is not None:
         model.trusty_token, model.trusty_weighting = None, "off"
         setting = replace(setting, notes=(*setting.notes, "cross-dataset: the trusty token is left out, as published"))
     label = labeller(segmenter, images.class_names, setting.calibrated, segmenter.classes)
     settings = {**settings, "text_sha256": tensor_digest(_text_rows(segmenter, rows))}
-    settings |= {"setting": setting.name, "denominator": denominator}
-    options = {"setting": setting, "denominator": denominator, "pass_paths": True, "settings": settings}
+    settings |= {"setting": setting.name, "denominator": o.denominator}
+    how = {"setting": setting, "denominator": o.denominator, "pass_paths": True, "settings": settings}
     return Job(
         dataset=images,
-        run=bound(evaluate, label, images, **options),
+        run=bound(evaluate, label, images, **how, **_where(o)),
         shown=lambda image, item: label(image, images.image_path(item.image)),
         settings=settings,
         published=published_items(images.name) if images.split == "val" else None,
     )
 
 
-def _pair_segmenter(
-    segmenter: Segmenter, rows: Tensor, boxes: str | None, no_box: str, threshold: float, device: str
-) -> PairSegmenter | ZoomingPairSegmenter:
+def _where(o: EvalOptions) -> dict[str, Any]:
+    """How much is scored, and where."""
+    return {"limit": o.limit, "device": o.device, "workers": o.workers}
+
+
+def _pair_segmenter(segmenter: Segmenter, rows: Tensor, o: EvalOptions) -> PairSegmenter | ZoomingPairSegmenter:
     """ClsCLIP, or with boxes ClsCLIP+."""
-    if boxes is None:
-        return PairSegmenter(segmenter.model, rows, threshold)
+    if o.boxes is None:
+        return PairSegmenter(segmenter.model, rows, o.threshold)
     names = [entry[0] for entry in segmenter.classes]
-    return ZoomingPairSegmenter(segmenter.model, rows, names, load_box_proposer(boxes, device), no_box, threshold)
+    boxes = load_box_proposer(o.boxes, o.device)
+    return ZoomingPairSegmenter(segmenter.model, rows, names, boxes, o.no_box, o.threshold)
 
 
 def _fold_notes(model: nn.Module, images: SegmentationDataset) -> tuple[str, ...]:
@@ -224,32 +199,34 @@ def _joined(name: str) -> str:
 
 
 def _pair_job(
-    masks: PairSegmenter | ZoomingPairSegmenter,
-    images: SegmentationDataset,
-    fold: int,
-    episodes: str,
-    label_size: tuple[int, int] | None,
-    settings: dict[str, Any],
-    notes: tuple[str, ...],
+    segmenter: Segmenter, images: SegmentationDataset, rows: Tensor | None, o: EvalOptions, settings: dict[str, Any]
 ) -> Job:
-    if episodes != "all" and not episodes.isdecimal():
-        raise ValueError(f"episodes: expected all or a number, got {episodes!r}")
-    pairs = test_pairs(images, images.unseen, episodes="all" if episodes == "all" else int(episodes))
+    if settings["method"] != "clsclip":
+        raise ValueError(f"weights: {o.dataset} is for clsclip, these are {settings['method']}'s")
+    rows = _text_rows(segmenter, rows)
+    masks = _pair_segmenter(segmenter, rows, o)
+    settings |= {"text_sha256": tensor_digest(rows), "fold": o.fold, "episodes": o.episodes, "threshold": o.threshold}
+    if o.boxes is not None:
+        settings |= {"method": "clsclip+", "boxes": o.boxes, "no_box": o.no_box}
+    scored, label_size = masks, None
+    if o.eval_size == "input":
+        label_size = (segmenter.model.image_size,) * 2
+        settings["eval_size"] = o.eval_size
+        scored = PairSegmenter(segmenter.model, rows, o.threshold, label_size)
+    pairs = test_pairs(images, images.unseen, episodes="all" if o.episodes == "all" else int(o.episodes))
 
     def shown(image: np.ndarray, item: ItemScore) -> np.ndarray:
         mask = masks(image, [item.class_index], images.image_path(item.image))[0].cpu().numpy()
         return np.where(mask, item.class_index, UNLABELLED)
 
-    scored = masks
-    if label_size is not None:
-        scored = PairSegmenter(masks.model, masks.text_embeddings, masks.threshold, label_size)
-    options = {"pass_paths": True, "label_size": label_size, "settings": settings, "notes": notes}
+    how = {"pass_paths": True, "label_size": label_size, "settings": settings}
+    how["notes"] = _fold_notes(segmenter.model, images)
     return Job(
         dataset=images,
-        run=bound(evaluate_pairs, scored, images, pairs, **options),
+        run=bound(evaluate_pairs, scored, images, pairs, **how, **_where(o)),
         shown=shown,
         settings=settings,
-        published=published_items(images.name, fold) if (images.split, episodes) == ("val", "all") else None,
+        published=published_items(images.name, o.fold) if (images.split, o.episodes) == ("val", "all") else None,
     )
 
 
@@ -273,22 +250,19 @@ def _window_protocol(name: str, dataset: str, refine: int | None) -> WindowProto
     return window_protocol(name, dataset, **changes)
 
 
-def _plain_clip(clip: str, plain: dict[str, str | None], options: dict[str, Any], device: str) -> Segmenter:
-    """The segmenter of a method that needs CLIP's weights alone."""
-    given = {name: value for name, value in plain.items() if value is not None}
-    model = create_model(given.pop("method", "maskclip"), clip=clip, **given)
-    if not model.training_free:
-        raise ValueError(f"weights: {model.method} is trained, expected weights of it")
-    return Segmenter(model, **options, device=device)
-
-
-def _segmenter(path: Path, trained_on: str | None, options: dict[str, Any], device: str) -> Segmenter:
-    """The segmenter of a weight file, for a dataset's classes."""
+def _segmenter(path: Path | None, o: EvalOptions, **options: Any) -> Segmenter:
+    """The segmenter of a weight file, or of a method that needs CLIP's weights alone, for a dataset's classes."""
+    if path is None:
+        given = {name: getattr(o, name) for name in _OF_PLAIN_CLIP if getattr(o, name) is not None}
+        model = create_model(given.pop("method", "maskclip"), clip=o.clip, **given)
+        if not model.training_free:
+            raise ValueError(f"weights: {model.method} is trained, expected weights of it")
+        return Segmenter(model, **options)
     official = {}
     if is_converted(path):
-        if trained_on is not None:
+        if o.trained_on is not None:
             raise ValueError(f"trained_on: is for official checkpoints, {path} knows its own training vocabulary")
-    elif trained_on is not None:
-        learned = class_names(trained_on)
-        official = {"class_names": learned, "num_classes": len(learned), "seen": seen_classes(trained_on)}
-    return Segmenter.from_pretrained(path, **options, device=device, official=official)
+    elif o.trained_on is not None:
+        learned = class_names(o.trained_on)
+        official = {"class_names": learned, "num_classes": len(learned), "seen": seen_classes(o.trained_on)}
+    return Segmenter.from_pretrained(path, **options, official=official)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -18,6 +20,7 @@ from rich.text import Text
 
 from zs3fast.utils.errors import Zs3fastError
 
+T = TypeVar("T")
 USAGE_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130  # 128 + SIGINT, as shells count
 CROPS_HELP = "maft: classify proposals by a CLIP pass each, the baseline: mask, crop or mask_crop."
 QUANTIZE_HELP = "Run the image tower in 8 bits: int8, int8-weights or fp8; needs zs3fast[quantize]."
@@ -71,6 +74,30 @@ def _spell_out(record: logging.LogRecord) -> bool:
 logging.getLogger("zs3fast").addFilter(_spell_out)
 stderr = SafeConsole(stderr=True, soft_wrap=True, highlight=False)
 stdout = SafeConsole(soft_wrap=True, highlight=False)
+
+
+def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Decorator of a command: its options on the command line are the fields of a frozen dataclass, which it is given.
+
+    A field's annotation is what Typer reads: Annotated[type, typer.Option(...)].
+    """
+    hints = get_type_hints(options, include_extras=True)
+    parameters = []
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hints[field.name]))
+
+    def wrap(command: Callable[[T], None]) -> Callable[..., None]:
+        def run(**given: Any) -> None:
+            command(options(**given))
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = hints
+        return run
+
+    return wrap
 
 
 def progress_bar(console: Console = stdout, *, shown: bool = True, transient: bool = True) -> Progress:
