@@ -286,7 +286,7 @@ def test_untrained_weights_work_and_say_so_once(place):
         (["-c", ""], "--classes: expected names with commas between them, got no class"),
         (["--dataset", "voc"], "dataset: expected one of voc20, coco171, context59, context60, ade150, got 'voc'"),
         (["--classes-file", "none.txt"], "none.txt: No such file or directory"),
-        (["--weights", "none"], "name_or_path: no file none"),
+        (["--weights", "none"], "--weights: no file none"),
         (["--device", "tpu"], "--device: 'tpu' cannot be used here"),
         (["--weights", "tiny", "--trained-on", "voc20"], "--trained-on is for official checkpoints"),
         (["--weights", "tiny", "--templates", "photo"], "templates: expected 'single', 'multi'"),
@@ -294,7 +294,7 @@ def test_untrained_weights_work_and_say_so_once(place):
         (["--weights", "tiny", "--quantize", "int4"], "quantize: expected one of int8, int8-weights, fp8, got 'int4'"),
         (["--weights", "tiny", "--dtype", "half16"], "dtype: expected one of torch.float32, torch.bfloat16, torch.flo"),
         (["--weights", "tiny", "--dtype", "nn"], "dtype: expected one of torch.float32, torch.bfloat16, torch.float16"),
-        (["--weights", "tiny", "--min-score", "nan"], "min_score: expected a finite number"),
+        (["--weights", "tiny", "--min-score", "nan"], "--min-score: expected a finite number"),
         ([], "expected class names: give --classes, --classes-file or --dataset"),
         (["-c", "cat", "--clip", "ViT-B16"], "clip: open_clip has no model 'ViT-B16'; close names: "),
         (["-c", "cat", "--method", "zegclipp"], "method: expected one of"),
@@ -407,7 +407,7 @@ def test_convert(place, monkeypatch):
         ("none.pth", "x.safetensors", "no file none.pth"),
         ("junk.pth", "x.safetensors", "junk.pth: not a readable torch file"),
         ("other.pth", "x.safetensors", "other.pth: no official checkpoint of a known method"),
-        ("other.pth", "x.pth", "out: expected a .safetensors file, got x.pth"),
+        ("other.pth", "x.pth", "OUT: expected a .safetensors file, got x.pth"),
     ],
 )
 def test_bad_conversions(place, official, out, message):

@@ -305,8 +305,8 @@ def test_folds_of_pairs(tree):
         (("--episodes", "many"), "episodes: expected all or a number, got 'many'"),
         (("--setting", "inductive"), "setting: a fold of voc5i has one setting of its own, got 'inductive'"),
         (("--threshold", "2"), "threshold: expected a number between 0 and 1, got 2.0"),
-        (("--eval-size", "half"), "eval_size: expected one of original, input, got 'half'"),
-        (("--eval-size", "input", "--boxes", "files:boxes.json"), "eval_size: input is for folds without boxes"),
+        (("--eval-size", "half"), "--eval-size: expected one of original, input, got 'half'"),
+        (("--eval-size", "input", "--boxes", "files:boxes.json"), "--eval-size: input is for folds without boxes"),
         (("--weights", "tiny.safetensors", "--text-embeddings", "rows.npy"), "weights: voc5i is for clsclip"),
     ):
         assert message in run(*options, "--fold", 3, *more, code=2)
@@ -340,19 +340,19 @@ def test_maft_takes_its_proposals_from_files_by_the_names_of_the_pictures(tree):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"weights": "absent.safetensors"}, "name_or_path: no file absent.safetensors"),
-        ({"dataset": "voc"}, "name: expected one of"),
+        ({"weights": "absent.safetensors"}, "--weights: no file absent.safetensors"),
+        ({"dataset": "voc"}, "--dataset: expected one of"),
         ({"data": "elsewhere"}, "elsewhere"),
         ({"split": "test"}, "split: expected train or val, got 'test'"),
         ({"setting": "zero-shot"}, "setting: expected one of inductive"),
         ({"denominator": "all"}, "denominator: expected one of gt_or_pred, gt, got 'all'"),
         ({"fold": 1}, "fold: voc20 has no folds"),
         ({"quantize": "int4"}, "quantize: expected one of int8, int8-weights, fp8, got 'int4'"),
-        ({"eval-size": "input"}, "eval_size: input is for folds without boxes"),
+        ({"eval-size": "input"}, "--eval-size: input is for folds without boxes"),
         ({"boxes": "files:boxes.json"}, "boxes: are for the folds of voc5i and coco20i, got them for voc20"),
         ({"worst": -1}, "worst: expected at least 0, got -1"),
         ({"device": "tpu9"}, "device: 'tpu9' cannot be used here"),
-        ({"trained-on": "voc20"}, "trained_on: is for official checkpoints"),
+        ({"trained-on": "voc20"}, "--trained-on: is for official checkpoints"),
         ({"text-embeddings": "absent.npy"}, "absent.npy: No such file"),
     ],
 )
