@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zs3fast.utils.checkpoint_io import read_safetensors
+from zs3fast.utils.errors import CheckpointError
 from zs3fast.utils.files import replacing
 
 logger = logging.getLogger("zs3fast")
@@ -27,7 +28,13 @@ logger = logging.getLogger("zs3fast")
 
 def cache_dir() -> Path:
     """The folder of everything zs3fast keeps between runs: `$ZS3FAST_CACHE`, else `~/.cache/zs3fast`."""
-    return Path(os.environ.get("ZS3FAST_CACHE") or Path.home() / ".cache" / "zs3fast")
+    given = os.environ.get("ZS3FAST_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "zs3fast"
+    except RuntimeError:
+        raise OSError("ZS3FAST_CACHE: expected a folder to keep files in, since this user has no home folder") from None
 
 
 def tensor_digest(*tensors: Tensor) -> str:
@@ -43,7 +50,11 @@ def tensor_digest(*tensors: Tensor) -> str:
 def cached(key: dict[str, Any], compute: Callable[[], Tensor]) -> Tensor:
     """`compute()`, or what an earlier run stored under exactly this key. A cache that cannot be written only warns."""
     text = json.dumps(key, sort_keys=True)
-    path = cache_dir() / "text" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    try:
+        path = cache_dir() / "text" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    except OSError as error:
+        logger.warning("text embeddings are not cached: %s", error)
+        return compute().cpu().contiguous()
     stored = _read(path, text)
     if stored is not None:
         return stored
@@ -52,18 +63,17 @@ def cached(key: dict[str, Any], compute: Callable[[], Tensor]) -> Tensor:
         with replacing(path) as temporary:
             save_file({"text_embeddings": embeddings}, temporary, {"key": text, "sha256": tensor_digest(embeddings)})
     except OSError as error:
-        logger.warning("text embeddings were not cached in %s: %s", path.parent, error)
+        logger.warning("text embeddings were not cached in %s (ZS3FAST_CACHE): %s", path.parent, error)
     return embeddings
 
 
 def _read(path: Path, key: str) -> Tensor | None:
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            embeddings = file.get_tensor("text_embeddings")
+        tensors, metadata = read_safetensors(path)
+        embeddings = tensors["text_embeddings"]
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError) as error:
+    except (OSError, CheckpointError, KeyError) as error:
         logger.warning("%s is unreadable (%s): computing these text embeddings again", path, error)
         return None
     if metadata.get("key") != key or metadata.get("sha256") != tensor_digest(embeddings):
