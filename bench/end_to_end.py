@@ -76,7 +76,8 @@ def make_segmenter(model: nn.Module, setting: Setting, device: str) -> Any:
     from zs3fast import Segmenter
 
     _, text = make_inputs(setting, device)
-    return Segmenter(model, text_embeddings=text, class_names=[f"class {i}" for i in range(setting.classes)])
+    names, dtype = [f"class {i}" for i in range(setting.classes)], next(model.parameters()).dtype
+    return Segmenter(model, text_embeddings=text, class_names=names, dtype=dtype)
 
 
 def ours(segmenter: Any, path: Path, clock: Clock) -> np.ndarray:

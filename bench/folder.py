@@ -76,7 +76,11 @@ def make_contenders(args: argparse.Namespace, setting: Setting, folder: Path) ->
     found = [contender("sequential", partial(sequential, segmenter))]
     ways = [(segmenter, "")]
     if args.compile:
-        options = {"text_embeddings": make_inputs(setting)[1], "class_names": segmenter.classes}
+        options = {
+            "text_embeddings": make_inputs(setting)[1],
+            "class_names": segmenter.classes,
+            "dtype": segmenter.dtype,
+        }
         ways.append((Segmenter(model, **options, compile=True), " compiled"))
     for way, suffix in ways:
         for batch_size in args.batch_size:

@@ -135,7 +135,9 @@ def clip_alone(runs: Path, scenes: WorldDataset) -> Any:
     clip, weights = load_contrastive_config().clip, str(trained_clip(runs))
     model = zs3fast.create_model("maskclip", clip=clip, **{**MASKCLIP, "pretrained": weights})
     encoder = TextEncoder.from_open_clip(clip, weights, cache=False)
-    return zs3fast.Segmenter(model, text_encoder=encoder, class_names=scenes.class_names, templates="multi")
+    return zs3fast.Segmenter(
+        model, text_encoder=encoder, class_names=scenes.class_names, templates="multi", dtype="float32"
+    )
 
 
 def class_codes(runs: Path) -> Path:

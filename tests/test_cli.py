@@ -270,7 +270,7 @@ def test_prepared_embeddings(place, tiny):
 def test_untrained_weights_work_and_say_so_once(place):
     """Without any weights: the parts work, the labels mean nothing, and one note says so."""
     save_photo(place / "x.png")
-    arguments = ("segment", "x.png", "--clip", "ViT-S-32-alt", "-c", "cat, dog", "--templates", "single")
+    arguments = ("segment", "x.png", "--untrained", "--clip", "ViT-S-32-alt", "-c", "cat, dog", "--templates", "single")
     output = run(*arguments, "--seed", "3", "-o", "one")
     assert output.count("untrained") == 1 and "the labels mean nothing" in output and "random weights" not in output
     run(*arguments, "--seed", "3", "-o", "two")
@@ -284,8 +284,8 @@ def test_untrained_weights_work_and_say_so_once(place):
         (["-c", "cat", "--dataset", "voc20"], "expected one class list, got --classes and --dataset"),
         (["-c", "cat, Cat"], "--classes: 'Cat' is given twice (classes 1 and 2)"),
         (["-c", ""], "--classes: expected names with commas between them, got no class"),
-        (["--dataset", "voc"], "dataset: expected one of voc20, coco171, context59, context60, ade150, got 'voc'"),
-        (["--classes-file", "none.txt"], "none.txt: No such file or directory"),
+        (["--dataset", "voc"], "dataset: expected one of voc20, "),
+        (["--classes-file", "none.txt"], "classes: no file none.txt"),
         (["--weights", "none"], "--weights: no file none"),
         (["--device", "tpu"], "--device: 'tpu' cannot be used here"),
         (["--weights", "tiny", "--trained-on", "voc20"], "--trained-on is for official checkpoints"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -135,15 +136,48 @@ torch.export.register_dataclass(SegmentationOutput)
 
 
 @dataclass(frozen=True, eq=False)
+class WindowLogits:
+    """Mask logits of the windows of an image, as the model gave them, on the host.
+
+    mask_logits:   [n, C, h, w] pre-sigmoid (pre-softmax for methods without training), a row a window; classes as they
+                   compete: those shown first, then the background, and a row a name where names compete apart.
+    corners:       n offsets (y, x) of the windows, in pixels of the canvas.
+    window_size:   (height, width) of a window.  canvas_size: (H', W') of the resized image.
+    trusty_logits: [n, 1, h, w] or None.
+    """
+
+    mask_logits: Tensor
+    corners: tuple[tuple[int, int], ...]
+    window_size: tuple[int, int]
+    canvas_size: tuple[int, int]
+    trusty_logits: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Details:
+    """What an image's labels came from.
+
+    scores:  (H, W) -> calibrated scores [C, H, W] of all that compete.
+    windows: None for methods without windows.
+    trusty:  (H, W) -> P(pixel is of an unseen class) [H, W]; None without a trusty map.
+    """
+
+    scores: Callable[[tuple[int, int]], Tensor]
+    windows: WindowLogits | None = None
+    trusty: Callable[[tuple[int, int]], Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Segmentation:
-    """What a Segmenter says of one picture, at the picture's own size.
+    """What a Segmenter says of one image, at the image's own size.
 
     labels:      NumPy int32 [H, W]: indices into `class_names`; -1 = unlabelled (below `min_score`, or background).
     class_names: the names given, in the order given.
     scores:      NumPy float32 [H, W]: calibrated score of the winning class, background classes included.
-    image:       NumPy uint8 [H, W, 3]: the picture as it was read.
+    image:       NumPy uint8 [H, W, 3]: the image as it was read.
     nan_pixels:  pixels whose winning score is not a number; anything above 0 means broken weights or inputs.
-    source:      the picture's path, or None.
+    source:      the image's path, or None.
+    details:     what the labels came from, where a call asked for `details`.
     """
 
     labels: np.ndarray
@@ -152,12 +186,59 @@ class Segmentation:
     image: np.ndarray
     nan_pixels: int = 0
     source: str | None = None
+    details: Details | None = None
 
-    def overlay(self) -> Image:
-        """The picture under its class colours as a PIL image, with a legend of the classes present, largest first."""
+    def mask(self, of: str | int) -> np.ndarray:
+        """Where a class is, bool [H, W]: a name of `class_names` (however it is spelt) or its index."""
+        if isinstance(of, str):
+            spelt = [" ".join(name.split()).casefold() for name in self.class_names]
+            wanted = " ".join(of.split()).casefold()
+            if wanted not in spelt:
+                raise ValueError(f"of: expected a class of the result ({', '.join(self.class_names)}), got {of!r}")
+            of = spelt.index(wanted)
+        if not 0 <= of < len(self.class_names):
+            raise ValueError(f"of: expected an index in 0..{len(self.class_names) - 1}, got {of}")
+        return np.asarray(self.labels == of)
+
+    def class_scores(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Calibrated scores float32 [C, H, W] of `class_names` at `size` = (H, W); None: the image's own.
+
+        Raises:
+            ValueError: the call did not ask for `details`.
+        """
+        scores = self._details().scores(size or (self.labels.shape[0], self.labels.shape[1]))
+        return np.asarray(scores[: len(self.class_names)].float().numpy())
+
+    @property
+    def windows(self) -> WindowLogits:
+        """Mask logits of each window with its corner; a ValueError without `details`, or for a method without any."""
+        windows = self._details().windows
+        if windows is None:
+            raise ValueError("windows: this method looks at no windows")
+        return windows
+
+    def trusty_map(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """TagCLIP's P(pixel is of an unseen class), float32 [H, W]; a ValueError without `details` or such a map."""
+        trusty = self._details().trusty
+        if trusty is None:
+            raise ValueError("trusty_map: the model has no trusty token, only TagCLIP has")
+        return np.asarray(trusty(size or (self.labels.shape[0], self.labels.shape[1])).float().numpy())
+
+    def _details(self) -> Details:
+        if self.details is None:
+            raise ValueError("details: the result does not hold any, call the Segmenter with details=True")
+        return self.details
+
+    def overlay(self, *, legend: bool = True, blend: float = 0.6) -> Image:
+        """The image under its class colours as a PIL image, with a legend of the classes present, largest first.
+
+        Args:
+            legend: False: the image alone, at its own size.
+            blend: how much of its colour covers a class, 0 (nothing) to 1.
+        """
         from zs3fast.utils import rendering
 
-        return rendering.overlay(self.image, self.labels, self.class_names)
+        return rendering.overlay(self.image, self.labels, self.class_names, legend=legend, blend=blend)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the labels as a PNG of class indices; an existing file is replaced whole, or left as it was.

@@ -165,5 +165,5 @@ def test_more_lists_than_are_kept() -> None:
     model, names = tiny_model("zegclip"), [f"thing {index}" for index in range(20)]
     shared = Segmenter(model, text_embeddings=torch.eye(20, 32), class_names=names)
     first = [shared(photo(0), [name, "thing 3", "thing 5"][: 1 + (name not in names[3:6])]).scores for name in names]
-    assert len(shared._encoded) < len(names)
+    assert len(shared._texts.kept) < len(names)
     np.testing.assert_array_equal(shared(photo(0), ["thing 0", "thing 3"]).scores, first[0])

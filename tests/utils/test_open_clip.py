@@ -225,14 +225,11 @@ def test_an_architecture_whose_weights_are_all_alike_decides(tmp_path: Path, nam
     assert not uses_quick_gelu(named, saved(tmp_path / "clip.pt"))
 
 
-def test_wrong_weights_are_one_line(tmp_path: Path) -> None:
+def test_wrong_weights_are_one_error_that_names_file_and_tower(tmp_path: Path) -> None:
     path = saved(tmp_path / "clip.pt")
     wide = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "width": 60}}
-    with pytest.raises(
-        ValueError, match="clip.pt' do not fit the image tower of this configuration: size mis"
-    ) as caught:
+    with pytest.raises(ValueError, match="(?s)clip.pt' .* the image tower of this configuration.*wrong shape"):
         load_clip_weights(ClipViT(vision_config(wide), 64), wide, path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("named")

@@ -21,7 +21,8 @@ from zs3fast.evaluation.options import EvalOptions
 from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
 from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, learned_setting, published_items, resolve_setting
 from zs3fast.evaluation.scores import DENOMINATORS
-from zs3fast.inference.segmenter import Segmenter, find_weights, is_converted
+from zs3fast.inference.loading import find_weights, is_converted
+from zs3fast.inference.segmenter import Segmenter
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.models.registry import create_model
 from zs3fast.proposals import load_box_proposer, load_mask_proposer
@@ -152,7 +153,7 @@ def _label_job(
 ) -> Job:
     model = segmenter.model
     setting = resolve_setting(o.setting, images, model.config.get("class_names"), learned_setting(model))
-    if setting.name == "cross-dataset" and model.method == "tagclip" and model.trusty_token is not None:
+    if setting.name == "cross-dataset" and getattr(model, "trusty_token", None) is not None:
         model.trusty_token, model.trusty_weighting = None, "off"
         setting = replace(setting, notes=(*setting.notes, "cross-dataset: the trusty token is left out, as published"))
     label = labeller(segmenter, images.class_names, setting.calibrated, segmenter.classes)
@@ -201,7 +202,7 @@ def _joined(name: str) -> str:
 def _pair_job(
     segmenter: Segmenter, images: SegmentationDataset, rows: Tensor | None, o: EvalOptions, settings: dict[str, Any]
 ) -> Job:
-    if settings["method"] != "clsclip":
+    if not segmenter.model.pairwise:
         raise ValueError(f"weights: {o.dataset} is for clsclip, these are {settings['method']}'s")
     rows = _text_rows(segmenter, rows)
     masks = _pair_segmenter(segmenter, rows, o)
@@ -252,6 +253,7 @@ def _window_protocol(name: str, dataset: str, refine: int | None) -> WindowProto
 
 def _segmenter(path: Path | None, o: EvalOptions, **options: Any) -> Segmenter:
     """The segmenter of a weight file, or of a method that needs CLIP's weights alone, for a dataset's classes."""
+    options["dtype"] = torch.float32  # published numbers are those of the weights as they are
     if path is None:
         given = {name: getattr(o, name) for name in _OF_PLAIN_CLIP if getattr(o, name) is not None}
         model = create_model(given.pop("method", "maskclip"), clip=o.clip, **given)

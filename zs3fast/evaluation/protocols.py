@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +25,6 @@ SETTINGS = (
     "fold",
 )
 PAIR_DATASETS = ("voc5i", "coco20i")
-ONE_STAGE = ("zegclip", "tagclip", "clip_rc")
 
 # Images of the published test sets; pairs where a fold of pairs is the set.
 PUBLISHED_ITEMS: dict[str, int | tuple[int, ...]] = {
@@ -106,7 +103,7 @@ def learned_setting(model: nn.Module) -> str | None:
         return None
     if len(model.seen) == model.num_classes:
         return "supervised"
-    return "transductive" if model.method in ONE_STAGE and model.seen_offset == 0 else "inductive"
+    return "transductive" if model.self_training and model.seen_offset == 0 else "inductive"
 
 
 def resolve_setting(
@@ -179,11 +176,7 @@ def labeller(
     segmenter.check(names, seen=calibrated)
 
     def label(image: np.ndarray, path: Path | None = None) -> np.ndarray:
-        picture: Any = image
-        if path is not None:  # proposers that read their masks from files go by the picture's name
-            picture = Image.fromarray(image)
-            picture.filename = os.fspath(path)
-        return segmenter(picture, names, seen=calibrated).labels
+        return segmenter(image, names, seen=calibrated, source=path).labels
 
     return label
 

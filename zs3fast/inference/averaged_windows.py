@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import cv2
@@ -22,8 +22,9 @@ from zs3fast.inference.predictors import (
 )
 from zs3fast.inference.window_protocols import WindowProtocol
 from zs3fast.labels.refinement import Pamr
-from zs3fast.labels.softmax import Frame, Rule, softmax_labels
+from zs3fast.labels.softmax import Frame, Rule, softmax_labels, softmax_scores
 from zs3fast.labels.windows import sliding_windows
+from zs3fast.types import Details, ImageFeatures, WindowLogits
 from zs3fast.utils.resizing import bilinear
 
 
@@ -77,32 +78,52 @@ class AveragedWindows(Windows):
         return self.left_to_device(pixels, size, antialias=True)
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
+        if any(request.encoded is not None for request in requests):
+            return [self._predict_alone(request) for request in requests]
         canvases = [self._canvas(request) for request in requests]
         masks, frames = self.similarities(canvases, requests[0].text)
         return [self.predict_from(*given) for given in zip(masks, frames, canvases, requests, strict=True)]
 
+    def encode(self, pixels: np.ndarray, source: str | None) -> tuple[Tensor, list[ImageFeatures]]:
+        """The normalised image, and the features of its windows as they are batched."""
+        canvas = self._canvas(Request(pixels, torch.empty(0), (), None, source))
+        frame = self._frame((canvas.shape[-2], canvas.shape[-1]))
+        return canvas, [self.model.encode(batch) for batch in self._crop_batches([canvas], [frame])]
+
+    def _predict_alone(self, request: Request) -> Prediction:
+        encoded = self.encode(request.pixels, request.source) if request.encoded is None else request.encoded
+        canvas, features = encoded
+        masks = torch.cat([self.model.decode(batch, request.text).mask_logits for batch in features])
+        return self.predict_from(masks, self._frame((canvas.shape[-2], canvas.shape[-1])), canvas, request)
+
     def similarities(self, canvases: Sequence[Tensor], text: Tensor) -> tuple[list[Tensor], list[Frame]]:
         """Logits [n, Q, h, w] of the windows of each normalised image [3, H', W'], and where they lie."""
-        frames = [self._frame(tuple(canvas.shape[-2:])) for canvas in canvases]
-        crops = [
-            F.pad(canvas[:, y : y + frame.crop_size[0], x : x + frame.crop_size[1]], _around(frame))
-            for canvas, frame in zip(canvases, frames, strict=True)
-            for y, x in frame.windows
-        ]
+        frames = [self._frame((canvas.shape[-2], canvas.shape[-1])) for canvas in canvases]
         logits: list[Tensor] = []
-        for _, alike in groupby(crops, key=lambda crop: crop.shape):  # windows of one batch have one size
-            group = list(alike)
-            for start in range(0, len(group), self.batch):
-                logits += self.run(torch.stack(group[start : start + self.batch]), text).mask_logits
+        for batch in self._crop_batches(canvases, frames):
+            logits += self.run(batch, text).mask_logits
         counts, start, masks = [len(frame.windows) for frame in frames], 0, []
         for count in counts:
             masks.append(torch.stack(logits[start : start + count]))
             start += count
         return masks, frames
 
+    def _crop_batches(self, canvases: Sequence[Tensor], frames: Sequence[Frame]) -> Iterator[Tensor]:
+        """Windows [n, 3, height, width], in batches of one size."""
+        crops = [
+            F.pad(canvas[:, y : y + frame.crop_size[0], x : x + frame.crop_size[1]], _around(frame))
+            for canvas, frame in zip(canvases, frames, strict=True)
+            for y, x in frame.windows
+        ]
+        for _, alike in groupby(crops, key=lambda crop: crop.shape):
+            group = list(alike)
+            for start in range(0, len(group), self.batch):
+                yield torch.stack(group[start : start + self.batch])
+
     def predict_from(self, masks: Tensor, frame: Frame, canvas: Tensor, request: Request) -> Prediction:
         """Labels and scores of an image from the logits of its windows."""
         size = request.pixels.shape[:2]
+        rule, refine = self.rule(request.names, len(request.text)), self.refinement(canvas, size)
         labels, scores = softmax_labels(
             masks,
             size,
@@ -111,10 +132,18 @@ class AveragedWindows(Windows):
             windows=frame.windows,
             margin=frame.margin,
             padded_size=frame.padded_size,
-            rule=self.rule(request.names, len(request.text)),
-            refine=self.refinement(canvas, size),
+            rule=rule,
+            refine=refine,
         )
-        return _prediction(labels, scores, request)
+        details = None
+        if request.details:
+            kept, image = masks.cpu(), canvas.cpu()
+            corners = tuple(frame.windows)
+            details = Details(
+                scores=lambda size: softmax_scores(kept, size, frame, rule, self.refinement(image, size)),
+                windows=WindowLogits(kept, corners, frame.padded_size or frame.crop_size, frame.canvas_size),
+            )
+        return _prediction(labels, scores, request, details)
 
     def rule(self, names: Sequence[Sequence[str]], rows: int) -> Rule:
         """How `rows` text rows compete: one a name, or one a class."""

@@ -8,8 +8,8 @@ needs no model is `prepare`, which any thread may call ahead of time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from zs3fast import ops
+from zs3fast.encoders.navigated import ImagePrefix
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.models.clsclip_plus import squash as squash_images
-from zs3fast.proposals import BoxProposer, MaskProposer, clip_input, for_classes, resize_for_proposer, sub_images
+from zs3fast.models.maft import mask_bits
+from zs3fast.ops.masks_to_labels import reference_scores
+from zs3fast.proposals import BoxProposer, Frame, MaskProposer, clip_input, for_classes, resize_for_proposer, sub_images
 from zs3fast.proposals.class_columns import scores_for_classes
 from zs3fast.proposals.crops import MERGES
+from zs3fast.types import BoxProposals, Details, ImageFeatures, Proposals, SegmentationOutput, WindowLogits
 from zs3fast.utils.options import one_of
 from zs3fast.utils.resizing import bilinear, resizes_there
 
@@ -38,6 +42,7 @@ class Request:
     pixels: uint8 [H, W, 3].  text: [C, D] of the competing classes.  names: the names of each, synonyms included.
     seen: indices of the seen among them, or None where nothing is known.  source: the picture's path, or None.
     prepared: what `Predictor.prepare` made of the pixels, on any device; None: not made yet.
+    encoded: what `Predictor.encode` made of the image; None: not made yet.  details: whether the prediction keeps any.
     """
 
     pixels: np.ndarray
@@ -46,17 +51,20 @@ class Request:
     seen: list[int] | None
     source: str | None = None
     prepared: Tensor | None = None
+    encoded: Any = None
+    details: bool = False
 
 
 @dataclass(frozen=True)
 class Prediction:
     """labels: int16 (int32 for more than 32768 classes) [H, W], -1 = nothing was found there.  scores: float32 [H, W].
 
-    Both on the model's device.
+    Both on the model's device. details: what they came from, on the host, where the request asked for it.
     """
 
     labels: Tensor
     scores: Tensor
+    details: Details | None = None
 
 
 class Predictor:
@@ -73,6 +81,10 @@ class Predictor:
     def prepare(self, pixels: np.ndarray) -> Tensor | None:
         """The work on pixels [H, W, 3] that needs no model, on any thread; None: there is none."""
         return None
+
+    def encode(self, pixels: np.ndarray, source: str | None) -> Any:
+        """What the method does with an image before it hears of classes: `Request.encoded`."""
+        raise NotImplementedError
 
     def predict(self, request: Request) -> Prediction:
         """The prediction for one picture."""
@@ -115,17 +127,47 @@ class Windows(Predictor):
         return bilinear(picture, size, antialias)
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
-        model, (part, whole) = self.model, self.stride
-        crop = (model.image_size,) * 2
-        stride = max(part * model.image_size // whole, 1)
-        canvases = [self._canvas(request) for request in requests]
-        windows = [sliding_windows(canvas.shape[-2:], crop, (stride, stride)) for canvas in canvases]
-        outputs = self._run(canvases, windows, requests[0].text)
+        crop, stride = self._crop_and_stride()
+        sizes = [fitted_size(request.pixels.shape[:2], self.model.image_size) for request in requests]
+        windows = [sliding_windows(size, crop, stride) for size in sizes]
+        counts = [len(corners) for corners in windows]
+        outputs = split_windows(self.outputs(requests, windows), counts)
         predictions = []
-        for request, canvas, corners, out in zip(requests, canvases, windows, outputs, strict=True):
-            frame = {"crop_size": crop, "canvas_size": tuple(canvas.shape[-2:]), "windows": corners}
+        for request, size, corners, out in zip(requests, sizes, windows, outputs, strict=True):
+            frame = {"crop_size": crop, "canvas_size": size, "windows": corners}
             predictions.append(self._compare(*out, request, **frame))
         return predictions
+
+    def encode(self, pixels: np.ndarray, source: str | None) -> list[ImageFeatures]:
+        """The features of the image's windows, as they are batched."""
+        crop, stride = self._crop_and_stride()
+        canvas = self._canvas(Request(pixels, torch.empty(0), (), None, source))
+        corners = sliding_windows(canvas.shape[-2:], crop, stride)
+        return [self.model.encode(batch) for batch in self._batches([(canvas, y, x) for y, x in corners])]
+
+    def outputs(self, requests: Sequence[Request], windows: Sequence[list[tuple[int, int]]]) -> list[Any]:
+        """The model's outputs, batch by batch. Its batches run on from image to image, but for those encoded before."""
+        text, out, places = requests[0].text, [], []
+        for request, corners in zip(requests, windows, strict=True):
+            if request.encoded is None:
+                canvas = self._canvas(request)
+                places += [(canvas, y, x) for y, x in corners]
+                continue
+            out += [self.run(batch, text) for batch in self._batches(places)]
+            out += [self.model.decode(features, text) for features in request.encoded]
+            places = []
+        return out + [self.run(batch, text) for batch in self._batches(places)]
+
+    def _batches(self, places: Sequence[tuple[Tensor, int, int]]) -> Iterator[Tensor]:
+        """Windows [n, 3, side, side] of canvases [3, H', W'], at their corners."""
+        side = self.model.image_size
+        for start in range(0, len(places), self.batch):
+            some = places[start : start + self.batch]
+            yield torch.stack([canvas[:, y : y + side, x : x + side] for canvas, y, x in some])
+
+    def _crop_and_stride(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        side, (part, whole) = self.model.image_size, self.stride
+        return (side, side), (max(part * side // whole, 1),) * 2
 
     def _canvas(self, request: Request) -> Tensor:
         """The normalised picture [3, H', W'] on the model's device and in its type."""
@@ -137,36 +179,43 @@ class Windows(Predictor):
 
     def _compare(self, masks: Tensor, trusty: Tensor | None, request: Request, **frame: Any) -> Prediction:
         """Labels and scores of the picture from the logits of its windows, which lie in `frame`."""
-        model, seen = self.model, request.seen
-        mixed = seen is not None and 0 < len(seen) < len(request.text)
+        calibration = self.model.calibration(masks, trusty, request.seen or ())
         result = ops.masks_to_labels(
-            masks,
-            request.pixels.shape[:2],
-            seen=seen or (),
-            seen_offset=model.seen_offset,
-            trusty_logits=trusty if mixed else None,
-            trusty_weighting=model.trusty_weighting if mixed else "off",
-            dtype=_label_type(request),
-            return_details=True,
-            **frame,
+            masks, request.pixels.shape[:2], dtype=_label_type(request), return_details=True, **calibration, **frame
         )
-        return _prediction(result.labels[0], result.scores[0], request)
+        details = None
+        if request.details:
+            details = _window_details(masks, trusty, calibration, frame)
+        return _prediction(result.labels[0], result.scores[0], request, details)
 
-    def _run(
-        self, canvases: Sequence[Tensor], windows: Sequence[list[tuple[int, int]]], text: Tensor
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Mask and trusty logits of every picture's windows. The model's batches run on from picture to picture."""
-        side = self.model.image_size
-        places = [(canvas, y, x) for canvas, corners in zip(canvases, windows, strict=True) for y, x in corners]
-        masks, trusty = [], []
-        for start in range(0, len(places), self.batch):
-            crops = [canvas[:, y : y + side, x : x + side] for canvas, y, x in places[start : start + self.batch]]
-            out = self.run(torch.stack(crops), text)
-            masks.append(out.mask_logits)
-            trusty.append(out.trusty_logits)
-        counts = [len(corners) for corners in windows]
-        parts = [None] * len(counts) if trusty[0] is None else torch.cat(trusty).split(counts)
-        return list(zip(torch.cat(masks).split(counts), parts, strict=True))
+
+def _window_details(
+    masks: Tensor, trusty: Tensor | None, calibration: dict[str, Any], frame: dict[str, Any]
+) -> Details:
+    """What a picture's labels came from, by the definition of scores."""
+    masks, trusty = (None if part is None else part.cpu() for part in (masks, trusty))
+    weighing = None if calibration["trusty_logits"] is None else trusty
+    settings = {**calibration, "trusty_logits": weighing}
+
+    def unseen(size: tuple[int, int]) -> Tensor:
+        return reference_scores(trusty, size, **frame)[0, 0]
+
+    return Details(
+        scores=lambda size: reference_scores(masks, size, **settings, **frame)[0],
+        windows=WindowLogits(
+            masks, tuple(map(tuple, frame["windows"])), frame["crop_size"], frame["canvas_size"], trusty
+        ),
+        trusty=None if trusty is None else unseen,
+    )
+
+
+def split_windows(outputs: Sequence[Any], counts: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+    """Mask and trusty logits of every picture's windows, out of batches that run on from picture to picture."""
+    masks = torch.cat([out.mask_logits for out in outputs]).split(list(counts))
+    if outputs[0].trusty_logits is None:
+        return [(part, None) for part in masks]
+    trusty = torch.cat([out.trusty_logits for out in outputs]).split(list(counts))
+    return list(zip(masks, trusty, strict=True))
 
 
 class Squash(Predictor):
@@ -186,14 +235,24 @@ class Squash(Predictor):
         return squash(pixels, self.model.image_size, self.model.pixel_mean, self.model.pixel_std)
 
     def predict(self, request: Request) -> Prediction:
-        model, like = self.model, next(self.model.parameters())
-        image = self.prepare(request.pixels) if request.prepared is None else request.prepared
-        image = image.to(like.device)
-        image = self._squash(image) if image.dtype == torch.uint8 else image
-        out = model(image.to(like.dtype)[None], request.text)
-        size = request.pixels.shape[:2]
+        prefix = self._prefix(request.pixels, request.prepared) if request.encoded is None else request.encoded
+        out, size = self.model.decode(prefix, request.text), request.pixels.shape[:2]
         result = ops.masks_to_labels(out.mask_logits, size, dtype=_label_type(request), return_details=True)
-        return _prediction(result.labels[0], result.scores[0], request)
+        details = None
+        if request.details:
+            masks = SegmentationOutput(out.mask_logits.cpu(), out.global_token, out.patch_tokens)
+            details = Details(lambda size: self.model.class_scores(masks, size)[0])
+        return _prediction(result.labels[0], result.scores[0], request, details)
+
+    def encode(self, pixels: np.ndarray, source: str | None) -> ImagePrefix:
+        """The layers before the first that knows the class."""
+        return self._prefix(pixels, None)
+
+    def _prefix(self, pixels: np.ndarray, prepared: Tensor | None) -> ImagePrefix:
+        like = next(self.model.parameters())
+        image = (self.prepare(pixels) if prepared is None else prepared).to(like.device)
+        image = self._squash(image) if image.dtype == torch.uint8 else image
+        return self.model.encode(image.to(like.dtype)[None])
 
 
 class Zooming(Predictor):
@@ -208,11 +267,18 @@ class Zooming(Predictor):
     def __init__(self, model: nn.Module, boxes: BoxProposer, no_box: str = "whole_image"):
         self.plus, self.boxes = ClsCLIPPlus(model, no_box=no_box), boxes
 
+    def encode(self, pixels: np.ndarray, source: str | None) -> BoxProposals:
+        """The detector's boxes; what is cut out depends on the classes."""
+        return self.boxes(pixels, source)
+
     def predict(self, request: Request) -> Prediction:
         model = self.plus.model
         device = request.text.device
         image = normalise(torch.from_numpy(request.pixels).to(device), model.pixel_mean, model.pixel_std)
-        found = self.boxes(request.pixels, request.source).to(device)
+        found = self.boxes(request.pixels, request.source) if request.encoded is None else request.encoded
+        if request.details:
+            raise ValueError("details: ClsCLIP+ keeps none, expected details=False with boxes")
+        found = found.to(device)
         labels, scores = self.plus.predict_labels(image, request.text, found, request.names, threshold=None)
         return _prediction(labels, scores, request)
 
@@ -234,31 +300,65 @@ class Proposing(Predictor):
         self.model, self.proposer, self.crops, self.crop_form = model, proposer, crops, crop_form
 
     def predict(self, request: Request) -> Prediction:
+        model, seen, size = self.model, request.seen or (), request.pixels.shape[:2]
+        encoded = self.encode(request.pixels, request.source) if request.encoded is None else request.encoded
+        if encoded.proposals is None:  # its proposer is led by the class list
+            encoded = self._embedded(encoded, for_classes(self.proposer, request.text), request.pixels, request.source)
+        proposals = scores_for_classes(encoded.proposals, request.names)
+        out = model.decode(encoded.embeddings, request.text, proposals, encoded.grid, non_object=False)
+        labels, scores = model.label_details(out, size, seen=seen)
+        details = None
+        if request.details:
+            details = Details(lambda size: model.class_scores(out, size, seen=seen)[0].cpu())
+        prediction = _prediction(labels[0], scores[0], request, details)
+        # Pixels that no proposal covers, where all seen classes score -seen_offset and all others 0.
+        nothing = 1e-6 - model.seen_offset if model.seen_offset and len(seen) == len(request.text) else 0.0
+        labels = prediction.labels.masked_fill(prediction.scores <= nothing, -1)
+        return Prediction(labels, prediction.scores, details)
+
+    def encode(self, pixels: np.ndarray, source: str | None) -> EncodedProposals:
+        """The proposals and their embeddings; the image's tokens alone for a proposer that needs the class list."""
         model, like = self.model, next(self.model.parameters())
-        names = None if request.source is None else [request.source]
-        propose = for_classes(self.proposer, request.text)
-        proposals = propose([request.pixels], names).to(like.device)
+        frame, tokens, grid = resize_for_proposer(pixels), None, (0, 0)
+        if self.crops is None:
+            tokens, grid = model.encoder.trunk(clip_input(frame, model.image_size).to(like))
+        encoded = EncodedProposals(frame, tokens, grid)
+        if hasattr(self.proposer, "for_vocabulary"):
+            return encoded
+        return self._embedded(encoded, self.proposer, pixels, source)
+
+    def _embedded(
+        self, encoded: EncodedProposals, propose: MaskProposer, pixels: np.ndarray, source: str | None
+    ) -> EncodedProposals:
+        model, like, frame = self.model, next(self.model.parameters()), encoded.frame
+        proposals = propose([pixels], None if source is None else [source]).to(like.device)
         if not bool(proposals.valid.any()):
-            raise ValueError(f"proposer: it found no region in {request.source or 'the picture'}")
-        proposals = scores_for_classes(proposals, request.names)
-        frame = resize_for_proposer(request.pixels)
+            raise ValueError(f"proposer: it found no region in {source or 'the picture'}")
         if (frame.padded_size, (frame.image_size,)) != (proposals.padded_size, proposals.image_sizes):
             raise ValueError(
                 f"proposer: its masks lie on a frame of {proposals.padded_size}, the picture's is {frame.padded_size}"
             )
         if self.crops is None:
-            out = model(clip_input(frame, model.image_size).to(like), request.text, proposals, non_object=False)
-        else:
-            pictures = sub_images(frame, proposals, self.crops, self.crop_form)
-            out = model.classify_crops(
-                pictures.images.to(like), pictures.rows, request.text, proposals, non_object=False
-            )
-        seen = request.seen or ()
-        labels, scores = model.label_details(out, request.pixels.shape[:2], seen=seen)
-        prediction = _prediction(labels[0], scores[0], request)
-        # Pixels that no proposal covers, where all seen classes score -seen_offset and all others 0.
-        nothing = 1e-6 - model.seen_offset if model.seen_offset and len(seen) == len(request.text) else 0.0
-        return Prediction(prediction.labels.masked_fill(prediction.scores <= nothing, -1), prediction.scores)
+            embeddings = model.encoder.proposal_head(encoded.tokens, mask_bits(proposals, encoded.grid))
+            return replace(encoded, proposals=proposals, embeddings=embeddings)
+        cut = sub_images(frame, proposals, self.crops, self.crop_form)
+        embeddings, grid = model.crop_embeddings(cut.images.to(like), cut.rows, proposals)
+        return replace(encoded, grid=grid, proposals=proposals, embeddings=embeddings)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedProposals:
+    """What MAFT knows of an image before it hears of classes.
+
+    frame: the resized image.  tokens: its trunk's, None with `crops`.  grid: (h, w) of the patches.
+    proposals, embeddings: [1, Nq, D]; None where the proposer is led by the class list.
+    """
+
+    frame: Frame
+    tokens: Any
+    grid: tuple[int, int]
+    proposals: Proposals | None = None
+    embeddings: Tensor | None = None
 
 
 def predictor_for(
@@ -295,8 +395,8 @@ def predictor_for(
     return Windows(model, window_batch)
 
 
-def _prediction(labels: Tensor, scores: Tensor, request: Request) -> Prediction:
-    return Prediction(labels.to(_label_type(request)), scores.float())
+def _prediction(labels: Tensor, scores: Tensor, request: Request, details: Details | None = None) -> Prediction:
+    return Prediction(labels.to(_label_type(request)), scores.float(), details)
 
 
 def _label_type(request: Request) -> torch.dtype:

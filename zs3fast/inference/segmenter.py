@@ -1,74 +1,71 @@
-"""Picture in, labels out: reading, resizing, sliding windows, the model, and a result a person can look at."""
+"""Image in, labels out: reading, the method's test protocol, and a result a person can look at."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zs3fast import weights
-from zs3fast.encoders.quantize import KINDS, quantize_encoder
 from zs3fast.inference.compiled import CompiledModel
-from zs3fast.inference.predictors import Request, predictor_for
+from zs3fast.inference.dtypes import auto_dtype
+from zs3fast.inference.loading import (
+    TINY,
+    TINY_DEFAULT,
+    find_weights,
+    from_clip,
+    is_converted,
+    read_official,
+    read_weights,
+)
+from zs3fast.inference.options import SegmenterOptions
+from zs3fast.inference.plan import Classes, Plan, check_min_score, competitors, seen_of
+from zs3fast.inference.predictors import Prediction, Request, predictor_for
 from zs3fast.inference.streaming import default_workers, overlapped
-from zs3fast.inference.window_protocols import WindowProtocol
-from zs3fast.proposals import BoxProposer, MaskProposer
-from zs3fast.text import TextEncoder, cache_dir, parse_classes, resolve_templates, whole_names
-from zs3fast.text.encoder import Tokenizer
-from zs3fast.text.vocabulary import ClassEntry, same_name
+from zs3fast.inference.text_rows import TextRows
+from zs3fast.text import parse_classes, resolve_templates, whole_names
+from zs3fast.text.vocabulary import ClassEntry
 from zs3fast.types import Segmentation
-from zs3fast.utils.checkpoint_io import read_metadata, read_state_dict
 from zs3fast.utils.images import read_image
-from zs3fast.utils.options import one_of
-from zs3fast.weights.files import METADATA_KEY, TEXT_PREFIX
-from zs3fast.weights.official_maft import text_tower
-from zs3fast.weights.packing import bundled, packed_models
 
+if TYPE_CHECKING:
+    from zs3fast.text import TextEncoder
+    from zs3fast.text.encoder import Tokenizer
+
+__all__ = ["TINY", "TINY_DEFAULT", "EncodedImage", "Segmenter", "find_weights", "is_converted", "read_official"]
 logger = logging.getLogger("zs3fast")
 
-TINY, TINY_DEFAULT = "zs3fast-tiny", "clip_rc"  # the small models in the package, and the best of them
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_LISTS_KEPT = 16  # class lists whose embeddings stay at hand
-_shared = threading.RLock()  # held while what threads share is built; a lock inside would make a Segmenter uncopyable
-
-Classes = str | Iterable[str | Sequence[str]]
-_Read = tuple[np.ndarray, str | None]  # a picture's pixels [H, W, 3] and its path
+_LARGE = 10_000_000  # parameters from which half the bytes are worth their rounding
+_Read = tuple[np.ndarray, str | None, Any]  # an image's pixels [H, W, 3], its path, what a model knows of it
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a call comes to: the names to show, names and embeddings [C, D] of all that compete, and who is what.
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image that a Segmenter has run its encoder on, to be asked about any number of class lists.
 
-    seen: indices, or None where nothing is known.  rejected: indices of the background.
-    min_score: below it pixels stay unlabelled, or None.
+    image: uint8 [H, W, 3].  source: its path, or None.  features: what the method keeps of it.  segmenter: its maker.
     """
 
-    class_names: tuple[str, ...]
-    competing: tuple[ClassEntry, ...]
-    text: Tensor
-    seen: list[int] | None
-    rejected: list[int]
-    min_score: float | None
+    image: np.ndarray
+    source: str | None
+    features: Any
+    segmenter: Segmenter
 
 
 class Segmenter:
-    """Segments pictures of any size into classes given by name.
+    """Segments images of any size into classes given by name.
 
     The protocol is the method's published one, see `zs3fast.inference.predictors`: sliding windows for ZegCLIP,
-    TagCLIP, CLIP-RC and MaskCLIP, the squashed picture for ClsCLIP, proposals for MAFT. Scores of all classes at
-    picture size are never stored.
+    TagCLIP, CLIP-RC and MaskCLIP, the squashed image for ClsCLIP, proposals for MAFT. Scores of all classes at
+    image size are never stored.
 
     Which classes count as seen (and lose `model.seen_offset`, which offsets what training favours):
         - `seen=` of a call, if given;
@@ -83,7 +80,9 @@ class Segmenter:
     nor is a `tokenizer`, `proposer` or `boxes` of one's own that is not.
 
     Args:
-        model: from `create_model`, `load_official` or `weights.load`; put in eval mode.
+        model: from `create_model`, `load_official` or `weights.load`; put in eval mode. It is shared, not copied, but
+            where it has to move or change its type. None: a method without training on OpenAI's CLIP ViT-B/16, which
+            is fetched if it is not on the machine.
         tokenizer: list of sentences -> token ids, in place of the text encoder's own.
         text_encoder: the text tower of the CLIP the model grew from. None: built when first needed, from open_clip,
             with the model's own `pretrained` weights or, where the model names none, OpenAI's; random, with a warning,
@@ -91,71 +90,49 @@ class Segmenter:
         text_embeddings: [C, D] prepared rows for `class_names`, instead of a text encoder. Classes are then chosen
             from these by name.
         class_names: the rows' names, and the classes of a call that gives none. None: the model's training vocabulary.
-        templates: "single", "multi" or sentences with one {}. None: what was published for training: "single" for a
-            vocabulary of 20 (VOC), else "multi"; "multi" for MaskCLIP, which has no training.
-        device: move the model there.
-        dtype: torch.float32, bfloat16 or float16: convert the model to it. None: as it is. Half precision is for GPUs;
-            labels differ where classes are close to each other.
-        window_batch: windows the model sees at once.
-        proposer: what finds mask proposals for MAFT, see `zs3fast.proposals`; it needs one.
-        crops: classify MAFT's proposals by a CLIP pass each instead, see `zs3fast.inference.predictors.Proposing`.
-        boxes: what finds boxes for ClsCLIP to zoom into (ClsCLIP+).
-        compile: run ZegCLIP, TagCLIP, CLIP-RC or MaskCLIP through torch.compile, see `zs3fast.inference.compiled`; the
-            first pictures then take a minute or more. The other methods' work has too many shapes.
-        protocol: of a training-free method: "sclip", "naclip", "clearclip", "scclip", "rcs" or "maskclip" as published
-            (sizes, windows, templates; see `zs3fast.inference.window_protocols`), or a `WindowProtocol`. None: short
-            side and windows of the model's `image_size`.
-        quantize: put the image tower of `model` into 8 bits, in place: "int8", "int8-weights" or "fp8", see
-            `zs3fast.encoders.quantize`, which needs torchao.
+        options: see `SegmenterOptions`.  keywords: single ones of these, such as device="cuda".
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None = None,
         tokenizer: Tokenizer | None = None,
         *,
         text_encoder: TextEncoder | None = None,
         text_embeddings: Tensor | np.ndarray | None = None,
         class_names: Classes | None = None,
-        templates: str | Sequence[str] | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        window_batch: int = 8,
-        proposer: MaskProposer | None = None,
-        crops: str | None = None,
-        boxes: BoxProposer | None = None,
-        compile: bool = False,
-        quantize: str | None = None,
-        protocol: str | WindowProtocol | None = None,
+        options: SegmenterOptions | None = None,
+        **keywords: Any,
     ):
-        if window_batch < 1:
-            raise ValueError(f"window_batch: expected at least 1, got {window_batch}")
+        options = (options or SegmenterOptions()).with_(keywords)
         if text_encoder is not None and text_embeddings is not None:
             raise ValueError("text_embeddings: give these or a text_encoder, not both")
-        if dtype not in (None, *_DTYPES):
-            raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
-        if quantize is not None:
-            one_of("quantize", quantize, KINDS)
-        self.model = model.to(device=device, dtype=dtype).eval()
-        self._predictor = predictor_for(model, window_batch, proposer, crops, boxes, protocol)
-        if quantize is not None:
-            quantize_encoder(self.model, quantize)
-        if compile:
-            if not self._predictor.compiles:
-                raise ValueError(f"compile: expected a method that works in windows, got {model.method}")
-            self._predictor.run = CompiledModel(self.model)
-        published = model.templates or ("single" if model.config.get("num_classes") == 20 else "multi")
+        self.options = options
+        self.model = _suited(from_clip(seen=[]), options, own=True) if model is None else _suited(model, options)
+        self._predictor = predictor_for(
+            self.model, options.window_batch, options.proposer, options.crops, options.boxes, options.protocol
+        )
+        if options.quantize is not None:
+            from zs3fast.encoders.quantize import quantize_encoder
+
+            quantize_encoder(self.model, options.quantize)
+        if options.compile:
+            self._compile()
+        published = self.model.templates or ("single" if self.model.config.get("num_classes") == 20 else "multi")
         published = getattr(self._predictor, "templates", published)
-        self.templates = resolve_templates(published if templates is None else templates)
-        self._tokenizer = tokenizer
-        self._text_encoder = text_encoder
-        if text_encoder is not None and tokenizer is not None:
-            text_encoder.tokenizer = tokenizer
-        vocabulary = model.config.get("class_names")
+        self.templates = resolve_templates(published if options.templates is None else options.templates)
+        vocabulary = self.model.config.get("class_names")
         names = whole_names(vocabulary) if class_names is None and vocabulary is not None else class_names
         self.classes = None if names is None else parse_classes(names, "class_names")
-        self._rows = None if text_embeddings is None else self._named_rows(text_embeddings)
-        self._encoded: dict[tuple[ClassEntry, ...], Tensor] = {}
+        self._texts = TextRows(
+            self.model,
+            self.templates,
+            self._predictor.names_apart,
+            tokenizer,
+            text_encoder,
+            text_embeddings,
+            self.classes,
+        )
         Image.init()  # Pillow's formats, which two threads that find them unregistered could miss
 
     @classmethod
@@ -167,17 +144,9 @@ class Segmenter:
         text_encoder: TextEncoder | None = None,
         text_embeddings: Tensor | np.ndarray | None = None,
         class_names: Classes | None = None,
-        templates: str | Sequence[str] | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        window_batch: int = 8,
-        proposer: MaskProposer | None = None,
-        crops: str | None = None,
-        boxes: BoxProposer | None = None,
-        compile: bool = False,
-        quantize: str | None = None,
-        protocol: str | WindowProtocol | None = None,
         official: Mapping[str, Any] | None = None,
+        options: SegmenterOptions | None = None,
+        **keywords: Any,
     ) -> Segmenter:
         """A segmenter from a weight file: one of ours, or an official checkpoint.
 
@@ -188,39 +157,20 @@ class Segmenter:
                 `zs3fast.text.cache_dir()`; or one of the small models in the package, "zs3fast-tiny" (the best of
                 them) or "zs3fast-tiny-METHOD", see `zs3fast.data.world` for what they know.
             official: for official checkpoints, options of `load_official`: seen, num_classes, class_names, ...
+            others: as for the class.
         Raises:
             FileNotFoundError: neither a file nor a name in the cache.  ValueError: a file that is no such thing.
         """
-        path = find_weights(name_or_path)
-        if is_converted(path):
-            if official:
-                raise ValueError(
-                    f"official: {path} carries its own settings, got {', '.join(sorted(official))} as well"
-                )
-            model, extra = weights.load(path)
-        else:
-            model, extra = read_official(path, **(official or {}))
-        tower = {key: value for key, value in extra.items() if key.startswith(TEXT_PREFIX)}
-        if tower and text_encoder is None and text_embeddings is None:
-            text_encoder = TextEncoder.from_state_dict(tower, name=path.name)
-            if device is not None:
-                text_encoder.to(device)
+        options = (options or SegmenterOptions()).with_(keywords)
+        with_text = text_encoder is None and text_embeddings is None
+        model, tower = read_weights(find_weights(name_or_path), dict(official or {}), with_text, options.device)
         return cls(
-            model,
+            _suited(model, options, own=True),
             tokenizer,
-            text_encoder=text_encoder,
+            text_encoder=tower or text_encoder,
             text_embeddings=text_embeddings,
             class_names=class_names,
-            templates=templates,
-            device=device,
-            dtype=dtype,
-            window_batch=window_batch,
-            proposer=proposer,
-            crops=crops,
-            boxes=boxes,
-            compile=compile,
-            quantize=quantize,
-            protocol=protocol,
+            options=options,
         )
 
     @property
@@ -233,25 +183,40 @@ class Segmenter:
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type the model runs in."""
+        return next(self.model.parameters()).dtype
+
+    @property
     def text_encoder(self) -> TextEncoder:
         """The text tower; built from open_clip when first asked for, if none was given."""
-        with _shared:
-            if self._text_encoder is None:
-                self._text_encoder = self._own_text_encoder().to(self.device)
-            return self._text_encoder
+        return self._texts.encoder
 
-    def _own_text_encoder(self) -> TextEncoder:
-        config = self.model.config
-        if not self.model.weights_loaded:
-            logger.warning("the model's weights are untrained, so its text tower is too: labels mean nothing")
-            return TextEncoder.from_open_clip(config["clip"], None, tokenizer=self._tokenizer)
-        if not isinstance(config["clip"], str) and config.get("pretrained") is None:
-            raise ValueError("text_encoder: expected one, since this model's CLIP has no name to find a tower by")
-        return TextEncoder.from_open_clip(
-            config["clip"], config.get("pretrained") or "openai", tokenizer=self._tokenizer
-        )
+    def to(self, device: str | torch.device) -> Segmenter:
+        """Move the model (which may be shared) and its text tower to a device; proposers stay where they are."""
+        self.model.to(device)
+        self._texts.moved(device)
+        if self.options.compile:
+            self._compile()
+        return self
 
-    @torch.no_grad()
+    def encode(self, image: Any) -> EncodedImage:
+        """Run what no class list changes, once: `seg(encoded, classes)` then costs the rest.
+
+        The image encoder of the methods that work in windows; ClsCLIP's layers before the first that knows the class;
+        MAFT's encoder and its proposals, but for a proposer that is led by the class list (FreeSeg).
+        """
+        pixels, source, _ = self._read(image)
+        with torch.no_grad():
+            return EncodedImage(pixels, source, self._predictor.encode(pixels, source), self)
+
+    @overload
+    def __call__(
+        self, image: list[Any] | tuple[Any, ...], classes: Classes | None = ..., **how: Any
+    ) -> list[Segmentation]: ...
+    @overload
+    def __call__(self, image: Any, classes: Classes | None = ..., **how: Any) -> Segmentation: ...
+
     def __call__(
         self,
         image: Any,
@@ -260,24 +225,36 @@ class Segmenter:
         seen: Iterable[str | int] | None = None,
         min_score: float | None = None,
         background: str | Sequence[str] = (),
-    ) -> Segmentation:
-        """Segment one picture.
+        details: bool = False,
+        source: str | os.PathLike[str] | None = None,
+    ) -> Segmentation | list[Segmentation]:
+        """Segment an image, or several.
 
         Args:
-            image: a path, PIL image, array or tensor; see `zs3fast.utils.images.read_image`.
+            image: a path, bytes, file, PIL image, array or tensor, see `zs3fast.utils.images.read_image`; what `encode`
+                gave; or a list of these, for a list of results.
             classes: the names that compete, as "cat, grass" or one item a class; an item may hold synonyms,
                 "sofa, couch". None: `class_names` of the constructor.
             seen: which of them count as seen, as names or as indices into `classes`. None: see the class.
             min_score: pixels whose best score is lower (or not a number) stay unlabelled. None: the model's own, which
                 is 0.5 for ClsCLIP, whose masks are binary, and none for the others.
-            background: names whose pixels stay unlabelled. Those that are not in `classes` compete as well.
+            background: names whose pixels stay unlabelled. Those that are not in `classes` compete as well. "auto": a
+                built-in list of what photos show, see `zs3fast.text.background`, without what `classes` names.
+            details: keep what the labels came from, see `Segmentation.class_scores`, `trusty_map` and `windows`.
+            source: the path of an image that is handed in decoded, by which proposers find their files; None: its own.
         Returns:
-            labels and scores at the picture's own size, names in the order given.
+            labels and scores at the image's own size, names in the order given.
         """
-        plan = self._plan(classes, seen, min_score, background)
-        pixels, source = read_image(image)
-        (prediction,) = self._predictor([Request(pixels, plan.text, plan.competing, plan.seen, source)])
-        return _segmentation(plan, pixels, source, prediction.labels.cpu().numpy(), prediction.scores.cpu().numpy())
+        plan = self._plan(classes, seen, min_score, background, details)
+        if isinstance(image, (list, tuple)):
+            if source is not None:
+                raise ValueError("source: is for one image, expected None with several")
+            return [result for _, result in self._stream(image, plan)]
+        pixels, own, features = self._read(image)
+        read = (pixels, own if source is None else os.fspath(source), features)
+        with torch.no_grad():
+            (prediction,) = self._predictor([_request(plan, read)])
+        return _segmentation(plan, read, prediction.labels.cpu().numpy(), prediction.scores.cpu().numpy(), prediction)
 
     def stream(
         self,
@@ -287,27 +264,28 @@ class Segmenter:
         seen: Iterable[str | int] | None = None,
         min_score: float | None = None,
         background: str | Sequence[str] = (),
+        details: bool = False,
         batch_size: int = 1,
         workers: int | None = None,
         failed: Callable[[Any, Exception], None] | None = None,
     ) -> Generator[tuple[Any, Segmentation], None, None]:
-        """Segment many pictures: the next ones are read and resized on threads while the model works.
+        """Segment many images: the next ones are read and resized on threads while the model works.
 
         A GPU resizes them itself, and the copies to and from it overlap with its work as well. At most `workers` +
-        `batch_size` pictures are held beyond the one handed out (on a GPU twice `batch_size`). The arguments are
+        `batch_size` images are held beyond the one handed out (on a GPU twice `batch_size`). The arguments are
         checked at once.
 
         Args:
-            images: any number, each as for a call; drawn from as pictures are asked for, some ahead.
-            classes, seen, min_score, background: as for a call.
-            batch_size: pictures whose windows share the model's batches of `window_batch`; they may differ in size. The
+            images: any number, each as for a call; drawn from as images are asked for, some ahead.
+            classes, seen, min_score, background, details: as for a call.
+            batch_size: images whose windows share the model's batches of `window_batch`; they may differ in size. The
                 numbers of a window depend a little on its batch, so that above 1 a pixel whose best classes are tied up
-                to rounding may go to the other. Methods without windows take pictures one by one.
+                to rounding may go to the other. Methods without windows take images one by one.
             workers: threads that read. None: see `zs3fast.inference.streaming.default_workers`. 0: no threads.
-            failed: called with a picture that cannot be read or segmented and the error, and the rest goes on.
+            failed: called with an image that cannot be read or segmented and the error, and the rest goes on.
                 None: the error is raised.
         Returns:
-            Yields (image as it was given, Segmentation) in order; with one picture at a time and uncompiled, equal to a
+            Yields (image as it was given, Segmentation) in order; with one image at a time and uncompiled, equal to a
             call's bit for bit. Leaving early ends the threads.
         """
         if batch_size < 1:
@@ -316,24 +294,34 @@ class Segmenter:
             raise ValueError(f"workers: expected 0 or more threads, got {workers}")
         if batch_size > 1 and not self._predictor.together:
             raise ValueError(f"batch_size: {self.model.method} takes pictures one by one, got {batch_size}")
-        plan = self._plan(classes, seen, min_score, background)
-        workers = default_workers(self.device) if workers is None else workers
+        plan = self._plan(classes, seen, min_score, background, details)
+        return self._stream(images, plan, batch_size, workers, failed)
+
+    def _stream(
+        self,
+        images: Iterable[Any],
+        plan: Plan,
+        batch_size: int = 1,
+        workers: int | None = None,
+        failed: Callable[[Any, Exception], None] | None = None,
+    ) -> Generator[tuple[Any, Segmentation], None, None]:
+        kept: dict[int, Prediction] = {}  # details stay on this side of the copies
 
         def prepare(image: Any) -> tuple[_Read, Tensor | None]:
-            pixels, source = read_image(image)
-            return (pixels, source), self._predictor.prepare(pixels)
+            read = self._read(image)
+            return read, self._predictor.prepare(read[0]) if read[2] is None else None
 
         @torch.no_grad()
-        def compute(pictures: list[tuple[_Read, Tensor | None]]) -> list[tuple[Tensor, Tensor]]:
-            requests = [
-                Request(pixels, plan.text, plan.competing, plan.seen, source, prepared)
-                for (pixels, source), prepared in pictures
-            ]
-            return [(prediction.labels, prediction.scores) for prediction in self._predictor(requests)]
+        def compute(items: list[tuple[_Read, Tensor | None]]) -> list[tuple[Tensor, ...]]:
+            predictions = self._predictor([_request(plan, read, prepared) for read, prepared in items])
+            if plan.details:
+                kept.update((id(read[0]), prediction) for (read, _), prediction in zip(items, predictions, strict=True))
+            return [(prediction.labels, prediction.scores) for prediction in predictions]
 
         def finish(read: _Read, labels: np.ndarray, scores: np.ndarray) -> Segmentation:
-            return _segmentation(plan, *read, labels, scores)
+            return _segmentation(plan, read, labels, scores, kept.pop(id(read[0]), None))
 
+        workers = default_workers(self.device) if workers is None else workers
         return overlapped(
             images, prepare, compute, finish, device=self.device, workers=workers, batch_size=batch_size, failed=failed
         )
@@ -346,7 +334,7 @@ class Segmenter:
         min_score: float | None = None,
         background: str | Sequence[str] = (),
     ) -> None:
-        """Raise now what a call with these arguments would, and encode its names, before any picture is read."""
+        """Raise now what a call with these arguments would, and encode its names, before any image is read."""
         self._plan(classes, seen, min_score, background)
 
     @torch.no_grad()
@@ -356,22 +344,14 @@ class Segmenter:
         seen: Iterable[str | int] | None,
         min_score: float | None,
         background: str | Sequence[str],
-    ) -> _Plan:
-        if min_score is not None and not np.isfinite(min_score):
-            raise ValueError(f"min_score: expected a finite number, got {min_score}")
+        details: bool = False,
+    ) -> Plan:
+        check_min_score(min_score)
         entries = self._entries(classes)
-        rejected = parse_classes(background, "background") if background else []
-        shown = {same_name(entry[0]) for entry in entries}
-        competing = entries + [entry for entry in rejected if same_name(entry[0]) not in shown]
-        names = {same_name(entry[0]) for entry in rejected}
-        return _Plan(
-            class_names=tuple(entry[0] for entry in entries),
-            competing=tuple(competing),
-            text=self._text_embeddings(tuple(competing)),
-            seen=self._seen(entries, competing, seen),
-            rejected=[i for i, entry in enumerate(competing) if same_name(entry[0]) in names],
-            min_score=self.model.min_score if min_score is None else min_score,
-        )
+        competing, rejected = competitors(entries, background)
+        text, is_seen = self._texts.embeddings(competing), self._seen(entries, competing, seen)
+        lowest = self.model.min_score if min_score is None else min_score
+        return Plan(tuple(entry[0] for entry in entries), competing, text, is_seen, rejected, lowest, details)
 
     def _entries(self, classes: Classes | None) -> list[ClassEntry]:
         if classes is not None:
@@ -381,62 +361,53 @@ class Segmenter:
         return list(self.classes)
 
     def _seen(
-        self, given: list[ClassEntry], competing: list[ClassEntry], seen: Iterable[str | int] | None
+        self, given: list[ClassEntry], competing: Sequence[ClassEntry], seen: Iterable[str | int] | None
     ) -> list[int] | None:
-        """Indices of the seen among the competing classes; None where nothing is known."""
-        model, vocabulary = self.model, self.model.config.get("class_names")
-        if seen is not None:
-            return _seen_argument(given, seen)
-        if vocabulary is not None:
-            names = {same_name(vocabulary[index]) for index in model.seen}
-            return [i for i, entry in enumerate(competing) if any(same_name(name) in names for name in entry)]
-        if len(given) == model.config.get("num_classes"):
-            return list(model.seen)
-        logger.info("the model's vocabulary is not known: none of the %d classes counts as seen", len(given))
-        return None
+        return seen_of(self.model, given, competing, seen)
 
-    def _text_embeddings(self, entries: tuple[ClassEntry, ...]) -> Tensor:
-        """[C, D] on the model's device; the same tensor for as long as the list is among the last few."""
-        rows = self._encoded.get(entries)
-        if rows is None or rows.device != self.device:
-            rows = (self._chosen_rows(entries) if self._rows else self._encode(entries)).to(self.device)
-            with _shared:
-                self._encoded[entries] = rows
-                while len(self._encoded) > _LISTS_KEPT:
-                    self._encoded.pop(next(iter(self._encoded)))
-        return rows
+    def _read(self, image: Any) -> _Read:
+        if not isinstance(image, EncodedImage):
+            return *read_image(image), None
+        if image.segmenter is not self:
+            raise ValueError("image: it was encoded by another Segmenter, expected one that this one's `encode` gave")
+        return image.image, image.source, image.features
 
-    def _encode(self, entries: tuple[ClassEntry, ...]) -> Tensor:
-        if self._predictor.names_apart:
-            names = [name for entry in entries for name in entry]
-            once = list(dict.fromkeys(names))  # a name may stand for two classes: one row, twice
-            rows = self.text_encoder.encode(whole_names(once), self.templates, text_token=self.model.text_token)
-            return rows[[once.index(name) for name in names]]
-        return self.text_encoder.encode(entries, self.templates, text_token=self.model.text_token)
+    def _compile(self) -> None:
+        if not self._predictor.compiles:
+            raise ValueError(f"compile: expected a method that works in windows, got {self.model.method}")
+        self._predictor.run = CompiledModel(self.model)
 
-    def _named_rows(self, text_embeddings: Tensor | np.ndarray) -> dict[str, Tensor]:
-        rows = torch.as_tensor(text_embeddings).float()
-        if self.classes is None:
-            raise ValueError("class_names: expected the names of the rows of text_embeddings")
-        if rows.dim() != 2 or len(rows) != len(self.classes):
-            raise ValueError(
-                f"text_embeddings: expected [C, D] with a row for each of {len(self.classes)} class_names, "
-                f"got {list(rows.shape)}"
-            )
-        return {same_name(name): row for entry, row in zip(self.classes, rows, strict=True) for name in entry}
 
-    def _chosen_rows(self, entries: Iterable[ClassEntry]) -> Tensor:
-        missing = [entry[0] for entry in entries if same_name(entry[0]) not in self._rows]
-        if missing:
-            known = ", ".join(entry[0] for entry in self.classes[:10])
-            raise ValueError(f"classes: no text_embeddings for {', '.join(missing)}; there are rows for {known}, ...")
-        return torch.stack([self._rows[same_name(entry[0])] for entry in entries])
+def _suited(model: nn.Module, options: SegmenterOptions, own: bool = False) -> nn.Module:
+    """The model on the device and in the type of the options, in eval mode; a copy where it must change, if not `own`.
+
+    The automatic type is for large float32 models: whoever has chosen a type keeps it, and small ones gain nothing.
+    """
+    like = next(model.parameters())
+    device = like.device if options.device is None else torch.device(options.device)
+    dtype = options.torch_dtype
+    if dtype is None and like.dtype == torch.float32 and options.quantize is None:
+        if sum(parameter.numel() for parameter in model.parameters()) >= _LARGE:
+            dtype = auto_dtype(device)
+    changes = dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point())
+    moves = like.device != torch.empty(0, device=device).device
+    if (changes or moves) and not own:
+        model = copy.deepcopy(model)
+    if changes or moves:
+        model = model.to(device=device, dtype=dtype)
+    return model.eval()
+
+
+def _request(plan: Plan, read: _Read, prepared: Tensor | None = None) -> Request:
+    pixels, source, features = read
+    return Request(pixels, plan.text, plan.competing, plan.seen, source, prepared, features, plan.details)
 
 
 def _segmentation(
-    plan: _Plan, pixels: np.ndarray, source: str | None, labels: np.ndarray, scores: np.ndarray
+    plan: Plan, read: _Read, labels: np.ndarray, scores: np.ndarray, prediction: Prediction | None
 ) -> Segmentation:
     """The result from the winners' labels and scores, without what the plan leaves unlabelled."""
+    pixels, source, _ = read
     labels = labels.astype(np.int32)
     if plan.rejected:
         labels[np.isin(labels, plan.rejected)] = -1
@@ -446,54 +417,5 @@ def _segmentation(
     if nan_pixels:
         what = source or "the image"
         warnings.warn(f"{nan_pixels} pixels of {what} have no score (nan): check the weights", stacklevel=3)
-    return Segmentation(labels, plan.class_names, scores, pixels, nan_pixels, source)
-
-
-def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
-    """The weight file of a path, of a name in the cache folder, or of a name in the package."""
-    path, kept = Path(name_or_path), cache_dir() / "weights"
-    if path.is_file():
-        return path
-    named = kept / f"{os.fspath(name_or_path)}.safetensors"
-    if named.is_file():
-        return named
-    own = {f"{TINY}-{method}": file for method, file in packed_models(bundled()).items()}
-    chosen = f"{TINY}-{TINY_DEFAULT}" if os.fspath(name_or_path) == TINY else os.fspath(name_or_path)
-    if chosen in own:
-        return own[chosen]
-    names = ", ".join(sorted(file.stem for file in kept.glob("*.safetensors"))) or "none"
-    raise FileNotFoundError(
-        f"name_or_path: no file {path}, no such name among the weights in {kept} ({names}), nor in the package "
-        f"({', '.join([TINY, *own])}). `zs3fast convert` writes such files from official checkpoints"
-    )
-
-
-def read_official(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of an official checkpoint, and the text tower in it (empty if it has none); the file is read once."""
-    state = read_state_dict(path)
-    try:
-        model = weights.load_official(state, **options)
-    except weights.CheckpointError as error:
-        raise weights.CheckpointError(f"{path}: {str(error).removeprefix('checkpoint: ')}") from None
-    tower = {key: value for key, value in state.items() if key.startswith(TEXT_PREFIX)}
-    return model, tower or text_tower(state, TEXT_PREFIX)
-
-
-def is_converted(path: Path) -> bool:
-    """Whether a weight file is one of ours, with its configuration inside."""
-    if path.suffix != ".safetensors":
-        return False
-    return METADATA_KEY in read_metadata(path)
-
-
-def _seen_argument(given: list[ClassEntry], seen: Iterable[str | int]) -> list[int]:
-    if isinstance(seen, str):
-        raise TypeError(f"seen: expected a list of names or indices, got the string {seen!r}")
-    position = {same_name(name): index for index, entry in enumerate(given) for name in entry}
-    indices = []
-    for item in seen:
-        index = position.get(same_name(item)) if isinstance(item, str) else item
-        if not isinstance(index, int) or not 0 <= index < len(given):
-            raise ValueError(f"seen: expected names or indices of the {len(given)} classes, got {item!r}")
-        indices.append(index)
-    return sorted(set(indices))
+    details = None if prediction is None else prediction.details
+    return Segmentation(labels, plan.class_names, scores, pixels, nan_pixels, source, details)

@@ -61,6 +61,8 @@ class ZeroShotModel(nn.Module):
     text_token = "projected"  # which token of the text tower: see TextEncoder.encode
     protocol: ClassVar[str] = "windows"  # or "averaged_windows", "squash", "proposals": see inference/predictors.py
     training_free: ClassVar[bool] = False  # whether CLIP's weights are all it needs
+    self_training: ClassVar[bool] = False  # whether it can learn unseen classes from its own labels (transductive)
+    pairwise: ClassVar[bool] = False  # whether it answers for (image, class) pairs, each with a mask of its own
     min_score: ClassVar[float | None] = None  # pixels below stay unlabelled, where a Segmenter is not told otherwise
 
     def __init__(
@@ -206,6 +208,7 @@ class SegmentationModel(FeatureModel):
         options: see `ZeroShotModel`.
     """
 
+    self_training = True
     pixel_mean = IMAGENET_MEAN  # these methods normalise with ImageNet's statistics, not CLIP's
     pixel_std = IMAGENET_STD
 
@@ -263,16 +266,30 @@ class SegmentationModel(FeatureModel):
         h, w = out.mask_logits.shape[-2:]
         return (self.image_size, self.image_size) if h == w else (h * self.patch_size, w * self.patch_size)
 
-    def _calibration(self, out: SegmentationOutput, size: tuple[int, int]) -> dict[str, Any]:
-        classes = out.mask_logits.shape[1]
-        crop = self.upsample_size(out)
+    def calibration(
+        self, mask_logits: Tensor, trusty_logits: Tensor | None, seen: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """How logits [B, C, h, w] become scores: the arguments of `ops.masks_to_labels` but for sizes.
+
+        The trusty map weighs seen classes against unseen ones: where all C are of one kind it is left out.
+
+        Args:
+            seen: indices of the seen among the C classes. None: the model's, where the list is its own vocabulary.
+        """
+        classes = mask_logits.shape[1]
+        seen = self.seen_among(classes) if seen is None else seen
+        weighs = trusty_logits is not None and 0 < len(seen) < classes
         return {
-            "seen": self.seen_among(classes),
+            "seen": seen,
             "seen_offset": self.seen_offset,
-            "trusty_logits": out.trusty_logits,
-            "trusty_weighting": self.trusty_weighting,
-            "crop_size": None if crop == tuple(size) else crop,
+            "trusty_logits": trusty_logits if weighs else None,
+            "trusty_weighting": self.trusty_weighting if weighs else "off",
         }
+
+    def _calibration(self, out: SegmentationOutput, size: tuple[int, int]) -> dict[str, Any]:
+        crop = self.upsample_size(out)
+        calibration = self.calibration(out.mask_logits, out.trusty_logits)
+        return {**calibration, "crop_size": None if crop == tuple(size) else crop}
 
     def class_scores(self, out: SegmentationOutput, size: tuple[int, int]) -> Tensor:
         """Calibrated scores [B, C, H, W] at `size` = (H, W): exact, differentiable, slow.

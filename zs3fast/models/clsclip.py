@@ -55,6 +55,7 @@ class ClsCLIP(ZeroShotModel):
     default_loss_weights = {"mask": 1.0, "dice": 0.0}
     templates = ("a photo of a {}.",)
     protocol = "squash"
+    pairwise = True
     min_score = 0.5  # its masks are binary
 
     def __init__(
@@ -159,16 +160,33 @@ class ClsCLIP(ZeroShotModel):
         global_token, patch_tokens = (torch.cat(parts) for parts in zip(*shared))
         return SegmentationOutput(masks, global_token, patch_tokens)
 
+    def encode(self, images: Tensor) -> ImagePrefix:
+        """What of images [B, 3, H, W] no class touches; `decode` takes it with any number of class lists."""
+        return self.encoder.prefix(images)
+
+    def decode(self, prefix: ImagePrefix, text_embeddings: Tensor) -> SegmentationOutput:
+        """As `forward`, of images that were encoded."""
+        text = self.check_text(text_embeddings)
+        classes = self._class_tokens(text) if self.gate is None else text
+        count = len(prefix.patches)
+        everything = torch.is_grad_enabled()
+        limit = count * len(classes) if everything else self._pairs_within(prefix.grid_size, prefix.patches)
+        masks = _assemble(self._class_chunks(prefix, classes, limit, 0), (count, len(text)))
+        return SegmentationOutput(masks, prefix.class_token.squeeze(1), prefix.patches)
+
     def pairs_at_once(self, images: Tensor) -> int:
         """How many pairs `memory_budget` holds, going by the largest live tensors of a block and of the decoder."""
+        return self._pairs_within(self.encoder.check_images(images), images)
+
+    def _pairs_within(self, grid: tuple[int, int], like: Tensor) -> int:
         budget = self.memory_budget
         if budget is None:
-            budget = MEMORY_BUDGET.get(images.device.type, MEMORY_BUDGET_ELSEWHERE)
+            budget = MEMORY_BUDGET.get(like.device.type, MEMORY_BUDGET_ELSEWHERE)
         vision = self.encoder.config
-        tokens = 1 + self.encoder.prompts + math.prod(self.encoder.check_images(images))
+        tokens = 1 + self.encoder.prompts + math.prod(grid)
         attention, mlp = 8 * vision.width, 3 * vision.width + vision.mlp_width
         decoder = vision.width + 2 * self._decoder_ffn
-        return max(budget // (tokens * max(attention, mlp, decoder) * images.element_size()), 1)
+        return max(budget // (tokens * max(attention, mlp, decoder) * like.element_size()), 1)
 
     def _class_tokens(self, text: Tensor) -> ClassTokens:
         """What the tower takes of every class; kept per class list."""
@@ -189,11 +207,7 @@ class ClsCLIP(ZeroShotModel):
             count = len(prefix.patches)
             shared.append((prefix.class_token.squeeze(1), prefix.patches))
             if pairs is None:
-                step = max(limit // max(count, 1), 1)
-                for c in range(0, len(classes), step):
-                    some = classes[c : c + step]
-                    masks = self._masks(prefix, some, pairwise=False).squeeze(1).unflatten(0, (count, len(some)))
-                    yield (slice(first, first + count), slice(c, c + step)), masks
+                yield from self._class_chunks(prefix, classes, limit, first)
             elif everything or max(len(images), len(pairs)) <= limit:
                 yield slice(None), self._masks(prefix[pairs[:, 0]], classes[pairs[:, 1]], pairwise=True)
             else:
@@ -201,6 +215,17 @@ class ClsCLIP(ZeroShotModel):
                 for rows in mine.split(limit) if len(mine) else ():
                     image, c = pairs[rows].unbind(1)
                     yield rows, self._masks(prefix[image - first], classes[c], pairwise=True)
+
+    def _class_chunks(
+        self, prefix: ImagePrefix, classes: ClassTokens | Tensor, limit: int, first: int
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """(index, mask logits) of every class with a prefix's images, whose first is the batch's image `first`."""
+        count = len(prefix.patches)
+        step = max(limit // max(count, 1), 1)
+        for c in range(0, len(classes), step):
+            some = classes[c : c + step]
+            masks = self._masks(prefix, some, pairwise=False).squeeze(1).unflatten(0, (count, len(some)))
+            yield (slice(first, first + count), slice(c, c + step)), masks
 
     def _masks(self, prefix: ImagePrefix, classes: ClassTokens | Tensor, *, pairwise: bool) -> Tensor:
         """Mask logits [P, 1, h', w']; pairs as in `NavigatedClipViT.suffix`."""

@@ -170,12 +170,31 @@ class MAFT(ZeroShotModel):
                 `zs3fast.proposals.sub_images`. Proposals without a picture keep a zero embedding: all classes alike.
             non_object: as for `forward`.
         """
-        text = self._class_rows(text_embeddings, non_object)
-        embeddings = text.new_zeros(*proposals.valid.shape, self.embed_dim)
+        embeddings, grid = self.crop_embeddings(sub_images, rows, proposals, batch_size)
+        return self.decode(embeddings, text_embeddings, proposals, grid, non_object=non_object)
+
+    def crop_embeddings(
+        self, sub_images: Tensor, rows: Tensor, proposals: Proposals, batch_size: int = 32
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Embeddings [B, Nq, D] of proposals cut out, see `classify_crops`, and a patch grid to show their masks on."""
+        like = next(self.encoder.parameters())
+        embeddings = like.new_zeros(*proposals.valid.shape, self.embed_dim)
         for pictures, places in zip(sub_images.split(batch_size), rows.split(batch_size)):
             embeddings[places[:, 0], places[:, 1]] = self.image_embedding(pictures)
         height, width = (max(side // 16, 1) for side in proposals.padded_size)
-        return self._output(embeddings, text, proposals, (height, width), None)
+        return embeddings, (height, width)
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        text_embeddings: Tensor,
+        proposals: Proposals,
+        grid: tuple[int, int],
+        *,
+        non_object: bool | None = None,
+    ) -> ProposalOutput:
+        """Classes of proposals from their embeddings [B, Nq, D], which no class list changes; see `forward`."""
+        return self._output(embeddings, self._class_rows(text_embeddings, non_object), proposals, grid, None)
 
     def _class_rows(self, text_embeddings: Tensor, non_object: bool | None) -> Tensor:
         text = self.check_text(text_embeddings)
@@ -217,12 +236,13 @@ class MAFT(ZeroShotModel):
         )
         return weights * proposals.valid.unsqueeze(-1)
 
-    def class_scores(self, out: ProposalOutput, size: tuple[int, int]) -> Tensor:
+    def class_scores(self, out: ProposalOutput, size: tuple[int, int], seen: Sequence[int] | None = None) -> Tensor:
         """Scores [B, C, H, W] = sum over proposals of class weight times mask: exact, differentiable, large.
 
         Masks are cropped to the image inside the padded frame and resized bilinearly to `size`; values may exceed 1.
+        `seen` as for `class_weights`.
         """
-        return torch.cat([reference_scores(*args, size, **frame) for args, frame in self._fusion(out)])
+        return torch.cat([reference_scores(*args, size, **frame) for args, frame in self._fusion(out, seen)])
 
     def predict_labels(self, out: ProposalOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64) -> Tensor:
         """Labels [B, H, W], always equal to `class_scores(out, size).argmax(1)`, without the scores."""

@@ -41,9 +41,14 @@ def create_model(method: str, **options: Any) -> nn.Module:
     Raises:
         ValueError, TypeError: unknown method, unknown option, or an option out of range.
     """
+    return model_class(method)(**options)
+
+
+def model_class(method: str) -> type[nn.Module]:
+    """The class of a method, whose attributes say what it can do; see `zs3fast.models.base.ZeroShotModel`."""
     if method not in _METHOD_FILES:
         close = difflib.get_close_matches(str(method), _METHOD_FILES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"method: expected one of {', '.join(list_models())}, got {method!r}{hint}")
     importlib.import_module(f"zs3fast.models.{_METHOD_FILES[method]}")
-    return _models[method](**options)
+    return _models[method]

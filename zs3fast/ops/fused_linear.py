@@ -160,8 +160,10 @@ def _count(x: _flops.Shape, weight: _flops.Shape, *_args: object) -> int:
     return 2 * math.prod(x[:-1]) * weight[0] * weight[1]
 
 
-def _cpp_objections(x: Tensor, weight: Tensor, *_args: object) -> list[str]:
+def _cpp_objections(x: Tensor, weight: Tensor | None = None, *_args: object) -> list[str]:
     reasons = _dispatch.cpp_objections(x, (torch.float32, torch.bfloat16))
+    if weight is None:  # `zs3fast info` asks in general
+        return reasons
     if type(weight) not in (Tensor, torch.nn.Parameter):
         reasons.append(f"reads the memory of a plain weight, not of {type(weight).__name__}")
     if weight.shape[0] % 32 or weight.shape[1] % 32:

@@ -62,6 +62,7 @@ def demo(
 
 def _entries(models: Path | None, scenes: int) -> list[Entry]:
     from zs3fast.data.world import WorldDataset
+    from zs3fast.models.registry import model_class
     from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
     from zs3fast.weights.packing import bundled, packed_models
 
@@ -74,7 +75,7 @@ def _entries(models: Path | None, scenes: int) -> list[Entry]:
         for method, path in found.items():
             status.update(f"Segmenting with {method}")
             label = world_labeller(world_segmenter(path, dataset), dataset)
-            name = f"{method} (true regions)" if method == "maft" else method
+            name = f"{method} (true regions)" if model_class(method).protocol == "proposals" else method
             entries.append(Entry(name, label, score(label, dataset, limit=scenes)))
     return entries
 

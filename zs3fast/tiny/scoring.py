@@ -42,9 +42,9 @@ def world_segmenter(weights: str | os.PathLike[str], scenes: WorldDataset) -> Se
     """
     from zs3fast.weights import load
 
-    maft = load(find_weights(weights))[0].method == "maft"
+    proposing = load(find_weights(weights))[0].protocol == "proposals"
     segmenter = Segmenter.from_pretrained(
-        weights, class_names=scenes.class_names, proposer=TrueRegions(scenes) if maft else None
+        weights, class_names=scenes.class_names, proposer=TrueRegions(scenes) if proposing else None
     )
     segmenter.model.min_score = None
     return segmenter

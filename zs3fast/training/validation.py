@@ -41,7 +41,8 @@ def validate(
         if config.method == "clsclip":
             report = _pairs(shown, text, dataset, limit)
         else:
-            segmenter = Segmenter(shown, text_embeddings=text, class_names=whole_names(dataset.class_names))
+            names, dtype = whole_names(dataset.class_names), next(shown.parameters()).dtype  # scored as it is
+            segmenter = Segmenter(shown, text_embeddings=text, class_names=names, dtype=dtype)
             setting = resolve_setting(config.setting, dataset, dataset.class_names)
             label = labeller(segmenter, dataset.class_names, setting.calibrated)
             report = evaluate(label, dataset, setting=setting, limit=limit, device=env.device)

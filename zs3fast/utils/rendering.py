@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from zs3fast.utils.files import replacing
+from zs3fast.utils.fonts import Font, font_for
 from zs3fast.utils.images import strips
 
 UNLABELLED = -1
-_BLEND = 0.6  # how much of a class colour covers the photo
+BLEND = 0.6  # how much of a class colour covers the photo
 _SMALLEST_SIDE = 200  # smaller photos are enlarged, by a whole factor, so that they can be seen
 
 
@@ -40,28 +41,35 @@ def palette(count: int) -> np.ndarray:
     return colours
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+def overlay(
+    image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, legend: bool = True, blend: float = BLEND
+) -> Image.Image:
     """The photo under its class colours, with a legend beside it.
 
     Args:
         image: [H, W, 3] uint8.  labels: [H, W] class indices, -1 where unlabelled (the photo shows through).
+        legend: the classes present, largest first: colour, name, share of all pixels. Photos smaller than 200 pixels a
+            side are enlarged for it. False: the photo alone, at its size.
+        blend: how much of a class's colour covers the photo, 0..1.
     Returns:
-        RGB image. The legend lists the classes present, largest first: colour, name, share of all pixels. Photos
-        smaller than 200 pixels a side are enlarged.
+        RGB image.
     """
+    if not 0 <= blend <= 1:
+        raise ValueError(f"blend: expected a share in 0..1, got {blend}")
     height, width = labels.shape
-    factor = max(1, -(-_SMALLEST_SIDE // max(height, width)))
-    legend = _legend(_rows(labels, class_names), (width * factor, height * factor))
-    size = (width * factor + legend.width, max(height * factor, legend.height))
-    whole = Image.new("RGB", size, "white")
+    factor = max(1, -(-_SMALLEST_SIDE // max(height, width))) if legend else 1
+    size = (width * factor, height * factor)
+    beside = _legend(_rows(labels, class_names), size) if legend else Image.new("RGB", (0, 0))
+    whole = Image.new("RGB", (size[0] + beside.width, max(size[1], beside.height)), "white")
     colours = palette(len(class_names)).astype(np.float32)
     for rows in strips(height, width):
         strip, few = image[rows].astype(np.float32), labels[rows]
         labelled = few != UNLABELLED
-        strip[labelled] = (1 - _BLEND) * strip[labelled] + _BLEND * colours[few[labelled]]
+        strip[labelled] = (1 - blend) * strip[labelled] + blend * colours[few[labelled]]
         blended = strip.round().astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
         whole.paste(Image.fromarray(blended), (0, rows.start * factor))
-    whole.paste(legend, (width * factor, 0))
+    if legend:
+        whole.paste(beside, (size[0], 0))
     return whole
 
 
@@ -120,32 +128,32 @@ def _share(pixels: int, total: int) -> str:
 def _legend(rows: list[tuple[tuple[int, int, int] | None, str, str]], beside: tuple[int, int]) -> Image.Image:
     """The legend on white, in as many columns as fit it beside a picture of that size."""
     size = int(np.clip(min(beside) / 22, 14, 64))  # readable when the whole picture is shown on a screen
-    font = ImageFont.load_default(size)
-    names = [_shortened(name, font, 16 * size) for _, name, _ in rows]
+    font = ImageFont.load_default(size)  # of numbers
+    names = [_shortened(*font_for(name, size), 16 * size) for _, name, _ in rows]
     line, gap = round(1.5 * size), round(0.5 * size)
-    name_width = round(max(font.getlength(name) for name in names))
+    name_width = round(max(of.getlength(name) for of, name in names))
     share_width = round(max(font.getlength(share) for _, _, share in rows))
     column = gap + size + gap + name_width + gap + share_width + size
     per_column = max(min(len(rows), 10), (beside[1] - 2 * gap) // line)
     columns = -(-len(rows) // per_column)
     legend = Image.new("RGB", (columns * column, min(len(rows), per_column) * line + 2 * gap), "white")
     draw = ImageDraw.Draw(legend)
-    for index, ((colour, _, share), name) in enumerate(zip(rows, names, strict=True)):
+    for index, ((colour, _, share), (of, name)) in enumerate(zip(rows, names, strict=True)):
         x, y = index // per_column * column + gap, gap + index % per_column * line
         box = (x, y + line // 2 - size // 2, x + size - 1, y + line // 2 - size // 2 + size - 1)
         draw.rectangle(box, fill=colour or (255, 255, 255), outline=(70, 70, 70))
-        draw.text((x + size + gap, y + line / 2), name, fill=(20, 20, 20), font=font, anchor="lm")
+        draw.text((x + size + gap, y + line / 2), name, fill=(20, 20, 20), font=of, anchor="lm")
         right = x + size + 2 * gap + name_width + share_width
         draw.text((right, y + line / 2), share, fill=(90, 90, 90), font=font, anchor="rm")
     return legend
 
 
-def _shortened(name: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> str:
+def _shortened(font: Font, name: str, width: float) -> tuple[Font, str]:
     if font.getlength(name) <= width:
-        return name
+        return font, name
     while name and font.getlength(name + "...") > width:
         name = name[:-1]
-    return name + "..."
+    return font, name + "..."
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:

@@ -1,0 +1,79 @@
+"""How a Segmenter runs a model: declared once, handed on whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zs3fast.encoders.quantize import KINDS
+from zs3fast.utils.options import did_you_mean, one_of
+
+if TYPE_CHECKING:
+    from zs3fast.inference.window_protocols import WindowProtocol
+    from zs3fast.proposals import BoxProposer, MaskProposer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class SegmenterOptions:
+    """Options of a `Segmenter`, checked.
+
+    templates: "single", "multi" or sentences with one {}. None: what was published for training: "single" for a
+        vocabulary of 20 (VOC), else "multi"; "multi" for methods without training.
+    device: where the model runs; None: where it is.
+    dtype: torch.float32, bfloat16 or float16, or their names: the model's type. "auto" or None: bfloat16 where that is
+        faster on the device, see `zs3fast.inference.dtypes`, for large models in float32; else as it is.
+    window_batch: windows the model sees at once.
+    proposer: what finds mask proposals for MAFT, see `zs3fast.proposals`; it needs one.
+    crops: classify MAFT's proposals by a CLIP pass each instead, see `zs3fast.inference.predictors.Proposing`.
+    boxes: what finds boxes for ClsCLIP to zoom into (ClsCLIP+).
+    compile: run a method that works in windows through torch.compile, see `zs3fast.inference.compiled`; the first
+        images then take a minute or more. The other methods' work has too many shapes.
+    quantize: put the image tower of `model` into 8 bits, in place: "int8", "int8-weights" or "fp8", see
+        `zs3fast.encoders.quantize`, which needs torchao.
+    protocol: of a training-free method: "sclip", "naclip", "clearclip", "scclip", "rcs" or "maskclip" as published
+        (sizes, windows, templates; see `zs3fast.inference.window_protocols`), or a `WindowProtocol`. None: short
+        side and windows of the model's `image_size`.
+    """
+
+    templates: str | Sequence[str] | None = None
+    device: str | torch.device | None = None
+    dtype: torch.dtype | str | None = AUTO
+    window_batch: int = 8
+    proposer: MaskProposer | None = None
+    crops: str | None = None
+    boxes: BoxProposer | None = None
+    compile: bool = False
+    quantize: str | None = None
+    protocol: str | WindowProtocol | None = None
+
+    def __post_init__(self) -> None:
+        if self.window_batch < 1:
+            raise ValueError(f"window_batch: expected at least 1, got {self.window_batch}")
+        known = (*DTYPES, *DTYPES.values(), AUTO, None)
+        if self.dtype not in known:
+            names = ", ".join(map(str, (*DTYPES.values(), repr(AUTO))))
+            raise ValueError(f"dtype: expected one of {names}, got {self.dtype!r}")
+        if self.quantize is not None:
+            one_of("quantize", self.quantize, KINDS)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The type asked for; None: automatic."""
+        if self.dtype is None or isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        return DTYPES.get(self.dtype)
+
+    def with_(self, keywords: dict[str, Any]) -> SegmenterOptions:
+        """These options with others in their place; an unknown name is a TypeError that says what was meant."""
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in keywords:
+            if name not in names:
+                raise TypeError(f"Segmenter has no option {name!r}{did_you_mean(name, names)}")
+        return dataclasses.replace(self, **keywords)
