@@ -131,6 +131,7 @@ SCRIPT = OpScript(
     file=__file__,
     doc=__doc__,
     shapes=SHAPES,
+    optional=LARGE,
     large=LARGE,
     contenders=list(CALLS["maps"]),
     make=make,

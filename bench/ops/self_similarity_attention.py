@@ -121,6 +121,7 @@ SCRIPT = OpScript(
     file=__file__,
     doc=__doc__,
     shapes=SHAPES,
+    optional=LARGE,
     large=LARGE,
     contenders=CONTENDERS,
     make=make,

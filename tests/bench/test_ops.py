@@ -40,7 +40,7 @@ def test_named_shapes_are_the_scripts_own() -> None:
     files = {path.stem for path in (harness.ROOT / "bench" / "ops").glob("*.py")} - {"conftest", "test_ops"}
     assert set(OPS) == files <= set(registered())
     assert set(NAMED) == {
-        "voc-512-b16", "coco171-512-b16", "ade847-640-l14", "maft-100prop", "clip-rc-m1024", "tiny",
+        "voc-512-b16", "coco171-512-b16", "ade847-640-l14", "maft-100prop", "clip-rc-m1024", "sclip-voc21", "tiny",
     }  # fmt: skip
     for shapes in NAMED.values():
         for op, shape in shapes.items():

@@ -249,7 +249,7 @@ def test_labels_and_probabilities_equal_the_official_code(golden: Golden, run: s
     request = Request(np.zeros((*size, 3), np.uint8), golden["input/text"], names, None)
     with torch.no_grad():
         (masks,), (frame,) = predictor.similarities([canvas], request.text)
-        scores = softmax_scores(masks, size, frame, predictor.rule(names, len(of)), predictor.refinement(canvas, size))
+        scores = softmax_scores(masks, size, frame, predictor.rule(names, len(of)), predictor.refinement(canvas))
         prediction = predictor.predict_from(masks, frame, canvas, request)
     assert relative(scores[:, ::3, ::3], golden[f"eval/{run}/probabilities_3"]) < 1e-5
     assert (prediction.labels != golden[f"eval/{run}/labels"]).float().mean() <= 0.001

@@ -9,6 +9,7 @@ them instead, and differ in how alike is meant.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor
 from zs3fast.encoders.clip_vit import Block, ClipViT
 from zs3fast.encoders.config import ClipVisionConfig
 from zs3fast.encoders.self_calibrated import NEIGHBOURS, self_calibrated, stands_for
+from zs3fast.ops import self_similarity_attention
+from zs3fast.ops.self_similarity_attention import distance_prior
 from zs3fast.types import ImageFeatures
 from zs3fast.utils.options import one_of
 
@@ -161,18 +164,19 @@ class DenseClipViT(ClipViT):
             return v[:, :, 1:]
         if attention == "nonly":
             return self._neighbourhood_alone(q, k, v, grid)
+        attend = partial(self_similarity_attention, scale=v.shape[-1] ** -0.5, grid=grid)
         if attention == "vanilla":
-            return _attention(q, k, v)
+            return attend(q, k, v, similarity="qk")
         if attention == "clearclip":
-            return _attention(q, q, v)
+            return attend(q, k, v, similarity="qq")
         if attention in ("sclip", "sclip_reduced", "self-self"):
-            return _attention(q, q, v) + _attention(k, k, v)
+            return attend(q, k, v, similarity="qq+kk")
         if attention == "kk":
-            return _attention(k, k, v)
-        alike = _attention(k, k, v, omega(grid, self.std, k))
+            return attend(k, k, v, similarity="kk")
+        alike = attend(k, k, v, similarity="kk", std=self.std)
         if attention == "naclip":
             return alike
-        cross = sum(_attention(q_l, k_l, v) for q_l, k_l in earlier) / len(earlier)
+        cross = sum(attend(q_l, k_l, v, similarity="qk") for q_l, k_l in earlier) / len(earlier)
         return self.tau * ((1 - self.lam) * alike + self.lam * cross)
 
     def _neighbourhood_alone(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -183,15 +187,7 @@ class DenseClipViT(ClipViT):
 
 def omega(grid: tuple[int, int], std: float, like: Tensor) -> Tensor:
     """NACLIP's neighbourhood [N, 1 + N] of patches and all tokens: exp(-d^2 / (2 std^2)), 0 for the class token."""
-    y, x = (_bell(length, std, like.device) for length in grid)
-    patches = y[:, None, :, None] * x[None, :, None, :]  # [h, w, h, w]
-    return F.pad(patches.flatten(2).flatten(0, 1), (1, 0)).to(like.dtype)
-
-
-def _bell(length: int, std: float, device: torch.device) -> Tensor:
-    """exp(-(i - j)^2 / (2 std^2)) for i, j in 0..length - 1."""
-    places = torch.arange(length, device=device, dtype=torch.float32)
-    return torch.exp(-(places[:, None] - places).square() / (2 * std * std))
+    return distance_prior(grid, std, device=like.device)[1:].to(like.dtype)
 
 
 def _asking(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,11 +195,6 @@ def _asking(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
     normed = block.ln_1(tokens)
     k, _ = block.attn.context_keys_values(normed)
     return block.attn.queries(normed), k.transpose(1, 2)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, prior: Tensor | None = None) -> Tensor:
-    """Of the patches [B, heads, N, dh]: softmax(q k^T / sqrt(dh) + prior) v, the class token among keys and values."""
-    return F.scaled_dot_product_attention(q[:, :, 1:], k, v, attn_mask=prior)
 
 
 def _attended(block: Block, heads: Tensor) -> Tensor:

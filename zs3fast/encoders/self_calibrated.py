@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.encoders.clip_vit import Block
+from zs3fast.ops import self_similarity_attention
 
 NEIGHBOURS = 30
 SHARE = 0.05  # of the patches are anomalous
@@ -58,7 +59,8 @@ def self_calibrated(states: list[Tensor], last: Block, grid: tuple[int, int], c:
     mixed = correlated(values.flatten(2), unit).view_as(values)
     for k, v in parts:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        mixed = mixed + F.scaled_dot_product_attention(k, k, v).transpose(1, 2)
+        near = self_similarity_attention(k, k, v, similarity="kk", scale=k.shape[-1] ** -0.5, grid=grid, num_prefix=0)
+        mixed = mixed + near.transpose(1, 2)
     y = last.attn.out_proj(mixed.flatten(2) / 4) * 2  # two halves of each of two, and the bias of each
     return spread(y + c * (token + fused[:, :1]), F.normalize(after, dim=-1))
 

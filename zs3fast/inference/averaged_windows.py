@@ -123,7 +123,7 @@ class AveragedWindows(Windows):
     def predict_from(self, masks: Tensor, frame: Frame, canvas: Tensor, request: Request) -> Prediction:
         """Labels and scores of an image from the logits of its windows."""
         size = request.pixels.shape[:2]
-        rule, refine = self.rule(request.names, len(request.text)), self.refinement(canvas, size)
+        rule, refine = self.rule(request.names, len(request.text)), self.refinement(canvas)
         labels, scores = softmax_labels(
             masks,
             size,
@@ -140,7 +140,7 @@ class AveragedWindows(Windows):
             kept, image = masks.cpu(), canvas.cpu()
             corners = tuple(frame.windows)
             details = Details(
-                scores=lambda size: softmax_scores(kept, size, frame, rule, self.refinement(image, size)),
+                scores=lambda size: softmax_scores(kept, size, frame, rule, self.refinement(image)),
                 windows=WindowLogits(kept, corners, frame.padded_size or frame.crop_size, frame.canvas_size),
             )
         return _prediction(labels, scores, request, details)
@@ -153,12 +153,11 @@ class AveragedWindows(Windows):
         scale = protocol.logit_scale / self.model.logit_scale
         return Rule(name_class, scale, protocol.over_classes, protocol.area_thd, protocol.prob_thd)
 
-    def refinement(self, canvas: Tensor, size: tuple[int, int]) -> Pamr | None:
+    def refinement(self, canvas: Tensor) -> Pamr | None:
         """What refines similarities at the image's size, if the protocol says so."""
         if not self.protocol.refine:
             return None
-        image = F.interpolate(canvas[None].float(), size, mode="bilinear", align_corners=False)
-        return Pamr(image[0], self.protocol.refine)
+        return Pamr(canvas.float(), self.protocol.refine)
 
     def _frame(self, canvas: tuple[int, int]) -> Frame:
         crop, stride = self.protocol.crop(canvas), self.protocol.stride

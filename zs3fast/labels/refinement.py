@@ -4,53 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_STEPS_TO_A_NEIGHBOUR = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
-_CHUNK_BYTES = 32 << 20
+from zs3fast.ops import refine_maps, refine_maps_to_labels
 
 
 class Pamr:
     """Maps [Q, H, W] -> the same after some steps of a weighted mean over neighbours, each map on its own.
 
-        a_k  = mean over channels of -|x - x(k)| / (1e-8 + 0.1 std)     std over the 9 samples of every dilation
-        w    = softmax_k(a)                                             k: 8 neighbours at every dilation
-        z   <- sum_k w_k z(k)                                           `steps` times; the pixel itself is left out
-
-    Pixels beyond the edges repeat those at the edge.
+    See `zs3fast.ops.refine_maps`, which has the formula, the groups of names and the tiles of large images.
 
     Args:
-        image: [channels, H, W], normalised, at the size of the maps.
+        image: [channels, h, w], normalised; of any size, resized bilinearly to that of the maps.
         steps: how often.
-        dilations: distances of the neighbours, in pixels.
+        dilations: distances of the neighbours, in pixels of the maps.
     """
 
     def __init__(self, image: Tensor, steps: int = 10, dilations: Sequence[int] = (8, 16)):
-        self.steps, self.dilations = steps, tuple(dilations)
-        near = torch.stack(list(_neighbours(image, self.dilations)))  # [K, channels, H, W]
-        samples = torch.cat([near, image.expand(len(self.dilations), *image.shape)])
-        unlike = (image - near).abs() / (1e-8 + 0.1 * samples.std(0))
-        self.weights = (-unlike.mean(1)).softmax(0)  # [K, H, W]
+        self.image, self.steps, self.dilations = image[None].detach(), steps, tuple(dilations)
 
     def __call__(self, maps: Tensor) -> Tensor:
-        chunk = max(_CHUNK_BYTES // (maps[0].numel() * maps.element_size()), 1) if len(maps) else 1
-        return torch.cat([self._refined(part) for part in maps.split(chunk)])
+        return refine_maps(self.image, maps[None].detach(), steps=self.steps, dilations=self.dilations)[0]
 
-    def _refined(self, maps: Tensor) -> Tensor:
-        for _ in range(self.steps):
-            new = torch.zeros_like(maps)
-            for weight, near in zip(self.weights, _neighbours(maps, self.dilations), strict=True):
-                new.addcmul_(near, weight.to(maps.dtype))
-            maps = new
-        return maps
+    def best_names(
+        self,
+        logits: Tensor,
+        size: tuple[int, int],
+        *,
+        crop_size: tuple[int, int],
+        canvas_size: tuple[int, int],
+        windows: Sequence[tuple[int, int]],
+        scale: float,
+        excluded: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """The best name int32 [H, W] of every pixel of the refined maps and its probability float32 [H, W].
 
+        Nothing of the size of the maps is stored: logits of windows come in, and leave some names at a time.
 
-def _neighbours(x: Tensor, dilations: Sequence[int]):
-    """x [C, H, W] moved to each neighbour, dilation by dilation."""
-    height, width = x.shape[-2:]
-    for d in dilations:
-        padded = F.pad(x[None], (d, d, d, d), mode="replicate")[0]
-        for y, x_step in _STEPS_TO_A_NEIGHBOUR:
-            yield padded[:, d + d * y : d + d * y + height, d + d * x_step : d + d * x_step + width]
+        Args:
+            logits: [n, Q, h, w], a row a window.  size: (H, W) of the image.
+            crop_size, canvas_size, windows: where the windows lie, see `zs3fast.labels.softmax.Frame`.
+            scale: of the logits before the softmax over all names.
+            excluded: names that cannot win; they stay in the softmax.
+        """
+        names, scores = refine_maps_to_labels(
+            self.image,
+            logits,
+            size,
+            steps=self.steps,
+            dilations=self.dilations,
+            crop_size=crop_size,
+            canvas_size=canvas_size,
+            windows=windows,
+            logit_scale=scale,
+            excluded=excluded,
+        )
+        return names[0], scores[0]

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zs3fast.labels.refinement import Pamr
+
 BAND_BYTES = 64 << 20
 Refine = Callable[[Tensor], Tensor]
 
@@ -130,6 +132,18 @@ def _race(
     band_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """Labels and scores [H, W], before `prob_thd`; classes in `lost` [C] cannot win."""
+    if isinstance(refine, Pamr) and not rule.over_classes and frame.padded_size in (None, frame.crop_size):
+        excluded = [] if lost is None else lost[classes].nonzero().flatten().tolist()
+        names, scores = refine.best_names(
+            logits,
+            size,
+            crop_size=frame.crop_size,
+            canvas_size=frame.canvas_size,
+            windows=frame.windows,
+            scale=rule.scale,
+            excluded=excluded,
+        )
+        return classes[names.long()].int(), scores
     wide = _widened(logits)
     best = wide.new_full(size, -torch.inf)
     total = wide.new_full(size, -torch.inf)  # log of the softmax's denominator
