@@ -32,10 +32,13 @@ MODULES = {
 LIBRARY = ("torch", "numpy", "PIL", "safetensors", "open_clip")
 BENCH = (*LIBRARY, "rich", "yaml")
 TESTS = (*BENCH, "pytest")
-ORDER = (
-    "build environment tests models-bf16 memcheck ops-bf16 compiled-bf16 kernels training models-fp32 racecheck"
-    " counters ops-fp32 tensor-cores clsclip maft folder largest-batch"
-).split()
+CALLS = {
+    1: "build environment tests tests-cuda tests-wgmma".split(),
+    2: "ops-bf16 tensor-cores kernels memcheck ops-fp32 counters racecheck".split(),
+    3: "models-bf16 compiled-bf16 training models-fp32 folder clsclip maft largest-batch".split(),
+}
+ORDER = [name for names in CALLS.values() for name in names]
+CARRIED = {"open_clip": "open_clip_torch", "ftfy": "ftfy", "wcwidth": "wcwidth"}  # what a bare machine lacks
 DRY_RUN_LIMIT = 3000.0  # seconds
 PUBLISHED = "coco171 or ade847 or maft or M16 or M1024"  # sizes of tests/gpu/problems.py
 
@@ -129,7 +132,7 @@ def make_parts(dry_run: bool, archs: str | None) -> list[Part]:
     has_cuda = bool(sorted(ROOT.glob("csrc/*/cuda*.cu")))
     parts = [
         *machine_parts(dry_run, device, has_cuda, archs),
-        tests_part(dry_run),
+        *test_parts(dry_run),
         *model_parts(dry_run, device),
         *checker_parts(dry_run, has_cuda),
         *op_parts(dry_run, device),
@@ -157,16 +160,34 @@ def machine_parts(dry_run: bool, device: str, has_cuda: bool, archs: str | None)
     ]
 
 
-def tests_part(dry_run: bool) -> Part:
-    report = ("--junitxml", "{work}/tests.xml")
+def not_carried() -> list[str]:
+    """What must be brought to a machine that fetches nothing, and is not there, as pip calls it."""
+    return [wheel for module, wheel in CARRIED.items() if importlib.util.find_spec(module) is None]
+
+
+def test_parts(dry_run: bool) -> list[Part]:
+    """Small problems on every backend: Triton and what runs around it, then the CUDA kernels, and those by wgmma last.
+
+    A kernel that hangs takes its own part with it alone.
+    """
+
+    def report(name: str) -> tuple[str, str]:
+        return "--junitxml", f"{{work}}/{name}.xml"
+
     if dry_run:  # every test body, on the backends that are fast on a CPU
         chosen = "not : and (not triton or masks_to_bits) and not reference and not test_half"
         environment = {"ZS3FAST_GPU_DRY_RUN": "1"}
-        return Part("tests", [pytest(chosen, *report)], DRY_RUN_LIMIT, 10, TESTS, environment)
+        return [Part("tests", [pytest(chosen, *report("tests"))], DRY_RUN_LIMIT, 10, TESTS, environment)]
     workers = ()
     if importlib.util.find_spec("xdist"):  # compiling is what takes time, and it needs no GPU
         workers = ("-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadgroup", "--max-worker-restart", "40")
-    return Part("tests", [pytest(None, *report, *workers)], 210, 40, (*TESTS, "triton"))
+    small = f"not ({PUBLISHED})"
+    needs = (*TESTS, "triton")
+    return [
+        Part("tests", [pytest(f"{small} and not cuda", *report("tests"), *workers)], 190, 40, needs),
+        Part("tests-cuda", [pytest(f"{small} and cuda and not wgmma", *report("tests-cuda"), *workers)], 80, 20, needs),
+        Part("tests-wgmma", [pytest(f"{small} and wgmma", *report("tests-wgmma"))], 40, 10, needs),
+    ]
 
 
 def model_parts(dry_run: bool, device: str) -> list[Part]:

@@ -1,12 +1,17 @@
-"""Everything that needs a GPU, in one command and under ten minutes: build, tests, benchmarks, checkers, counters.
+"""Everything that needs a GPU, in three calls of at most nine minutes: build, tests, benchmarks, checkers, counters.
 
-    bench/gpu_suite.sh OUT              # on a machine with a CUDA GPU, torch and nvcc; nothing is fetched
+    bench/gpu_suite.sh OUT --call 1     # build, environment, a chosen part of the tests on every backend (wgmma last)
+    bench/gpu_suite.sh OUT --call 2     # every op beside its contenders, compute-sanitizer, counters
+    bench/gpu_suite.sh OUT --call 3     # whole models, eager and compiled, training steps, a folder
+    bench/gpu_suite.sh OUT              # all of it, as far as the budget goes; needs a CUDA GPU, torch and nvcc
     bench/gpu_suite.sh OUT --only build tests --budget 300
     bench/gpu_suite.sh OUT --skip racecheck --limit tests=120
     bench/gpu_suite.sh OUT --dry-run    # every part on the CPU, at sizes that measure nothing
 
 Parts run one after the other, most valuable first, each in processes of its own with a time limit: one that fails,
 hangs or crashes leaves the rest alone. What no longer fits the budget is cut short or left out, which the summary says.
+Nothing is fetched: open_clip_torch, ftfy and wcwidth must be carried to the machine (a folder of PYTHONPATH, filled by
+`pip install --target`; xformers too, if it is to be compared), and where they lack the suite stops before it starts.
 OUT holds, rewritten after every part: summary.json (every part with status, seconds and reason; the machine),
 results.json (the benchmarks' rows), tests.xml (JUnit), counters.csv, and log.txt (everything that was printed).
 The exit status is 0 if no part failed, 1 if one did, 2 if nothing could be run.
@@ -32,11 +37,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.gpu_parts import ROOT, Command, Part, architecture, make_parts  # noqa: E402
+from bench.gpu_parts import CALLS, ROOT, Command, Part, architecture, make_parts, not_carried  # noqa: E402
 
 GRACE = 8.0  # seconds that an interrupted part has to write what it knows
 RESERVE = 5.0  # of the budget, for the summary
-KEPT = ("tests.xml", "counters.csv")  # files of the work folder that go to OUT as they are
+KEPT = (
+    "tests.xml",
+    "tests-cuda.xml",
+    "tests-wgmma.xml",
+    "counters.csv",
+)  # files of the work folder that go to OUT as they are
 UNREADABLE = {  # what the tools say where a machine does not let them in
     "ERR_NVGPUCTRPERM": "the performance counters may not be read on this machine",
     "Failed to initialize the profiler": "ncu cannot reach the performance counters of this machine",
@@ -69,14 +79,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the results")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny: exercises the suite")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), help="the parts of one call")
     parser.add_argument("--only", nargs="+", default=None, metavar="PART", help="these parts")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="all parts but these")
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything (570)")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything (540)")
     parser.add_argument("--limit", nargs="+", default=[], metavar="PART=SECONDS", help="other time limits")
     args = parser.parse_args(argv)
     args.archs = None if args.dry_run else architecture()
     if args.archs is None and not args.dry_run:
         parser.error("no CUDA device answers nvidia-smi; --dry-run runs every part on the CPU")
+    if not args.dry_run and (lacking := not_carried()):
+        parser.error(f"not installed, and nothing is fetched here: {', '.join(lacking)}; carry them in PYTHONPATH")
     args.parts = make_parts(args.dry_run, args.archs)
     names = [part.name for part in args.parts]
     try:
@@ -85,7 +98,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--limit: expected PART=SECONDS, got {' '.join(args.limit)}")
     if unknown := {*(args.only or []), *args.skip, *args.limits} - set(names):
         parser.error(f"PART: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
-    args.parts = [p for p in args.parts if (not args.only or p.name in args.only) and p.name not in args.skip]
+    chosen = args.only or (CALLS[args.call] if args.call else names)
+    args.parts = [p for p in args.parts if p.name in chosen and p.name not in args.skip]
     return args
 
 
@@ -185,7 +199,7 @@ class Suite:
             "missing": self.missing,
             "failed": [o.name for o in self.outcomes if o.status == "failed"],
             "parts": [asdict(outcome) for outcome in self.outcomes],
-            "failed_tests": failed_tests(self.work / "tests.xml"),
+            "failed_tests": [t for name in KEPT if name.endswith(".xml") for t in failed_tests(self.work / name)],
             "environment": read_json(self.work / "environment.json"),
         }
         write(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -235,7 +249,8 @@ def judge(part: Part, codes: list[int | None], said: str, work: Path) -> Outcome
 
 
 def count_tests(path: Path, part: Part) -> str:
-    suites = junit(path) if part.name == "tests" else []
+    path = path.with_name(f"{part.name}.xml")
+    suites = junit(path) if part.name.startswith("tests") else []
     total = {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
     ran = total["tests"] - total["skipped"]
     return f"{total['failures'] + total['errors']} of {ran} tests failed, {total['skipped']} skipped" if suites else ""

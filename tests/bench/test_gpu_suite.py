@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from bench import all_ops, clsclip, folder, gpu_suite, op_script, run, training
-from bench.gpu_parts import OPS, ORDER, ROOT, Part, make_parts
+from bench.gpu_parts import CALLS, CARRIED, OPS, ORDER, ROOT, Part, make_parts
 from bench.gpu_suite import Suite
 
+NOT_ON_A_CPU = ("tests-cuda", "tests-wgmma", "tensor-cores", "maft", "largest-batch")
 SCRIPT = ROOT / "bench" / "gpu_suite.sh"
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
@@ -81,7 +82,7 @@ def test_dry_run_goes_on_behind_parts_that_fail(tmp_path: Path) -> None:
 
 def test_dry_run_covers_every_part() -> None:
     parts = make_parts(dry_run=True, archs=None)
-    assert [p.name for p in parts] == [name for name in ORDER if name not in ("tensor-cores", "maft", "largest-batch")]
+    assert [p.name for p in parts] == [name for name in ORDER if name not in NOT_ON_A_CPU]
     assert {p.name for p in parts if p.skip} == {"memcheck", "racecheck", "counters"}
 
 
@@ -202,7 +203,9 @@ def test_commands_for_a_gpu() -> None:
     parts = {part.name: part for part in make_parts(dry_run=False, archs="90a")}
     assert list(parts) == ORDER
     assert parts["build"].environment["ZS3FAST_CUDA_ARCHS"] == "90a"
-    assert sum(part.limit for part in parts.values()) > 570 >= sum(part.limit for part in list(parts.values())[:4])
+    assert sorted(ORDER) == sorted(name for names in CALLS.values() for name in names)
+    assert sum(parts[name].limit for name in CALLS[1]) <= 540, "the first call is not cut"
+    assert CALLS[1][-1] == "tests-wgmma", "what may hang comes last"
     assert len(OPS) == 8 and all(script.is_file() for script in all_ops.SCRIPTS.values())
     names = {
         "memcheck": "test_agrees_with_float64[mask_loss-tiny-bf16-triton-backward]",
@@ -223,6 +226,24 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as error:
         gpu_suite.main([str(tmp_path / "out")])
     assert error.value.code == 2 and "no CUDA device answers nvidia-smi; --dry-run" in capsys.readouterr().err
+
+
+def test_what_was_not_carried_stops_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written: time on a rented machine is short."""
+    monkeypatch.setattr(gpu_suite, "architecture", lambda: "90a")
+    monkeypatch.setitem(CARRIED, "no_such_module", "no-such-wheel")
+    with pytest.raises(SystemExit) as error:
+        gpu_suite.main([str(tmp_path / "out"), "--call", "1"])
+    assert error.value.code == 2 and not (tmp_path / "out").exists()
+    assert "not installed, and nothing is fetched here: no-such-wheel" in capsys.readouterr().err.replace("ftfy, ", "")
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_calls_divide_the_parts(tmp_path: Path, call: int) -> None:
+    args = gpu_suite.parse_arguments([str(tmp_path), "--dry-run", "--call", str(call)])
+    assert [part.name for part in args.parts] == [name for name in CALLS[call] if name not in NOT_ON_A_CPU]
 
 
 @pytest.mark.parametrize(
