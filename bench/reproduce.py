@@ -74,24 +74,24 @@ def rows() -> dict[str, Row]:
 def evaluated(row: Row, args: argparse.Namespace, progress: Callable[[int, int], None] | None) -> Report:
     """The report of a row, gone on with where an earlier run of it was interrupted."""
     from zs3fast.evaluation.job import noted, prepare
+    from zs3fast.evaluation.options import EvalOptions
     from zs3fast.evaluation.partial import PartialResults
 
-    data = None if args.dataset == "world" else args.data
-    options: dict[str, Any] = {"split": args.split, "device": args.device, "setting": row.setting}
+    options: dict[str, Any] = {"dataset": args.dataset or row.dataset, "split": args.split, "setting": row.setting}
+    options |= {"data": None if args.dataset == "world" else args.data, "device": args.device}
+    options |= {"limit": args.limit, "workers": args.workers}
     if row.setting == TRAINING_FREE:
-        pretrained = args.pretrained if args.weights is None else str(args.weights)
         clip = json.loads(Path(args.clip).read_text()) if args.clip.endswith(".json") else args.clip
+        pretrained = args.pretrained if args.weights is None else str(args.weights)
         options |= {"method": row.method, "clip": clip, "pretrained": pretrained, "protocol": row.method}
         options["refine"] = args.refine
-        weights = None
+    elif args.weights is None:
+        raise ValueError(f"--weights: {row.name} is a trained row, expected a checkpoint of {row.method}")
     else:
-        if args.weights is None:
-            raise ValueError(f"--weights: {row.name} is a trained row, expected a checkpoint of {row.method}")
-        weights = str(args.weights)
-        options |= {"trained_on": args.trained_on, "proposer": args.proposer}
-    job = prepare(weights, args.dataset or row.dataset, data, **options)
+        options |= {"weights": str(args.weights), "trained_on": args.trained_on, "proposer": args.proposer}
+    job = prepare(EvalOptions(**options))
     partial = PartialResults(folder_of(row, args) / "partial", {**job.settings, "limit": args.limit}, not args.restart)
-    report = job.run(limit=args.limit, device=args.device, workers=args.workers, progress=progress, partial=partial)
+    report = job.run(progress=progress, partial=partial)
     partial.clear()
     return noted(report, job.published)
 
