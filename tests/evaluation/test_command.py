@@ -353,7 +353,7 @@ def test_maft_takes_its_proposals_from_files_by_the_names_of_the_pictures(tree):
         ({"worst": -1}, "worst: expected at least 0, got -1"),
         ({"device": "tpu9"}, "device: 'tpu9' cannot be used here"),
         ({"trained-on": "voc20"}, "--trained-on: is for official checkpoints"),
-        ({"text-embeddings": "absent.npy"}, "absent.npy: No such file"),
+        ({"text-embeddings": "absent.npy"}, "--text-embeddings: no file absent.npy"),
     ],
 )
 def test_mistakes_are_one_line_before_the_first_image(tree, changes, message):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from zs3fast.data.datasets import FOLDED, SPLITS, SegmentationDataset, list_datasets, open_dataset
+from zs3fast.data.datasets import SegmentationDataset
+from zs3fast.data.opening import list_datasets, open_dataset
+from zs3fast.data.sources import FOLDED, SPLITS
 
 # Pairs of the published protocols.
 PUBLISHED_PAIRS = {

@@ -50,7 +50,8 @@ def data_check(
 
 def _open(root: Path, name: str | None, split: str | None) -> list[SegmentationDataset]:
     from zs3fast.data.check import find_datasets
-    from zs3fast.data.datasets import FOLDED, SPLITS, open_dataset
+    from zs3fast.data.opening import open_dataset
+    from zs3fast.data.sources import FOLDED, SPLITS
 
     if split is not None and split not in SPLITS:
         raise ValueError(f"--split: expected train or val, got {split!r}")

@@ -13,37 +13,14 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from zs3fast.data import ade, cityscapes, coco, context, voc
-from zs3fast.data.folds import fold_classes
 from zs3fast.data.layouts import INVALID, Source, fill, names_in
-from zs3fast.data.registered import registered, registered_source
-from zs3fast.text import unseen_classes, whole_names
+from zs3fast.data.sources import FOLDED
+from zs3fast.text import whole_names
 from zs3fast.text.vocabulary import ClassEntry
 from zs3fast.utils.errors import ImageError
 from zs3fast.utils.images import read_colours, read_image_file, read_mask_file
-from zs3fast.utils.options import did_you_mean
 
 logger = logging.getLogger("zs3fast")
-
-SPLITS = ("train", "val")
-PAINTED = "world"  # `zs3fast.data.world`: the one dataset that lies in no folder
-FOLDED = ("coco20i", "voc5i")
-SOURCES: dict[str, Callable[[Path, str], Source]] = {
-    "ade150": ade.ade150,
-    "ade847": ade.ade847,
-    "cityscapes": cityscapes.cityscapes,
-    "coco171": coco.coco171,
-    "coco20i": coco.coco20i,
-    "coco_object": coco.coco_object,
-    "context59": context.context59,
-    "context60": context.context60,
-    "pc459": context.pc459,
-    "voc20": voc.voc20,
-    "voc21": voc.voc21,
-    "voc5i": voc.voc5i,
-}
-_PUBLISHED_SPLITS = ("coco171", "context59", "context60", "voc20")
-_RARE = 10  # ADE20K-847: classes in at most so many training images are unseen
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +37,10 @@ class Sample:
     id: str
 
 
+def _none(dataset: SegmentationDataset) -> list[int]:
+    return []
+
+
 class SegmentationDataset(Dataset[Sample]):
     """Pairs of an image and a label map; open one with `open_dataset`.
 
@@ -71,7 +52,15 @@ class SegmentationDataset(Dataset[Sample]):
     notes:        remarks on pairs that were read and can be used, the first of each kind.
     """
 
-    def __init__(self, name: str, split: str, source: Source, root: Path, fold: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        source: Source,
+        root: Path,
+        fold: int | None = None,
+        unseen: Callable[[SegmentationDataset], list[int]] = _none,
+    ) -> None:
         self.name = name
         self.split = split
         self.fold = fold
@@ -82,6 +71,7 @@ class SegmentationDataset(Dataset[Sample]):
         self.background = self.num_classes - 1 if name in FOLDED else None
         self.notes: dict[str, str] = {}
         self._source = source
+        self._unseen = unseen
 
     @property
     def num_classes(self) -> int:
@@ -94,18 +84,8 @@ class SegmentationDataset(Dataset[Sample]):
 
     @cached_property
     def unseen(self) -> list[int]:
-        """Classes that zero-shot training never sees: of the published split, of the fold, or none.
-
-        ADE20K-847: those in at most 10 training images, counted once and cached (MAFT section 9); none where the
-        training images are not there.
-        """
-        if self._source.unseen is not None:
-            return list(self._source.unseen)
-        if self.name in FOLDED:
-            return fold_classes(self.name, self.fold)
-        if self.name in _PUBLISHED_SPLITS:
-            return unseen_classes(self.name)
-        return self._rare_classes() if self.name == "ade847" else []
+        """Classes that zero-shot training never sees, as they were handed in; asked for once."""
+        return list(self._unseen(self))
 
     @cached_property
     def seen(self) -> list[int]:
@@ -195,86 +175,10 @@ class SegmentationDataset(Dataset[Sample]):
             status = os.stat(path)
             yield f"{path} {status.st_size} {status.st_mtime_ns}"
 
-    def _rare_classes(self) -> list[int]:
-        from zs3fast.data.presence import images_per_class
-
-        try:
-            training = self if self.split == "train" else open_dataset(self.name, self.root, "train")
-        except (ValueError, OSError) as error:
-            logger.warning("%s: no seen/unseen split, it is counted on the training images (%s)", self.name, error)
-            return []
-        return [c for c, images in enumerate(images_per_class(training)) if images <= _RARE]
-
 
 def ids_digest(ids: Iterable[str]) -> str:
     """SHA-256 of the names of a dataset's pairs, in order."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
-
-
-def list_datasets() -> list[str]:
-    """Names of datasets on disk that `open_dataset` knows; it also knows "world", which is on none."""
-    return list(SOURCES)
-
-
-def open_dataset(
-    name: str,
-    root: str | os.PathLike[str] | None,
-    split: str,
-    *,
-    fold: int | None = None,
-    check_files: bool = True,
-) -> SegmentationDataset:
-    """The pairs of a dataset under a folder, in any of the layouts it is commonly kept in.
-
-    Args:
-        name: one of `list_datasets()`, "world" (`zs3fast.data.world`), a name of `register_dataset`, or a YAML file.
-        root: the dataset's own folder (VOCdevkit/VOC2012, coco_stuff164k, ADEChallengeData2016, ...) or one above;
-            None for "world", which is painted when it is read, and where a description of one's own says it.
-        split: "train" or "val"; of "world" also "test". VOC's training set is the augmented one (10,582 images).
-        fold: 0..3 for voc5i and coco20i, and for those only.
-        check_files: whether every image and label map must be there.
-    Raises:
-        ValueError: an unknown name, split or fold; a root that holds no known layout of the dataset.
-        FileNotFoundError: no such root, or (with `check_files`) a missing file, the first one named.
-    """
-    if name == PAINTED:
-        return _open_world(root, split, fold)
-    if split not in SPLITS:
-        raise ValueError(f"split: expected train or val, got {split!r}")
-    own = registered_source(name, root, split)
-    if own is not None:
-        if fold is not None:
-            raise ValueError(f"fold: {name} has none, got {fold}")
-        return _with_files(SegmentationDataset(name, split, *own), check_files)
-    if name not in SOURCES:
-        known = (*SOURCES, *registered(), PAINTED)
-        raise ValueError(
-            f"name: expected one of {', '.join(known)}, or a YAML file that describes a dataset, got {name!r}"
-            f"{did_you_mean(name, known)}"
-        )
-    if fold is not None or name in FOLDED:
-        fold_classes(name, fold)
-    if root is None:
-        raise ValueError(f"root: expected the folder of {name}")
-    root = Path(root)
-    return _with_files(SegmentationDataset(name, split, SOURCES[name](root, split), root, fold), check_files)
-
-
-def _with_files(dataset: SegmentationDataset, check_files: bool) -> SegmentationDataset:
-    """The dataset, if every image and label map is there or it does not matter."""
-    absent = dataset.missing() if check_files else []
-    if absent:
-        more = f", and {len(absent) - 1} more files" if len(absent) > 1 else ""
-        raise FileNotFoundError(f"{dataset.name} {dataset.split}: no file {absent[0][1]}{more}")
-    return dataset
-
-
-def _open_world(root: str | os.PathLike[str] | None, split: str, fold: int | None) -> SegmentationDataset:
-    from zs3fast.data.world import WorldDataset  # which is a SegmentationDataset
-
-    if root is not None or fold is not None:
-        raise ValueError(f"root, fold: {PAINTED} has neither, expected None, got {root} and {fold}")
-    return WorldDataset(split)
 
 
 def read_colour_labels(path: Path, palette: dict[tuple[int, int, int], int], name: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from zs3fast.data.layouts import INVALID, Source, names_in, read_ids
+from zs3fast.data.sources import PAINTED, SOURCES
 from zs3fast.text import parse_classes
 from zs3fast.text.vocabulary import ClassEntry, same_name
 from zs3fast.utils.errors import FileFormatError
@@ -43,8 +44,6 @@ def register_dataset(name: str, description: str | os.PathLike[str] | Mapping[st
         palette: for masks in colours: [red, green, blue] of every class. Left out: masks hold numbers.
         root: what the folders lie in, from the description's own folder; left out: that folder. `--data` overrides it.
     """
-    from zs3fast.data.datasets import PAINTED, SOURCES  # which asks this module for names it does not know
-
     if not name or is_file_name(name) or name in (*SOURCES, PAINTED):
         raise ValueError(f"name: expected a new name for a dataset, got {name!r}")
     if callable(description):

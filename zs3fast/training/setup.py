@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, default_collate
 
 from zs3fast import weights
 from zs3fast.data import open_dataset
-from zs3fast.data.datasets import SOURCES, SegmentationDataset
+from zs3fast.data.datasets import SegmentationDataset
 from zs3fast.data.sampling import PairSet, PositionSampler, TrainingSet, seed_worker
+from zs3fast.data.sources import SOURCES
 from zs3fast.data.transforms import train_transform
 from zs3fast.encoders.clip_vit import resize_positions
 from zs3fast.evaluation.evaluate import Reader

@@ -129,11 +129,13 @@ def one_line_errors(code: int) -> Iterator[None]:
 def as_option(line: str) -> str:
     """A message about an argument, "trusted_on: ...", as one about the running command's option --trusted-on."""
     name, colon, rest = line.partition(": ")
-    command = getattr(_click_context(), "command", None)
-    if command is None or not colon or not name.isidentifier():
+    context = _click_context()
+    if context is None or not colon or not name.isidentifier():
         return line
-    options = {param.name.rstrip("_"): param for param in command.params}
+    options = {param.name.rstrip("_"): param for param in context.command.params}
     param = options.get(name) or options.get(_OTHER_NAMES.get(name, ""))
+    if context.params.get(name) is None and context.params.get(f"{name}_file") is not None:  # the same from a file
+        param = options[f"{name}_file"]
     if param is None:
         return line
     said = max(param.opts, key=len)
