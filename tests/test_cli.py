@@ -454,3 +454,28 @@ def test_python_m_zs3fast():
 
 def test_seen_travels_with_the_weights(tiny):
     assert Segmenter.from_pretrained(tiny).model.seen == SEEN
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_interrupt_while_weights_load_ends_with_130(place, tiny, monkeypatch, wrapped):
+    """Also where C code that it struck in makes another error of it."""
+    from zs3fast.utils import checkpoint_io
+
+    save_photo(place / "x.png")
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            if wrapped:
+                raise ImportError("numpy._core.multiarray failed to import")  # noqa: B904
+            raise
+
+    monkeypatch.setattr(checkpoint_io.safetensors, "safe_open", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        output = run("segment", "x.png", "-w", tiny, "-o", "out", code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert output.endswith("interrupted")
