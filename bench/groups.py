@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bench import contenders, end_to_end, harness, stages
+from bench import contenders, end_to_end, harness, peers, stages
 from bench.floors import ATTENTION, BYTES, PRODUCTS, BytesFloor, Floor
 from bench.floors import NAMES as FLOORS
 from bench.harness import Contender
@@ -104,6 +104,9 @@ def add_models(
         compiled = contenders.compile_baseline(baseline, setting)
         call = contenders.make_call("official", pass_, setting, compiled, device)
         group.add(setting, f"{setting.baseline} compiled", call, partial(check, "official", compiled))
+    if pass_ == "inference" and torch.device(device).type == "cpu":
+        for name in args.peers:
+            add_peer(args, console, group, setting, baseline, name)
     if "zs3fast" in args.skip:
         return
     ours = contenders.make_ours(setting, baseline.state_dict(), device)
@@ -112,6 +115,23 @@ def add_models(
         add_backend(console, group, setting, backend, call, partial(check, "zs3fast", ours))
     if args.stages and pass_ == "inference":
         stages.report(console, ours, setting, device)
+
+
+def add_peer(
+    args: argparse.Namespace, console: Console, group: Group, setting: Setting, baseline: nn.Module, name: str
+) -> None:
+    """The official structure in another runtime; one that does not run here is named and left out."""
+    try:
+        peer = peers.make_peer(name, baseline, setting, args.threads)
+    except peers.PeerRefused as error:
+        console.print(f"{setting.name} {setting.dtype} {error}", markup=False)
+        return
+    call = contenders.make_call("official", "inference", setting, peer, "cpu")
+
+    def check(_: object) -> None:
+        contenders.check_inference("official", peer, baseline, setting, "cpu")
+
+    group.add(setting, f"{setting.baseline} {name}", call, check)
 
 
 def add_pipelines(

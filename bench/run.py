@@ -4,6 +4,7 @@
     python bench/run.py --quick                # under two minutes on two cores
     python bench/run.py --models tagclip --classes 171 --stages
     python bench/run.py --device cuda --batch 1 16 --dtype float32 bfloat16 --compile
+    python bench/run.py --peers openvino onnxruntime frozen --dtype float32 bfloat16    # other runtimes on the CPU
     python bench/run.py --backend cpp reference --models zegclip        # backends of zs3fast's ops side by side
     python bench/run.py --pass end-to-end                               # JPEG file in, label map in NumPy out
     python bench/run.py --compare before.json  # this run beside an earlier one of the same device
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from bench import groups, harness, tables  # noqa: E402
+from bench import groups, harness, peers, tables  # noqa: E402
 from bench.setting import DTYPES, METHODS, ONE_STAGE, PUBLISHED_REGIONS  # noqa: E402
 
 PASSES = ("inference", "training", "end-to-end")
@@ -56,6 +57,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--rounds", type=int, default=None, help="samples of each contender (9, on a GPU 50; 3 with --quick)")
     add("--compile", action="store_true", help="also time torch.compile of the official structure")
+    add(
+        "--peers", nargs="*", choices=peers.NAMES, default=[], help="also time the official structure in these runtimes"
+    )
     add("--stages", action="store_true", help="also break zs3fast's time down by stage and operator")
     add("--picture", type=Path, default=None, help="file to label end to end (the repository's photo at 500 x 375)")
     add("--skip", nargs="+", choices=("official", "zs3fast", "floors", "probes"), default=[])
