@@ -354,6 +354,11 @@ def _segmenter(
         segmenter = Segmenter(model, **texts, options=chosen)
         if rows is None:
             _ = segmenter.text_encoder  # the note below says it for image and text at once
+    if method is None and attention is None:
+        stderr.print(
+            f"[yellow]note[/]: {model.method} segments, which needs no training, on the weights "
+            f"{escape(str(model.config['pretrained']))} of CLIP, by its published protocol; --method takes another"
+        )
     if source["untrained"]:
         what = "the decoder's" if source["pretrained"] else "all"
         stderr.print(

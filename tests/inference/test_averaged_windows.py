@@ -12,7 +12,7 @@ from tests.inference.test_segmenter import photo
 from tests.tiny import tiny_inputs, tiny_model
 from tests.tiny_clip import text_state, tiny_clip
 from zs3fast.inference.averaged_windows import AveragedWindows
-from zs3fast.inference.predictors import Request
+from zs3fast.inference.predictors import Request, predictor_for
 from zs3fast.inference.segmenter import Segmenter
 from zs3fast.inference.window_protocols import PROTOCOLS, WindowProtocol, window_protocol
 from zs3fast.text import IMAGENET, TextEncoder
@@ -47,6 +47,15 @@ def test_presets_are_the_published_settings() -> None:
     assert [window_protocol("scclip", d).logit_scale for d in ("voc21", "coco_object", "voc20")] == [50, 55, 40]
     assert (base["naclip"].refine, base["rcs"].refine, window_protocol("naclip", refine=0).refine) == (10, 0, 0)
     assert all(one.templates == "imagenet" and one.merge == "max" and not one.antialias for one in base.values())
+
+
+@pytest.mark.parametrize("method", ["sclip", "clearclip", "naclip", "rcs", "scclip"])
+def test_a_named_method_segments_as_published_unless_told(method: str) -> None:
+    model = tiny_model(method)
+    assert predictor_for(model, 8).protocol == window_protocol(method)
+    assert predictor_for(model, 8, protocol=SMALL).protocol == SMALL
+    plain = predictor_for(tiny_model("maskclip", attention=method), 8).protocol
+    assert (plain.window, plain.antialias, plain.merge) == (64, True, "mean")
 
 
 @pytest.mark.parametrize(

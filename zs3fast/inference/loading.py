@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TINY, TINY_DEFAULT = "zs3fast-tiny", "clip_rc"  # the small models in the package, and the best of them
 
 # What segments where nothing is named: no training, OpenAI's CLIP.
-DEFAULT_METHOD, DEFAULT_CLIP, DEFAULT_PRETRAINED = "maskclip", "ViT-B-16", "openai"
+DEFAULT_METHOD, DEFAULT_CLIP, DEFAULT_PRETRAINED = "scclip", "ViT-B-16", "openai"
 
 
 def from_clip(
@@ -46,7 +46,8 @@ def from_clip(
     Raises:
         ValueError: a method whose decoder is trained, without `untrained`; weights that cannot be had.
     """
-    method = DEFAULT_METHOD if method is None else method
+    if method is None:
+        method = "maskclip" if "attention" in options else DEFAULT_METHOD  # which has an attention of its own
     one_of("method", method, list_models())
     clip = DEFAULT_CLIP if clip is None else clip
     if untrained:

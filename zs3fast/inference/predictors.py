@@ -389,9 +389,9 @@ def predictor_for(
     if model.protocol == "averaged_windows":
         from zs3fast.inference.averaged_windows import AveragedWindows  # which is made of `Windows`
 
-        return AveragedWindows(
-            model, window_batch, window_protocol(protocol) if isinstance(protocol, str) else protocol
-        )
+        protocol = model.published_windows if protocol is None else protocol
+        named = window_protocol(protocol) if isinstance(protocol, str) else protocol
+        return AveragedWindows(model, window_batch, named)
     return Windows(model, window_batch)
 
 

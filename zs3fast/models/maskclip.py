@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class MaskCLIP(FeatureModel):
     templates = "multi"
     protocol = "averaged_windows"
     training_free = True
+    published_windows: ClassVar[str | None] = None  # its protocol, see inference/window_protocols.py
 
     def __init__(
         self,

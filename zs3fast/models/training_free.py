@@ -9,7 +9,10 @@ from zs3fast.models.registry import register_model
 
 
 class Named(MaskCLIP):
-    """MaskCLIP with a method's own attention; everything else, and its arguments, are there."""
+    """MaskCLIP with a method's own attention, segmenting by its published protocol unless told otherwise.
+
+    `image_size` is not used then: the protocol has its own sizes. Everything else, and its arguments, are there.
+    """
 
     attention: ClassVar[str]
 
@@ -27,32 +30,32 @@ class Named(MaskCLIP):
 class SCLIP(Named):
     """SCLIP (ECCV 2024): patches attend to like queries and to like keys."""
 
-    attention = "sclip"
+    attention = published_windows = "sclip"
 
 
 @register_model("clearclip")
 class ClearCLIP(Named):
     """ClearCLIP (ECCV 2024): patches attend to like queries; no residual connection, no MLP."""
 
-    attention = "clearclip"
+    attention = published_windows = "clearclip"
 
 
 @register_model("naclip")
 class NACLIP(Named):
     """NACLIP (WACV 2025): patches attend to like keys, the nearer the more."""
 
-    attention = "naclip"
+    attention = published_windows = "naclip"
 
 
 @register_model("rcs")
 class RCS(Named):
     """The cross-correlation of ResCLIP (CVPR 2025): NACLIP's attention with that of earlier blocks."""
 
-    attention = "rcs"
+    attention = published_windows = "rcs"
 
 
 @register_model("scclip")
 class SCCLIP(Named):
     """SC-CLIP (2024): anomalous patches repaired, like patches made alike, earlier blocks taken in."""
 
-    attention = "scclip"
+    attention = published_windows = "scclip"
