@@ -131,8 +131,8 @@ class BoxProposals:
         return replace(self, boxes=self.boxes.to(device), scores=self.scores.to(device))
 
 
-torch.export.register_dataclass(ImageFeatures)
-torch.export.register_dataclass(SegmentationOutput)
+for _kind in (ImageFeatures, SegmentationOutput, Proposals, ProposalOutput):
+    torch.export.register_dataclass(_kind, serialized_type_name=f"zs3fast.{_kind.__name__}")
 
 
 @dataclass(frozen=True, eq=False)

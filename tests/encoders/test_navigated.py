@@ -228,15 +228,6 @@ def test_cached_prompts_follow_the_weights() -> None:
             assert relative(got, plain_all(encoder, images, tokens, [(0, 0)])) < 1e-5, name
 
 
-def test_own_class_tokens_are_clips() -> None:
-    encoder, images = make((0, 3)), torch.randn(2, 3, 64, 64)
-    own = encoder.own_class_tokens(images)
-    states = plain_pair(encoder, images, {})
-    assert list(own) == [0, 3]
-    for i, token in own.items():
-        assert relative(token, states[i][:, 0]) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

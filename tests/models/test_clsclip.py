@@ -202,15 +202,11 @@ def test_gradients_equal_those_of_one_pass_a_pair() -> None:
         assert relative(parameter.grad, twin.get_parameter(name).grad) < 1e-4, name
 
 
-def test_navigation_starts_small_and_can_start_at_clips_class_tokens() -> None:
+def test_navigation_starts_small() -> None:
     torch.manual_seed(0)
     model = zs3fast.create_model("clsclip", clip=DEEP, image_size=64)
     weight = torch.cat([linear.weight.flatten() for linear in model.navigation.values()])
     assert 0.019 < weight.std() < 0.021 and all((linear.bias == 0).all() for linear in model.navigation.values())
-    images, _ = make_inputs(batch=4)
-    model.center_navigation(images)
-    own = model.encoder.own_class_tokens(images)
-    assert all(torch.equal(model.navigation[str(i)].bias, own[i].mean(0)) for i in (2, 3, 4))
 
 
 @pytest.mark.parametrize("head", ["conv", "linear"])

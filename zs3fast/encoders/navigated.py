@@ -206,16 +206,6 @@ class NavigatedClipViT(ClipViT):
         out: list[KeysValues | None] = self._prompt_cache.get(self.parameters(), compute)
         return out
 
-    @torch.no_grad()
-    def own_class_tokens(self, images: Tensor) -> dict[int, Tensor]:
-        """CLIP's own class tokens [B, width] at the navigated layers, what theirs would be without navigation."""
-        x, _ = self.embed(images)
-        own = {}
-        for i, block in enumerate(self.transformer.resblocks):
-            own[i] = x[:, 0]
-            x = block(x)
-        return {i: own[i] for i in self.nav_layers}
-
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax attention and what it leaves out: the log-sum-exp of its scores.

@@ -95,14 +95,6 @@ class ProposalClipViT(ClipViT):
         out: Tensor = self.ln_post(token[:, 0]) @ self.proj
         return out
 
-    def patch_head(self, tokens: Tensor) -> Tensor:
-        """Embeddings [B, N, D] of the patches, not normalised; the same for any proposals."""
-        patches = tokens[:, 1:]
-        for block in self.transformer.resblocks[self.start_layer :]:
-            patches = block(patches)
-        out: Tensor = self.ln_post(patches) @ self.proj
-        return out
-
 
 def _heads(block: Block, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, heads, T, dh] of tokens after `ln_1`."""
@@ -117,7 +109,7 @@ def _finish(block: Block, x: Tensor, attended: Tensor) -> Tensor:
     x = linear(
         block.attn.out_proj,
         attended.transpose(1, 2).flatten(2),
-        residual=x.expand(len(attended), attended.shape[2], -1),
+        residual=x.expand(attended.shape[0], attended.shape[2], -1),
     )
     out: Tensor = block.mlp(block.ln_2(x), residual=x)
     return out

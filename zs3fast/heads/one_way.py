@@ -54,7 +54,9 @@ class MaskAttention(nn.Module):
     def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
         dim = queries.shape[-1]
         scale = (dim // self.heads) ** -0.5
-        if torch.is_grad_enabled() or queries.shape[1] >= patches.shape[1]:
+        # a graph is for any number of classes, so that it does not ask which of both are more
+        more = not torch.compiler.is_compiling() and queries.shape[1] >= patches.shape[1]
+        if torch.is_grad_enabled() or more:
             q, k = (_split_heads(x, self.heads) for x in (self.q(queries), self.k(patches)))
             return ops.attention_to_mask(q, k, None, scale)[1]
         # Fewer classes than patches: fold the key projection into the queries, q.(W x + b) = (W^T q).x + q.b.

@@ -18,7 +18,7 @@ class DecoderHalf(nn.Module):
 
 def in_chunks(layer: DecoderLayer, queries: Tensor, memory: Tensor, chunk: int | None) -> Tensor:
     """`layer(queries, memory)`; without gradients `chunk` rows of queries at a time, which do not see each other."""
-    if chunk is None or torch.is_grad_enabled() or queries.shape[1] <= chunk:
+    if chunk is None or torch.is_grad_enabled() or torch.compiler.is_exporting() or queries.shape[1] <= chunk:
         out: Tensor = layer(queries, memory)
         return out
     return torch.cat([layer(part, memory) for part in queries.split(chunk, dim=1)], dim=1)

@@ -149,7 +149,7 @@ class ZeroShotModel(nn.Module):
             raise TypeError(
                 f"text_embeddings: expected a tensor [C, {self.embed_dim}], got {type(text_embeddings).__name__}"
             )
-        if text_embeddings.dim() != 2 or text_embeddings.shape[1] != self.embed_dim or not len(text_embeddings):
+        if text_embeddings.dim() != 2 or text_embeddings.shape[1] != self.embed_dim or text_embeddings.shape[0] < 1:
             raise ValueError(
                 f"text_embeddings: expected [C, {self.embed_dim}] with C >= 1, got {list(text_embeddings.shape)}"
             )

@@ -132,12 +132,6 @@ class ClsCLIP(ZeroShotModel):
         """D, here the width of the text tokens; of CLIP's joint space only where these are projected."""
         return self.text_width
 
-    def center_navigation(self, images: Tensor) -> None:
-        """Start every L^i where CLIP's own class tokens are: its bias becomes their mean over training images."""
-        with torch.no_grad():
-            for i, tokens in self.encoder.own_class_tokens(images).items():
-                self.navigation[str(i)].bias.copy_(tokens.mean(0))
-
     def forward(self, images: Tensor, text_embeddings: Tensor, pairs: Tensor | None = None) -> SegmentationOutput:
         """Mask logits of every image with every class, or of given pairs.
 
@@ -154,6 +148,10 @@ class ClsCLIP(ZeroShotModel):
         if pairs is not None:
             _check_pairs(pairs, len(images), text)
         classes = self._class_tokens(text) if self.gate is None else text
+        if torch.compiler.is_exporting() and pairs is None:  # a graph of any B and C has no loop over chunks
+            prefix = self.encoder.prefix(images)
+            masks = self._masks(prefix, classes, pairwise=False).squeeze(1).unflatten(0, (-1, text.shape[0]))
+            return SegmentationOutput(masks, prefix.class_token.squeeze(1), prefix.patches)
         shared: list[tuple[Tensor, Tensor]] = []
         chunks = self._chunks(images, classes, pairs, shared)
         masks = _assemble(chunks, (len(images), len(text)) if pairs is None else (len(pairs), 1))

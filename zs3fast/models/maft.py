@@ -125,6 +125,11 @@ class MAFT(ZeroShotModel):
         tokens, grid = self.encoder.trunk(images)
         return self.encoder.proposal_head(tokens, mask_bits(proposals, grid))
 
+    def classify(self, images: Tensor, text_embeddings: Tensor, masks: Tensor) -> Tensor:
+        """Logits [B, Nq, C] of soft masks [B, Nq, H, W] in 0..1 against text [C, D]: tensors alone, nothing checked."""
+        tokens, grid = self.encoder.trunk(images)
+        return _similarity(self.encoder.proposal_head(tokens, ops.masks_to_bits(masks, grid)), text_embeddings)
+
     def image_embedding(self, images: Tensor) -> Tensor:
         """Embedding [B, D], not normalised, of whole images [B, 3, H, W]: CLIP's own."""
         return self.encoder.image_head(self.encoder.trunk(images)[0])

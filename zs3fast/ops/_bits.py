@@ -20,9 +20,8 @@ def pack_bits(masks: Tensor) -> Tensor:
         raise ValueError("pack_bits: masks must be [..., N], got a tensor without dimensions")
     N = masks.shape[-1]
     words = num_words(N)
-    bits = F.pad(masks, (0, 32 * words - N)).unflatten(-1, (words, 32)).to(torch.int32)
-    place = torch.arange(32, dtype=torch.int32, device=masks.device)
-    return torch.bitwise_left_shift(bits, place).sum(-1, dtype=torch.int32)
+    bits = F.pad(masks, (0, 32 * words - N)).unflatten(-1, (words, 32)).long()
+    return (bits * _places(masks.device)).sum(-1).to(torch.int32)
 
 
 def unpack_bits(bits: Tensor, N: int) -> Tensor:
@@ -39,5 +38,11 @@ def unpack_bits(bits: Tensor, N: int) -> Tensor:
         raise TypeError(f"unpack_bits: bits must be an int32 tensor, got {getattr(bits, 'dtype', type(bits).__name__)}")
     if bits.ndim < 1 or bits.shape[-1] != num_words(N):
         raise ValueError(f"unpack_bits: bits must be [..., {num_words(N)}] for N = {N}, got shape {list(bits.shape)}")
-    place = torch.arange(32, dtype=torch.int32, device=bits.device)
-    return (bits.unsqueeze(-1) >> place & 1).flatten(-2)[..., :N].bool()
+    quotients = torch.div(bits.long().unsqueeze(-1), _places(bits.device).abs(), rounding_mode="floor")
+    return (quotients % 2).flatten(-2)[..., :N].bool()
+
+
+def _places(device: torch.device) -> Tensor:
+    """What the 32 bits of an int32 count, the last one negative: sums and quotients, which every runtime has."""
+    place = torch.arange(32, device=device)
+    return torch.where(place == 31, -1, 1) * 2**place

@@ -97,9 +97,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, Tensor] | Non
 
 def _check_pair(label: str, k: Tensor, v_label: str, v: Tensor, batches: tuple[int, ...], heads: int, dh: int) -> None:
     tokens = k.shape[1]
-    allowed = " or ".join(f"[{batch}, {tokens}, {heads}, {dh}]" for batch in dict.fromkeys(batches))
     for name, x in ((label, k), (v_label, v)):
         if x.shape[0] not in batches or x.shape[1:] != (tokens, heads, dh):
+            allowed = " or ".join(f"[{batch}, {tokens}, {heads}, {dh}]" for batch in batches)
             raise ValueError(f"{OP}: {name}: expected {allowed}, got {list(x.shape)}")
 
 

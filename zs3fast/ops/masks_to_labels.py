@@ -67,7 +67,8 @@ def reference_scores(
     logits = _widened(mask_logits)
     logits = logits.reshape(-1, len(offsets), *logits.shape[1:])  # [B, n, C, h, w]
     is_seen = torch.zeros(logits.shape[2], dtype=torch.bool)
-    is_seen[list(seen or [])] = True
+    if seen:
+        is_seen[list(seen)] = True
     is_seen = is_seen.to(logits.device)[:, None, None]  # [C, 1, 1]
     trusty = None
     if trusty_logits is not None and trusty_weighting != "off":

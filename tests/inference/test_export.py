@@ -1,0 +1,111 @@
+"""Exported files say what the model says; a file that does not is not left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import tiny_inputs, tiny_model
+from zs3fast.inference import export
+from zs3fast.inference.export import ExportError, export_model
+
+METHODS = ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")
+
+
+def text(classes: int = 7) -> torch.Tensor:
+    return tiny_inputs(classes=classes)[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "classes"), [*((method, "baked") for method in METHODS), ("tagclip", "input"), ("maskclip", "input")]
+)
+def test_torch_export(method: str, classes: str, tmp_path: Path) -> None:
+    report = export_model(tiny_model(method), text(), tmp_path / f"{method}.pt2", classes=classes)
+    assert report.difference < 1e-5 and report.agreement in (1.0, None)
+    further = ["proposal_masks"] * (method == "maft") + ["text_embeddings"] * (classes == "input")
+    assert report.inputs == ("images", *further)
+    program = torch.export.load(report.path)
+    ours = {str(node.target) for node in program.graph.nodes if "zs3fast" in str(node.target)}
+    assert not ours, "a runtime without zs3fast cannot run these"
+    if classes == "input" and method != "maft":  # another number of classes and of images than it was traced with
+        images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+        side = tiny_model(method).image_size
+        images = torch.nn.functional.interpolate(images.float(), (side, side)).to(torch.uint8)
+        labels, scores = program.module()(images, text(11))
+        assert labels.shape == scores.shape == (3, side, side) and labels.max() < 11
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("method", "ending"),
+    [("maskclip", ".onnx")]
+    + [pytest.param(method, ending, marks=SLOW) for method in METHODS for ending in (".onnx", ".xml")],
+)
+def test_other_runtimes(method: str, ending: str, tmp_path: Path) -> None:
+    pytest.importorskip({".onnx": "onnxruntime", ".xml": "openvino"}[ending], reason="the extra [export] is absent")
+    pytest.importorskip("onnxscript", reason="the extra [export] is absent")
+    report = export_model(tiny_model(method), text(), tmp_path / f"model{ending}")
+    assert report.difference < 1e-4 and report.agreement in (1.0, None)
+    expected = {report.path.name} | ({"model.bin"} if ending == ".xml" else set())
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+@pytest.mark.slow
+def test_aot_inductor_from_cpp(tmp_path: Path) -> None:
+    """A package runs from C++ alone: docs/export/main.cpp, built here."""
+    report = export_model(tiny_model("zegclip"), text(), tmp_path / "model.aoti.pt2", dynamic_batch=False)
+    assert report.agreement == 1.0
+    source = Path(__file__).parents[2] / "docs" / "export" / "main.cpp"
+    folder = Path(torch.__file__).parent
+    flags = [f"-I{folder}/include", f"-I{folder}/include/torch/csrc/api/include", f"-L{folder}/lib"]
+    libraries = ["-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}/lib", "-Wl,--no-as-needed"]
+    program = tmp_path / "run"
+    subprocess.run(["g++", "-std=c++20", str(source), *flags, *libraries, "-o", str(program)], check=True)
+    said = subprocess.run([program, report.path], capture_output=True, text=True, check=True).stdout
+    assert "labels [1, 64, 64]" in said
+
+
+def test_mask_logits_of_another_size(tmp_path: Path) -> None:
+    report = export_model(tiny_model("zegclip"), text(), tmp_path / "m.pt2", output="mask_logits", size=(48, 80))
+    assert report.outputs == ("mask_logits",) and report.agreement is None
+    assert [*torch.export.load(report.path).module()(torch.zeros(1, 3, 48, 80, dtype=torch.uint8))[0].shape] == [
+        1,
+        7,
+        3,
+        5,
+    ]
+
+
+def test_a_file_that_disagrees_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(program, path, inputs, outputs):
+        run = export._write_pt2(program, path, inputs, outputs)
+        return lambda *given: tuple(value + 1 for value in run(*given))
+
+    monkeypatch.setitem(export._WRITERS, "pt2", wrong)
+    with pytest.raises(ExportError, match=r"m\.pt2: expected a difference below 0\.0001 and 99\.9 % of labels, got"):
+        export_model(tiny_model("maskclip"), text(), tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    model = tiny_model("zegclip")
+    with pytest.raises(ValueError, match="path: expected a name that ends in .* got model.bin"):
+        export_model(model, text(), tmp_path / "model.bin")
+    with pytest.raises(ValueError, match="format: expected one of pt2, aoti, onnx, openvino, got 'coreml'"):
+        export_model(model, text(), tmp_path / "model.onnx", format="coreml")
+    with pytest.raises(ValueError, match="size: expected multiples of the patch size 16, got 64 x 60"):
+        export_model(model, text(), tmp_path / "model.pt2", size=(64, 60))
+    with pytest.raises(ValueError, match="classes: expected one of baked, input, got 'both'"):
+        export_model(model, text(), tmp_path / "model.pt2", classes="both")
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r'onnx is not installed; pip install "zs3fast\[export\]"'):
+        export._package("onnxruntime", "onnx")

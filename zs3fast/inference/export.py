@@ -1,0 +1,312 @@
+"""Models as files that other runtimes run: torch.export, AOTInductor, ONNX, OpenVINO; each held to the model at once.
+
+A graph takes images, uint8 [B, 3, H, W] in RGB, normalises them itself and gives labels int32 [B, H, W] and their
+scores, or mask logits [B, C, h, w]; the class list is baked in, or a second input [C, D]. MAFT's takes proposal masks,
+float [B, Nq, H, W] in 0..1, too and gives the proposals' logits [B, Nq, C]. Our ops are decomposed into torch's, so
+that nothing of ours is needed to run a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from zs3fast.models.base import ZeroShotModel
+from zs3fast.ops import _dispatch
+from zs3fast.ops.masks_to_labels import reference_scores
+from zs3fast.utils.files import replacing
+from zs3fast.utils.options import one_of
+
+logger = logging.getLogger("zs3fast")
+
+FORMATS = {".pt2": "pt2", ".aoti.pt2": "aoti", ".onnx": "onnx", ".xml": "openvino"}
+OUTPUTS = ("labels", "mask_logits")
+OPSET = 20
+MOST_DIFFERENT, LEAST_AGREEING = 1e-4, 0.999
+
+
+class ExportError(RuntimeError):
+    """A file that does not say what the model says; it has been removed."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it compares with the model.
+
+    difference: the largest relative norm of a difference in scores or logits over what was tried.
+    agreement:  share of labels that are the same, or None where there are no labels.
+    """
+
+    path: Path
+    format: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    difference: float
+    agreement: float | None
+
+    def __str__(self) -> str:
+        agree = "" if self.agreement is None else f", {100 * self.agreement:.3f} % of labels agree"
+        inputs, outputs = ", ".join(self.inputs), ", ".join(self.outputs)
+        return f"{self.path} ({self.format}): {inputs} -> {outputs}; difference {self.difference:.1e}{agree}"
+
+
+class _Graph(nn.Module):
+    """What is traced: pixels in, labels and scores or logits out."""
+
+    def __init__(self, model: ZeroShotModel, text: Tensor | None, output: str):
+        super().__init__()
+        self.model, self.output = model, output
+        self.register_buffer("text", text, persistent=True)
+        for name, values in (("mean", model.pixel_mean), ("std", model.pixel_std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+
+    def forward(self, images: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        model: Any = self.model
+        text = self.text if self.text is not None else rest[-1]
+        pixels = ((images.float() / 255 - self.mean) / self.std).to(next(model.encoder.parameters()).dtype)
+        if model.protocol == "proposals":
+            return (model.classify(pixels, text, rest[0]),)
+        out = model(pixels, text)
+        if self.output == "mask_logits":
+            return (out.mask_logits,)
+        size = (images.shape[2], images.shape[3])
+        if self.text is None and model.protocol == "windows":  # a list of any length is not the model's vocabulary
+            best = reference_scores(out.mask_logits, size).max(1)
+        else:
+            best = model.class_scores(out, size).max(1)
+        return best.indices.to(torch.int32), best.values
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Our ops -> their references: plain torch, for runtimes that do not know zs3fast."""
+    return {
+        getattr(torch.ops.zs3fast, op).default: backends["reference"].run
+        for op, backends in _dispatch._implementations.items()
+    }
+
+
+def export_model(
+    model: ZeroShotModel,
+    text_embeddings: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    output: str = "labels",
+    classes: str = "baked",
+    dynamic_batch: bool = True,
+    size: tuple[int, int] | None = None,
+    images: Sequence[Tensor] = (),
+) -> ExportReport:
+    """Write a model as a graph and run the file against the model.
+
+    Args:
+        model: in eval mode, float32, on the CPU.
+        text_embeddings: [C, D] of the class list.
+        path: .onnx, .xml (OpenVINO IR; its weights lie beside it as .bin), .aoti.pt2 (AOTInductor, for this machine's
+            kind of CPU) or .pt2 (torch.export).  format: where the ending does not say it.
+        output: "labels" (with scores) or "mask_logits"; MAFT gives its proposals' logits whatever is asked for.
+        classes: "baked" into the graph, or "input": a second input `text_embeddings`, of any C; no class counts as seen
+            then, so nothing is offset.
+        dynamic_batch: any B; else one image.
+        size: (H, W) of the images, multiples of the patch size; None: the model's own.
+        images: uint8 [3, H, W] to compare on; noise is compared on as well.
+    Raises:
+        ValueError: options that do not fit.  ImportError: the format's package is absent.
+        ExportError: logits differ by more than 1e-4 (relative norm) or labels agree in less than 99.9 %.
+    """
+    target = Path(path)
+    kind = _format_of(target, format)
+    one_of("output", output, OUTPUTS)
+    one_of("classes", classes, ("baked", "input"))
+    example = _example(model, size, images)
+    text = model.check_text(text_embeddings).detach()
+    rest = {}
+    if model.protocol == "proposals":
+        rest["proposal_masks"] = _blobs(example)
+    if classes == "input":
+        rest["text_embeddings"] = text
+    graph = _Graph(model, None if classes == "input" else text, output).eval()
+    program = _traced(graph, example, rest, dynamic_batch)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    names = ("images", *rest)
+    outputs = ("proposal_logits",) if model.protocol == "proposals" else ("labels", "scores")
+    outputs = ("mask_logits",) if len(outputs) == 2 and output == "mask_logits" else outputs
+    with replacing(target) as temporary:
+        run = _WRITERS[kind](program, temporary, names, outputs)
+        difference, agreement = _compare(graph, run, example, list(rest.values()), dynamic_batch)
+        if difference > MOST_DIFFERENT or (agreement is not None and agreement < LEAST_AGREEING):
+            agree = "" if agreement is None else f", {100 * agreement:.2f} % of labels agree"
+            raise ExportError(
+                f"{target}: expected a difference below {MOST_DIFFERENT:g} and {100 * LEAST_AGREEING:g} % of labels, "
+                f"got {difference:.1e}{agree}"
+            )
+    if kind == "openvino":
+        _bin_of(temporary).replace(_bin_of(target))
+    return ExportReport(target, kind, names, outputs, difference, agreement)
+
+
+def _format_of(path: Path, format: str | None) -> str:
+    if format is not None:
+        return one_of("format", format, tuple(FORMATS.values()))
+    for ending in sorted(FORMATS, key=len, reverse=True):
+        if path.name.endswith(ending):
+            return FORMATS[ending]
+    raise ValueError(f"path: expected a name that ends in {', '.join(FORMATS)}, got {path.name}")
+
+
+def _example(model: ZeroShotModel, size: tuple[int, int] | None, images: Sequence[Tensor]) -> Tensor:
+    """uint8 [B >= 2, 3, H, W]: noise of two textures, and the images given."""
+    patch = model.encoder.config.patch_size if hasattr(model.encoder, "config") else 32
+    height, width = (model.image_size,) * 2 if size is None else size
+    if min(height, width) < patch or height % patch or width % patch:
+        raise ValueError(f"size: expected multiples of the patch size {patch}, got {height} x {width}")
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2, 3, 5, 6, generator=generator)
+    smooth = nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    noise = torch.rand(2, 3, height, width, generator=generator)
+    made = ((0.7 * smooth + 0.3 * noise) * 255).to(torch.uint8)
+    for image in images:
+        if image.dtype != torch.uint8 or tuple(image.shape) != (3, height, width):
+            raise ValueError(f"images: expected uint8 [3, {height}, {width}], got {image.dtype} {list(image.shape)}")
+    return torch.cat([made, *(image[None] for image in images)])
+
+
+def _blobs(images: Tensor, count: int = 5) -> Tensor:
+    coarse = torch.rand(len(images), count, 4, 4, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, tuple(images.shape[-2:]), mode="bilinear")
+
+
+def _traced(graph: _Graph, example: Tensor, rest: dict[str, Tensor], dynamic_batch: bool) -> ExportedProgram:
+    shapes: list[dict[int, Any] | None] = [{0: Dim("B", min=1)} if dynamic_batch else None]
+    for name in rest:
+        axis = "C" if name == "text_embeddings" else "B"
+        free = name == "text_embeddings" or dynamic_batch
+        shapes.append({0: Dim(axis, min=1)} if free else None)
+    rows = slice(None) if dynamic_batch else slice(1)
+    given = (example[rows], *(value if name == "text_embeddings" else value[rows] for name, value in rest.items()))
+    with torch.no_grad(), _dispatch.use_backend("reference"):
+        varied = (shapes[0], tuple(shapes[1:])) if rest else (shapes[0],)
+        program = torch.export.export(graph, given, dynamic_shapes=varied)
+        return program.run_decompositions(decompositions())
+
+
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+def _write_pt2(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
+    torch.export.save(program, path)
+    module = torch.export.load(path).module()
+    return lambda *given: tuple(module(*given))
+
+
+def _write_aoti(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    aoti_compile_and_package(program, package_path=str(path))
+    compiled = aoti_load_package(str(path))
+    return lambda *given: tuple(compiled(*given))
+
+
+def _write_onnx(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
+    onnxruntime = _package("onnxruntime", "onnx", "onnxscript")
+    names = {"input_names": list(inputs), "output_names": list(outputs)}
+    written = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False, **names)
+    assert written is not None
+    written.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        feed = {name: value.numpy() for name, value in zip(inputs, given, strict=True)}
+        return tuple(map(torch.from_numpy, session.run(None, feed)))
+
+    return run
+
+
+def _write_openvino(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
+    openvino = _package("openvino")
+    # its frontend for torch lacks an op here and there that the one for ONNX has
+    ways = (openvino.convert_model, lambda given: _converted_over_onnx(openvino, given, path, inputs, outputs))
+    problem = None
+    for way in ways:
+        try:
+            converted = way(program)
+            for kind, names in (("inputs", inputs), ("outputs", outputs)):
+                for port, name in zip(getattr(converted, kind), names, strict=True):
+                    port.get_tensor().set_names({name})
+            openvino.save_model(converted, str(path), compress_to_fp16=False)
+            # float32 asked for: on some CPUs OpenVINO takes bfloat16 by itself
+            compiled = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            break
+        except (RuntimeError, openvino.frontend.OpConversionFailure) as error:
+            problem = " ".join(str(error).split())[-200:]
+    else:
+        raise ExportError(f"openvino: it cannot take this graph: {problem}")
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        answer = compiled([value.numpy() for value in given])
+        return tuple(torch.from_numpy(answer[i]) for i in range(len(outputs)))
+
+    return run
+
+
+def _converted_over_onnx(
+    openvino: Any, program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Any:
+    beside = path.with_suffix(".onnx")
+    try:
+        _write_onnx(program, beside, inputs, outputs)
+        return openvino.convert_model(str(beside))
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+_WRITERS: dict[str, Callable[[ExportedProgram, Path, tuple[str, ...], tuple[str, ...]], Run]] = {
+    "pt2": _write_pt2,
+    "aoti": _write_aoti,
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+}
+
+
+def _bin_of(path: Path) -> Path:
+    return path.with_suffix(".bin")
+
+
+def _package(name: str, *others: str) -> Any:
+    """A package of the extra [export], with those it needs."""
+    import importlib
+
+    for needed in (*others, name):
+        try:
+            module = importlib.import_module(needed)
+        except ImportError:
+            raise ImportError(f'{needed} is not installed; pip install "zs3fast[export]"') from None
+    return module
+
+
+@torch.no_grad()
+def _compare(
+    graph: _Graph, run: Run, example: Tensor, rest: list[Tensor], dynamic_batch: bool
+) -> tuple[float, float | None]:
+    """The largest relative difference over all images, one by one and together, and the share of equal labels."""
+    batches = [example[i : i + 1] for i in range(len(example))] + ([example] if dynamic_batch else [])
+    proposals = graph.model.protocol == "proposals"
+    masks = [rest[0][i : i + 1] for i in range(len(example))] + [rest[0]] if proposals else [None] * len(batches)
+    difference, same, pixels = 0.0, 0, 0
+    for images, mask in zip(batches, masks):
+        given = (images, *([] if mask is None else [mask]), *(rest[1:] if proposals else rest))
+        expected, got = graph(*given), run(*given)
+        wide, values = expected[-1].double(), got[-1].double()
+        difference = max(difference, float((values - wide).norm() / wide.norm().clamp_min(1e-30)))
+        if len(expected) == 2:
+            same += int((got[0] == expected[0]).sum())
+            pixels += expected[0].numel()
+    return difference, same / pixels if pixels else None

@@ -1,0 +1,65 @@
+"""`zs3fast export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, one_line_errors, stdout
+
+EPILOG = "**Example**: `zs3fast export zs3fast-tiny --classes 'red sand, star' model.onnx`"
+
+
+def export(
+    weights: Annotated[str, typer.Argument(help="Weights: a converted file, its name in the cache, or zs3fast-tiny.")],
+    out: Annotated[
+        Path, typer.Argument(help="The file: .onnx, .xml (OpenVINO), .pt2 (torch.export) or .aoti.pt2 (AOTInductor).")
+    ],
+    classes: Annotated[
+        str | None, typer.Option("--classes", "-c", help="Class names, commas between them; left out: the model's own.")
+    ] = None,
+    classes_as: Annotated[
+        str, typer.Option(help="baked: into the graph; input: text embeddings [C, D] are its second input.")
+    ] = "baked",
+    result: Annotated[str, typer.Option("--output", help="labels (with scores) or mask_logits.")] = "labels",
+    height: Annotated[int | None, typer.Option(help="Of the images, in pixels; left out: the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the images, in pixels; left out: the model's own.")] = None,
+    one_image: Annotated[bool, typer.Option("--one-image", help="A graph for one image, not for any batch.")] = False,
+    images: Annotated[
+        list[str] | None, typer.Option("--image", help="Images to compare file and model on, besides noise.")
+    ] = None,
+) -> None:
+    """Write a model as a graph for another runtime, and hold the file to the model at once.
+
+    Prints the largest difference of scores and the share of labels that agree; fails beyond 1e-4 or below 99.9 %.
+    """
+    with one_line_errors(USAGE_ERROR):
+        import torch
+
+        from zs3fast.inference.export import ExportError, export_model
+        from zs3fast.inference.segmenter import Segmenter
+        from zs3fast.utils.images import read_image
+        from zs3fast.utils.resizing import bilinear
+
+        if (height is None) != (width is None):
+            raise ValueError("--height and --width: expected both or neither")
+        if classes_as not in ("baked", "input"):
+            raise ValueError(f"--classes-as: expected baked or input, got {classes_as!r}")
+        segmenter = Segmenter.from_pretrained(weights, device="cpu", dtype=torch.float32)
+        model = segmenter.model
+        size = None if height is None or width is None else (height, width)
+        side = size or (model.image_size,) * 2
+        pixels = [torch.from_numpy(read_image(image)[0]) for image in images or ()]
+        shown = [bilinear(image, side).permute(2, 0, 1).contiguous() for image in pixels]
+        text = segmenter.embed(classes)
+    try:
+        with one_line_errors(USAGE_ERROR):
+            how = {"output": result, "classes": classes_as, "dynamic_batch": not one_image}
+            report = export_model(model, text, out, size=size, images=shown, **how)
+    except ExportError as error:
+        stdout.print(escape(str(error)))
+        raise typer.Exit(RUN_ERROR) from None
+    stdout.print(escape(str(report)))
