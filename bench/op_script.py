@@ -68,10 +68,14 @@ def run(script: OpScript, argv: Sequence[str] | None = None) -> list[dict[str, A
             print(call_peak(script, args))
             return []
         groups = [args.shapes] if script.together else [[shape] for shape in args.shapes]
-        rows = [row for pass_ in args.passes for shapes in groups for row in measure(script, shapes, pass_, args)]
+        rows: list[dict[str, Any]] = []
+        path = args.json or harness.results_path(script.op, args.device)
+        for pass_, shapes in [(pass_, shapes) for pass_ in args.passes for shapes in groups]:
+            rows += measure(script, shapes, pass_, args)
+            if args.shapes != ["tiny"] and args.device != "cpu":  # as they come: a later shape may hang or crash
+                (harness.update_results if args.update else harness.write_results)(path, rows)
     if args.shapes != ["tiny"]:
-        write = harness.update_results if args.update else harness.write_results
-        write(args.json or harness.results_path(script.op, args.device), rows)
+        (harness.update_results if args.update else harness.write_results)(path, rows)
     return rows
 
 
@@ -108,9 +112,17 @@ def measure(script: OpScript, shapes: Sequence[str], pass_: str, args: argparse.
             if name in args.skip:
                 continue
             try:
-                calls[shape, name] = replace(script.make(name, shape, pass_, args), name=f"{shape}/{name}")
+                call = replace(script.make(name, shape, pass_, args), name=f"{shape}/{name}")
+                if name != OURS and args.device != "cpu":  # on a borrowed card one contender must not cost the others
+                    harness.measure([call], rounds=1, device=args.device)
+                calls[shape, name] = call
             except Unsupported as error:
                 print(f"{shape:19s} {pass_:17s} {name:23s} does not run here: {str(error)[:100]}", flush=True)
+            except Exception as error:
+                if name == OURS or args.device == "cpu":
+                    raise
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{shape:19s} {pass_:17s} {name:23s} failed: {reason[:200]}", flush=True)
     timings = harness.measure(list(calls.values()), rounds=args.rounds, device=args.device)
     described = harness.environment(args.device)
     rows = []

@@ -206,7 +206,7 @@ def test_commands_for_a_gpu() -> None:
     assert sorted(ORDER) == sorted(name for names in CALLS.values() for name in names)
     assert sum(parts[name].limit for name in CALLS[1]) <= 540, "the first call is not cut"
     assert CALLS[1][-1] == "tests-wgmma", "what may hang comes last"
-    assert len(OPS) == 8 and all(script.is_file() for script in all_ops.SCRIPTS.values())
+    assert len(OPS) >= 8 and all(script.is_file() for script in all_ops.SCRIPTS.values())
     names = {
         "memcheck": "test_agrees_with_float64[mask_loss-tiny-bf16-triton-backward]",
         "racecheck": "test_agrees_with_float64[masks_to_labels:windows-tiny-fp32-triton-forward]",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,17 @@ def test_gpu_code_is_clean(op: str, compiled: dict[str, list[Compiled]]) -> None
     """It compiles, fits in shared memory, has tensor cores multiply half types, and keeps to its budget of spills."""
     assert compiled[op], "an op without a case"
     assert not problems(compiled[op])
+
+
+def test_every_kernel_is_compiled() -> None:
+    folder = Path(__file__).parents[2] / "kernels"
+    written = {
+        name
+        for path in folder.glob("[a-z]*.py")
+        for name in re.findall(r"^def (\w+_kernel\w*)\(", path.read_text(), re.M)
+    }
+    compiled = {launch.name for case in cases() for launch in case.launches()}
+    assert written and compiled == written
 
 
 def test_every_launch_is_named_once() -> None:
