@@ -228,11 +228,17 @@ def test_published_size_has_the_published_trainable_weights() -> None:
 
 
 def test_checkpoint_of_another_number_of_regions_can_be_repeated() -> None:
-    """The rows of an official region_level_bridge are equal, so a checkpoint runs with any other M."""
-    few, many = tiny_model("clip_rc", regions=4), tiny_model("clip_rc", regions=16)
-    state = few.state_dict()
-    state["encoder.region_level_bridge"] = state["encoder.region_level_bridge"][:1].expand(16, -1)
-    many.load_state_dict(state)
+    """The rows of an official region_level_bridge are equal, so a checkpoint runs with any other M, and back again."""
+    few, many, again = (tiny_model("clip_rc", regions=regions).eval() for regions in (4, 16, 4))
+    bridge = "encoder.region_level_bridge"
+    with torch.no_grad():
+        again.encoder.region_level_bridge.zero_()
+        for source, target, regions in ((few, many, 16), (many, again, 4)):
+            state = source.state_dict()
+            target.load_state_dict({**state, bridge: state[bridge][:1].expand(regions, -1)})
+        first, other, second = (model(*tiny_inputs()) for model in (few, many, again))
+    assert torch.equal(first.mask_logits, second.mask_logits)
+    assert other.region_tokens.shape[1] == 16 and not torch.allclose(first.mask_logits, other.mask_logits)
 
 
 @pytest.mark.parametrize(

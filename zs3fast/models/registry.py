@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from zs3fast.utils.options import did_you_mean
 
 _FAMILY = ("clearclip", "naclip", "rcs", "sclip", "scclip")  # one model with another attention
 _METHOD_FILES = {name: name for name in ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")}
@@ -47,8 +48,8 @@ def create_model(method: str, **options: Any) -> nn.Module:
 def model_class(method: str) -> type[nn.Module]:
     """The class of a method, whose attributes say what it can do; see `zs3fast.models.base.ZeroShotModel`."""
     if method not in _METHOD_FILES:
-        close = difflib.get_close_matches(str(method), _METHOD_FILES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"method: expected one of {', '.join(list_models())}, got {method!r}{hint}")
+        raise ValueError(
+            f"method: expected one of {', '.join(list_models())}, got {method!r}{did_you_mean(method, _METHOD_FILES)}"
+        )
     importlib.import_module(f"zs3fast.models.{_METHOD_FILES[method]}")
     return _models[method]

@@ -27,7 +27,7 @@ from zs3fast.data.sources import SOURCES
 from zs3fast.data.transforms import train_transform
 from zs3fast.encoders.clip_vit import resize_positions
 from zs3fast.evaluation.evaluate import Reader
-from zs3fast.models.registry import create_model
+from zs3fast.models.registry import create_model, model_class
 from zs3fast.text import TextEncoder, load_text_embeddings, resolve_templates, whole_names
 from zs3fast.training.config import ONE_STAGE, TrainConfig
 from zs3fast.training.proposing import build_proposal_step
@@ -310,8 +310,7 @@ def _derived_options(config: TrainConfig) -> dict[str, Any]:
 
 def model_defaults(method: str) -> dict[str, Any]:
     """Keyword arguments of a model and of the bases it hands them on to, with their defaults."""
-    module = importlib.import_module(f"zs3fast.models.{method}")
-    model = next(v for v in vars(module).values() if isinstance(v, type) and vars(v).get("method") == method)
+    model = model_class(method)
     defaults: dict[str, Any] = {}
     for cls in model.__mro__:
         if "__init__" in cls.__dict__ and cls is not nn.Module and cls is not object:
