@@ -29,7 +29,9 @@ def _axis(i, size_in, size_out, scale, ALIGN: tl.constexpr):
         source = tl.maximum(((place + 0.5) * scale - 0.5).to(tl.float32), 0.0)
     source = tl.where(size_in == size_out, i.to(tl.float32), source)
     low = tl.minimum(source.to(tl.int32), size_in - 1)
-    return low, tl.minimum(low + 1, size_in - 1), tl.minimum(tl.maximum(source - low.to(tl.float32), 0.0), 1.0)
+    # at the same size a pixel is read alone: a NaN beside it is not its business
+    high = tl.where(size_in == size_out, low, tl.minimum(low + 1, size_in - 1))
+    return low, high, tl.minimum(tl.maximum(source - low.to(tl.float32), 0.0), 1.0)
 
 
 @triton.jit

@@ -32,7 +32,8 @@ class AxisTable {
                            : align_corners ? scale * place
                                            : std::max(0.0f, std::fma(scale, place + 0.5f, -0.5f));
       const int64_t low = std::min(static_cast<int64_t>(source), in - 1);
-      add(low, std::min(low + 1, in - 1), std::clamp(source - static_cast<float>(low), 0.0f, 1.0f));
+      // at the same size a pixel is read alone: a NaN beside it is not its business
+      add(low, in == out ? low : std::min(low + 1, in - 1), std::clamp(source - static_cast<float>(low), 0.0f, 1.0f));
     }
   }
 

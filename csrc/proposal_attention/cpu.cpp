@@ -5,10 +5,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -30,7 +32,8 @@ const Kernels& kernels() { return ZS3FAST_FOR_ISA(); }
 // The lists of one image; `tiles` point into them.
 class Plan {
  public:
-  Plan(const uint32_t* bits, int64_t proposals, int64_t patches) : bits_(bits), patches_(patches) {
+  Plan(const uint32_t* bits, int64_t proposals, int64_t patches, bool may_be_dense)
+      : bits_(bits), patches_(patches), may_be_dense_(may_be_dense) {
     const int64_t count = (proposals + kTile - 1) / kTile;
     lists_.resize(count);
     tiles_.resize(count);
@@ -83,7 +86,7 @@ class Plan {
       }
       united += std::popcount(any[w]);
     }
-    tile = {first, rows, nullptr, kSparseCost * pairs > kTile * united, united, nullptr, nullptr, 0};
+    tile = {first, rows, nullptr, may_be_dense_ && kSparseCost * pairs > kTile * united, united, nullptr, nullptr, 0};
     if (tile.dense) {
       lists.patches.reserve(united);
       for (int64_t w = 0; w < words; ++w) {
@@ -124,18 +127,19 @@ class Plan {
 
   const uint32_t* bits_;
   int64_t patches_, sparse_pairs_ = 0;
+  bool may_be_dense_;
   std::vector<Lists> lists_;
   std::vector<Tile> tiles_;
   std::vector<int32_t> starts_, rows_, pair_;
 };
 
-std::vector<std::unique_ptr<Plan>> plans_of(const at::Tensor& bits, int64_t patches) {
+std::vector<std::unique_ptr<Plan>> plans_of(const at::Tensor& bits, int64_t patches, bool may_be_dense) {
   std::vector<std::unique_ptr<Plan>> plans(bits.size(0));
   const auto words = bits.contiguous();
   const auto* data = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
   at::parallel_for(0, bits.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      plans[b] = std::make_unique<Plan>(data + b * bits.size(1) * bits.size(2), bits.size(1), patches);
+      plans[b] = std::make_unique<Plan>(data + b * bits.size(1) * bits.size(2), bits.size(1), patches, may_be_dense);
   });
   return plans;
 }
@@ -180,7 +184,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Ten
   auto lse = at::empty({batch, heads, proposals}, q.options());
   if (lse.numel() == 0) return {finish(output, q_in), lse};
 
-  const auto plans = plans_of(bits, patches);
+  // a dense tile multiplies what its rows do not keep by 0, which leaves NaN and infinities standing
+  const auto plans = plans_of(bits, patches, std::isfinite(v.sum().item<float>()));
   const Kernels& kernel = kernels();
   const int64_t tiles = (proposals + kTile - 1) / kTile;
   // heads are enough tasks, unless the threads are many and the images few
@@ -222,7 +227,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   auto dq = empty_heads(q, dh), dk_self = empty_heads(q, dh), dv_self = empty_heads(q, dh);
   auto dk = empty_heads(k, dh), dv = empty_heads(k, dh);
   if (batch != 0) {
-    const auto plans = plans_of(bits, patches);
+    const auto plans = plans_of(bits, patches, true);
     std::vector<ByPatch> by_patch(batch);
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) by_patch[b] = plans[b]->by_patch();

@@ -50,6 +50,14 @@ def empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
+def masked_product(p: Tensor, keep: Tensor, v: Tensor) -> Tensor:
+    """p @ v, but what is not finite in v reaches only the rows that `keep` lets see it, where 0 * NaN is NaN."""
+    finite = v.isfinite()
+    output = p @ torch.where(finite, v, 0)
+    seen = keep.to(v.dtype) @ (~finite).to(v.dtype) > 0
+    return torch.where(seen, float("nan"), output)
+
+
 def cpp_objections(first: Tensor, *_args: object) -> list[str]:
     """The CPU kernels' objections to a request led by `first`."""
     return _dispatch.cpp_objections(first, _CPP_DTYPES)

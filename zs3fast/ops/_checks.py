@@ -21,7 +21,18 @@ def check_float_tensor(op: str, label: str, x: object) -> Tensor:
         raise TypeError(f"{op}: {label} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{op}: {label} must be floating point, got {x.dtype}")
+    check_strided(op, label, x)
     return x
+
+
+def check_strided(op: str, label: str, x: Tensor) -> None:
+    """A tensor whose elements lie in memory: neither sparse nor nested.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{op}: {label} must be a dense tensor, got {'nested' if x.is_nested else x.layout}")
 
 
 def check_number(op: str, label: str, x: object, *, optional: bool = False) -> None:

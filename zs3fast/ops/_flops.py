@@ -26,7 +26,7 @@ def register(packet: Any, formula: Callable[..., int]) -> None:
         _hand_over(counter, packet, formula)
         return
     if not _waiting:
-        sys.meta_path.insert(0, _AfterImport())  # type: ignore[arg-type]  # find_spec is all that is asked of it
+        sys.meta_path.insert(0, _AfterImport())
     _waiting.append((packet, formula))
 
 
@@ -38,7 +38,7 @@ class _AfterImport:
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec

@@ -111,9 +111,14 @@ def _define(
     for qualified in (f"zs3fast::{name}", *(f"zs3fast_cpp::{entry}" for entry in (name, *variants))):
         torch.library.define(qualified, schema)
     packet = getattr(torch.ops.zs3fast, name)
-    defaults = tuple(argument.default_value for argument in packet.default._schema.arguments)
+    arguments = packet.default._schema.arguments
+    defaults = tuple(argument.default_value for argument in arguments)
+    tensors = [(i, argument.name) for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
 
     def run(*args: Any) -> Any:
+        for i, label in tensors:  # None passes torch's own check
+            if args[i] is None:
+                raise TypeError(f"{name}: {label} must be a tensor, got None")
         return _dispatch.call(
             name, *args, *defaults[len(args) :]
         )  # torch leaves out trailing ones that are the default

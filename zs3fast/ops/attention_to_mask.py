@@ -32,7 +32,7 @@ from zs3fast.ops._attention import (
     empty_lse,
     triton_objections,
 )
-from zs3fast.ops._checks import check_number, is_int
+from zs3fast.ops._checks import check_bool, check_number, is_int
 from zs3fast.ops._register import Backward, register_op
 
 OP = "attention_to_mask"
@@ -138,7 +138,8 @@ def attention_to_mask(
                     draws one from torch's default generator of q's device.
     Returns:
         output [B, heads, C, dh] (None if v is None), lying in memory as [B, C, heads, dh] so that joining the heads is
-        free, and mask_logits [B, C, N] (None unless need_masks). Differentiable in q, k and v, once.
+        free, and mask_logits [B, C, N] (None unless need_masks). Differentiable in q, k and v, once. NaN in a query
+        makes its row NaN, in a key every row of its head, in a value the column of its head.
     Source: ZegCLIP (CVPR 2023) section 3.2; the mean over heads of scores, not probabilities, is what its code does.
     """
     _check(q, k, v, scale, dropout_p, need_masks, seed)
@@ -175,6 +176,7 @@ def _check(
         raise ValueError(f"{OP}: k must be [{B}, {heads}, N >= 1, {dh}] to fit q, got shape {list(k.shape)}")
     if v is not None and v.shape != k.shape:
         raise ValueError(f"{OP}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+    check_bool(OP, "need_masks", need_masks)
     if v is None and not need_masks:
         raise ValueError(f"{OP}: v is None and need_masks is False: nothing to compute")
     check_number(OP, "scale", scale)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _dispatch, _flops, _matmul
+from zs3fast.ops._checks import check_strided
 from zs3fast.ops._register import Gradients, register_op
 
 OP = "encoder_attention"
@@ -77,6 +78,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, Tensor] | Non
             raise TypeError(f"{OP}: {label}: expected a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"{OP}: {label}: expected floating point, got {x.dtype}")
+        check_strided(OP, label, x)
         if x.ndim != 4:
             raise ValueError(f"{OP}: {label}: expected [B, tokens, heads, dh], got {list(x.shape)}")
         if x.dtype != q.dtype and not _matmul.autocasting(q):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _dispatch, _flops
-from zs3fast.ops._checks import check_float_tensor
+from zs3fast.ops._checks import check_float_tensor, check_strided
 from zs3fast.ops._register import Backward, register_op
 
 OP = "mask_loss"
@@ -118,7 +118,7 @@ def mask_loss(
 
     No tensor of size [B, C, H, W] is made, forward or backward. Ignored pixels are not left out: as in the published
     training they are negatives of every class, in both terms. An image without a valid label adds nothing to dice;
-    B = 0 gives zeros.
+    B = 0 gives zeros. A NaN logit makes the sums of its image and class NaN, and the loss; infinities are not promised.
 
     Args:
         mask_logits:  [B, C, h, w] pre-sigmoid, C >= 1. Half types are computed in float32.
@@ -169,6 +169,7 @@ def _check(
     check_float_tensor(OP, "mask_logits", mask_logits)
     if not isinstance(labels, Tensor):
         raise TypeError(f"{OP}: labels must be a tensor, got {type(labels).__name__}")
+    check_strided(OP, "labels", labels)
     if labels.dtype not in _LABEL_DTYPES:
         expected = ", ".join(str(d)[6:] for d in _LABEL_DTYPES)
         raise TypeError(f"{OP}: labels must be integers ({expected}), got {labels.dtype}")

@@ -76,7 +76,8 @@ def masks_to_bits(
         logits: whether masks are logits.
     Returns:
         [B, Nq, ceil(h w / 32)] int32: patches row by row, patch n in bit n % 32 of word n // 32, 0 behind the last.
-        `zs3fast.ops.unpack_bits` makes them bool again. A NaN keeps nothing. Not differentiable.
+        `zs3fast.ops.unpack_bits` makes them bool again. A patch that reads a NaN keeps nothing. Not
+        differentiable.
         Equal to resizing, sigmoid and resizing one after the other but where m is within 1e-6 of 0.5.
     Source: MAFT (NeurIPS 2023) eq. 2 and its code, which drops m < 0.5 and repeats this in every layer and head.
     """

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _dispatch, _flops
-from zs3fast.ops._checks import check_float_tensor, check_number, check_size, is_int
+from zs3fast.ops._checks import check_bool, check_float_tensor, check_number, check_size, is_int
 from zs3fast.ops._register import register_op
 
 OP = "masks_to_labels"
@@ -167,9 +167,11 @@ def masks_to_labels(
         return_details: also return the scores of the chosen classes and how many are NaN.
     Returns:
         [B, H, W] labels, [B, top_k, H, W] if top_k > 1; a `LabelMap` if return_details. Equal scores go to the lowest
-        class index; NaN counts as the largest score. Not differentiable: `reference_scores` is.
+        class index; NaN counts as the largest score, whether or not one that is
+        read with weight 0 makes a NaN. Not differentiable: `reference_scores` is.
     """
     _check_tensors(mask_logits, trusty_logits, trusty_weighting)
+    check_bool(OP, "return_details", return_details)
     classes = mask_logits.shape[1]
     _check_classes(classes, seen, seen_offset, top_k, dtype)
     _check_geometry(mask_logits, size, crop_size, canvas_size, windows)

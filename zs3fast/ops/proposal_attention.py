@@ -28,10 +28,11 @@ from zs3fast.ops._attention import (
     cpp_objections,
     empty_heads,
     empty_lse,
+    masked_product,
     triton_objections,
 )
 from zs3fast.ops._bits import num_words, pack_bits, unpack_bits
-from zs3fast.ops._checks import check_number
+from zs3fast.ops._checks import check_number, check_strided
 from zs3fast.ops._dispatch import Implementation
 from zs3fast.ops._register import Backward, register_op
 
@@ -52,7 +53,7 @@ def reference(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keep = masks if masks.dtype == torch.bool else unpack_bits(masks, k.shape[2])
     p = _scores(q, k_self, k, keep, scale).softmax(-1)
-    return p[..., :1] * v_self + p[..., 1:] @ v
+    return p[..., :1] * v_self + masked_product(p[..., 1:], keep.unsqueeze(1), v)
 
 
 def proposal_attention(
@@ -72,7 +73,9 @@ def proposal_attention(
         scale: factor on the scores, dh ** -0.5 if None.
     Returns:
         [B, heads, Nq, dh], lying in memory as [B, Nq, heads, dh] so that joining the heads is free. A proposal that
-        keeps no patch gets v_self exactly. Differentiable in all but the masks, once.
+        keeps no patch gets v_self exactly. Differentiable in all but the masks, once. A NaN reaches at least the
+        proposals that see it, from a value in its column alone, and no other head; masked out, it reaches nobody on the
+        CPU.
     Source: MAFT (NeurIPS 2023) eq. 2; its code runs one joint attention over proposals and patches.
     """
     _check(q, k_self, v_self, k, v, masks, scale)
@@ -88,6 +91,7 @@ def _check(q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, mask
     check_heads(OP, q, k_self=k_self, v_self=v_self, k=k, v=v)
     if not isinstance(masks, Tensor):
         raise TypeError(f"{OP}: masks must be a tensor, got {type(masks).__name__}")
+    check_strided(OP, "masks", masks)
     if masks.dtype not in (torch.bool, torch.int32):
         raise TypeError(f"{OP}: masks must be bool, or int32 bits, got {masks.dtype}")
     if masks.device != q.device:

@@ -117,6 +117,7 @@ def proposals_to_labels(
     Source: MAFT (NeurIPS 2023) section 3, after MaskFormer's semantic inference.
     """
     _check_tensors(class_weights, masks)
+    check_bool(OP, "return_scores", return_scores)
     _check_labels(class_weights.shape[2], dtype)
     padded, image = _frame(masks, size, logits, padded_size, image_size, align_corners)
     labels, scores = torch.ops.zs3fast.proposals_to_labels(

@@ -37,9 +37,10 @@ from zs3fast.ops._attention import (
     cpp_objections,
     empty_heads,
     empty_lse,
+    masked_product,
     triton_objections,
 )
-from zs3fast.ops._checks import check_number, check_size, is_int
+from zs3fast.ops._checks import check_bool, check_number, check_size, is_int
 from zs3fast.ops._dispatch import Implementation
 from zs3fast.ops._register import Backward, register_op
 
@@ -70,8 +71,9 @@ def _reference_with_lse(
     q: Tensor, k: Tensor, v: Tensor, num_prefix: int, grid: tuple[int, int], regions: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor]:
     scores = (q @ k.mT) * scale  # [B, heads, Eq, E]
-    scores = scores.masked_fill(~_query_mask(q, k, num_prefix, grid, regions), float("-inf"))
-    return scores.softmax(-1) @ v, scores.to(accumulator(q.dtype)).logsumexp(-1)
+    mask = _query_mask(q, k, num_prefix, grid, regions)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return masked_product(scores.softmax(-1), mask, v), scores.to(accumulator(q.dtype)).logsumexp(-1)
 
 
 def _query_mask(q: Tensor, k: Tensor, num_prefix: int, grid: tuple[int, int], regions: tuple[int, int]) -> Tensor:
@@ -124,7 +126,8 @@ def region_bridge_attention(
                       replaced before the next layer, so what they attend to is never used).
     Returns:
         [B, heads, Eq, dh], lying in memory as [B, Eq, heads, dh] so that joining the heads is free. Differentiable in
-        q, k and v, once.
+        q, k and v, once. A NaN reaches at least the rows that see it, from a value in its column alone, and no other
+        head; on the CPU it reaches nobody else.
     Source: CLIP-RC (CVPR 2024) section 3.2. The paper says nothing of patches seeing their region; its code does it.
     """
     _check(q, k, v, num_prefix, grid, regions, scale, skip_prompts)
@@ -157,6 +160,7 @@ def _check(
             f"{OP}: regions {tuple(regions)} do not fit the grid {tuple(grid)}: every region needs a patch of its own"
         )
     check_number(OP, "scale", scale, optional=True)
+    check_bool(OP, "skip_prompts", skip_prompts)
 
     B, heads, _, dh = q.shape
     N, M = grid[0] * grid[1], regions[0] * regions[1]

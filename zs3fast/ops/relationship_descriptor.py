@@ -73,7 +73,8 @@ def relationship_descriptor(
         text_term: [C, D'], `text_term(text, weight, bias)` if the caller kept it: then W2 and bias are not used again,
                    and their gradients flow through it. None computes it.
     Returns:
-        [B, C, D'] or [B, M, C, D'], contiguous. Differentiable in every tensor, once.
+        [B, C, D'] or [B, M, C, D'], contiguous. Differentiable in every tensor, once. NaN stands where torch's product
+        has it.
     Source: ZegCLIP (CVPR 2023) section 3.3; CLIP-RC eq. 5 with region tokens.
     """
     _check_text(OP, text, weight, bias)
