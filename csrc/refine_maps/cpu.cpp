@@ -23,6 +23,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "isa.h"
 #include "refine_maps/kernel.h"
 
@@ -305,11 +306,41 @@ class TileRun {
   Buffer<float> weights_;
 };
 
+void check(const at::Tensor& image, const at::Tensor& maps, at::IntArrayRef size, at::IntArrayRef crop,
+           at::IntArrayRef canvas, at::IntArrayRef windows, int64_t steps, at::IntArrayRef dilations,
+           at::IntArrayRef excluded) {
+  constexpr char op[] = "refine_maps";
+  check_floats(op, "image", image, at::kCPU, {kAny, kAny, kAny, kAny});
+  check_floats(op, "maps", maps, at::kCPU, {kAny, kAny, kAny, kAny});
+  check_size(op, "the size of image", image.sizes().slice(2));
+  check_size(op, "the size of maps", maps.sizes().slice(2));
+  check_size(op, "size", size);
+  check_size(op, "crop_size", crop);
+  check_size(op, "canvas_size", canvas);
+  TORCH_CHECK_VALUE(image.size(1) >= 1 && image.size(1) <= kMaxSide && maps.size(1) <= kMaxSide, op,
+                    ": image must have a channel, got ", image.sizes(), " and maps ", maps.sizes());
+  TORCH_CHECK_VALUE(!windows.empty() && windows.size() % 2 == 0, op, ": windows must hold pairs (y, x), got ", windows);
+  TORCH_CHECK_VALUE(maps.size(0) == image.size(0) * (static_cast<int64_t>(windows.size()) / 2), op, ": maps must be of ",
+                    windows.size() / 2, " windows an image, got ", maps.sizes(), " for ", image.sizes());
+  for (size_t i = 0; i < windows.size(); ++i)
+    TORCH_CHECK_VALUE(windows[i] >= 0 && windows[i] <= canvas[i % 2] - crop[i % 2], op, ": a window of size ", crop,
+                      " leaves the canvas ", canvas);
+  TORCH_CHECK_VALUE(!dilations.empty() && steps >= 0 && steps <= kMaxSide, op, ": steps must be 0 to 2^24, got ", steps,
+                    " and dilations ", dilations);
+  for (const int64_t d : dilations)
+    TORCH_CHECK_VALUE(d >= 1 && d <= kMaxSide && steps * d <= kMaxSide, op, ": dilations must be at least 1, and ", steps,
+                      " steps of them at most 2^24 pixels, got ", dilations);
+  for (const int64_t name : excluded)
+    TORCH_CHECK_VALUE(name >= 0 && name < maps.size(1), op, ": excluded must hold names 0..", maps.size(1) - 1, ", got ",
+                      name);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& image_in, const at::Tensor& maps,
                                                        at::IntArrayRef size, at::IntArrayRef crop,
                                                        at::IntArrayRef canvas, at::IntArrayRef windows, int64_t steps,
                                                        at::IntArrayRef dilations, std::optional<double> logit_scale,
                                                        at::IntArrayRef excluded_names, bool labels_wanted) {
+  check(image_in, maps, size, crop, canvas, windows, steps, dilations, excluded_names);
   const int64_t batch = image_in.size(0), names = maps.size(1), H = size[0], W = size[1];
   const int64_t per_image = static_cast<int64_t>(windows.size()) / 2;
   std::vector<int32_t> dy, dx;

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _dispatch, _flops
-from zs3fast.ops._checks import check_float_tensor, check_number, check_size, is_int
+from zs3fast.ops._checks import MAX_SIDE, check_float_tensor, check_number, check_size, is_int
 from zs3fast.ops._register import register_op
 
 OP = "refine_maps"
@@ -243,6 +243,10 @@ def _check(
         raise TypeError(f"{OP}: dilations: expected ints, got {dilations!r}")
     if not dilations or min(dilations) < 1:
         raise ValueError(f"{OP}: dilations: expected at least one, each 1 or more, got {tuple(dilations)}")
+    if steps > MAX_SIDE or max(dilations) > MAX_SIDE or steps * max(dilations) > MAX_SIDE:
+        raise ValueError(
+            f"{OP}: steps: expected to reach 2^24 pixels at most, got {steps} of dilations {tuple(dilations)}"
+        )
     for name, pair in (("size", size), ("crop_size", crop_size), ("canvas_size", canvas_size)):
         if pair is not None:
             check_size(OP, name, pair)
