@@ -211,6 +211,17 @@ def _encoder_attention(d: Draw) -> Request:
     }
 
 
+def _fused_linear(d: Draw) -> Request:
+    rows, width, out = (d.batch(), d.size(20)), d.width(), d.size(40)
+    return {
+        "x": d.tensor(*rows, width),
+        "weight": d.tensor(out, width),
+        "bias": d.tensor(out) if d.flip() else None,
+        "activation": d.random.choice(("none", "quick_gelu", "gelu")),
+        "residual": d.tensor(*rows, out) if d.flip() else None,
+    }
+
+
 def _mask_loss(d: Draw) -> Request:
     B, C, (h, w), (H, W) = d.batch(), d.size(6), d.pair(9), d.pair(30)
     labels = d.integers(0, C + 1, B, H, W)
@@ -278,8 +289,11 @@ def _proposals_to_labels(d: Draw) -> Request:
 
 def _refine_maps(d: Draw) -> Request:
     B, size = d.batch(), (d.size(24, 4), d.size(24, 4))
+    image = d.tensor(B, 3, *size)
+    if 0 in image.stride():  # where neighbours are equal their spread is rounding alone, and divided by
+        image = torch.randn(image.shape, generator=d.torch)
     return {
-        "image": d.tensor(B, 3, *size),
+        "image": image,
         "maps": d.tensor(B, d.size(4), *d.pair(8)),
         "size": None if d.flip() else size,
         "steps": d.size(3),
@@ -347,6 +361,7 @@ _QKV = ("q", "k", "v")
 CASES: dict[str, Case] = {
     "attention_to_mask": Case(_attention_to_mask, close, _QKV, _QKV),
     "encoder_attention": Case(_encoder_attention, close, _QKV, _QKV),
+    "fused_linear": Case(_fused_linear, close, ("x", "weight", "bias", "residual"), ("x", "residual")),
     "mask_loss": Case(_mask_loss, close, ("mask_logits",), ("mask_logits", "labels")),
     "masks_to_bits": Case(_masks_to_bits, judge_bits, (), ("masks",)),
     "masks_to_labels": Case(_masks_to_labels, judge_labels, (), ("mask_logits", "trusty_logits")),
