@@ -321,7 +321,7 @@ def _segmenter(
     attention = source.pop("attention")
     if weights is not None:
         if attention is not None:
-            raise ValueError(f"--attention is for methods without training and --weights, got {attention!r}")
+            raise ValueError(f"--attention is for --method maskclip without --weights, got {attention!r}")
         path = find_weights(weights)
         if weights.startswith(TINY):
             _note_strange_words(weights, entries)
@@ -340,8 +340,8 @@ def _segmenter(
         return segmenter
     method, seed = source["method"], source.pop("seed")
     needs_no_training = method is None or model_class(method).training_free
-    if attention is not None and not needs_no_training:
-        raise ValueError(f"--attention is for methods without training and --weights, got {attention!r}")
+    if attention is not None and (method is None or not needs_no_training):  # the default has its own
+        raise ValueError(f"--attention is for --method maskclip without --weights, got {attention!r}")
     if entries is None:
         if method is None or rows is not None or not needs_no_training or source["untrained"]:
             raise ValueError("expected class names: give --classes, --classes-file or --dataset")

@@ -351,7 +351,7 @@ def test_the_command_needs_pretrained_alone(place) -> None:
     assert "no class list given, so the 59 names of context59 compete" in listed
     summary = json.loads((place / "all" / "x.json").read_text())
     assert [entry["name"] for entry in summary["classes"]] == class_names("context59")
-    assert "all weights are random" in run(*common, "-c", "cat, dog", "--templates", "single", "-o", "random")
+    assert "all weights are random" in run(*common, "--untrained", "-c", "cat, dog", "-o", "random")
 
 
 @pytest.mark.parametrize(

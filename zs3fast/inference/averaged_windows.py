@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from zs3fast.labels.refinement import Pamr
 from zs3fast.labels.softmax import Frame, Rule, softmax_labels, softmax_scores
 from zs3fast.labels.windows import sliding_windows
 from zs3fast.types import Details, ImageFeatures, WindowLogits
+from zs3fast.utils.images import resize
 from zs3fast.utils.resizing import bilinear
 
 
@@ -74,7 +74,7 @@ class AveragedWindows(Windows):
         """The image uint8 [H', W', 3], resized; or as it is, where the model's device resizes it."""
         size = self.canvas_size(pixels.shape[:2])
         if not self.protocol.antialias:
-            return torch.from_numpy(linear(pixels, size))
+            return torch.from_numpy(resize(pixels, size, antialias=False))
         return self.left_to_device(pixels, size, antialias=True)
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
@@ -177,13 +177,6 @@ class AveragedWindows(Windows):
         if self.protocol.antialias:
             levels = bilinear(levels, self.canvas_size(request.pixels.shape[:2]), antialias=True)
         return _normalise(_channels_first(levels), model.pixel_mean, model.pixel_std).to(like.dtype)
-
-
-def linear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] -> [H', W', 3] by OpenCV's linear resize, which averages nothing."""
-    if pixels.shape[:2] == tuple(size):
-        return pixels
-    return cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
 
 
 def _around(frame: Frame) -> tuple[int, int, int, int]:

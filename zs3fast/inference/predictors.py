@@ -28,6 +28,7 @@ from zs3fast.proposals import BoxProposer, Frame, MaskProposer, clip_input, for_
 from zs3fast.proposals.class_columns import scores_for_classes
 from zs3fast.proposals.crops import MERGES
 from zs3fast.types import BoxProposals, Details, ImageFeatures, Proposals, SegmentationOutput, WindowLogits
+from zs3fast.utils.images import resize
 from zs3fast.utils.options import one_of
 from zs3fast.utils.resizing import bilinear, resizes_there
 
@@ -124,7 +125,7 @@ class Windows(Predictor):
         picture = torch.from_numpy(pixels)
         if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
             return picture
-        return bilinear(picture, size, antialias)
+        return _resized(pixels, size, antialias)
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
         crop, stride = self._crop_and_stride()
@@ -174,7 +175,10 @@ class Windows(Predictor):
         model, like = self.model, next(self.model.parameters())
         prepared = self.prepare(request.pixels) if request.prepared is None else request.prepared
         size = fitted_size(request.pixels.shape[:2], model.image_size)
-        levels = bilinear(prepared.to(like.device), size, self.antialias)  # nothing to do where it was done
+        levels = prepared.to(like.device)
+        if levels.shape[:2] != size:
+            exact = levels.device.type == "cuda"
+            levels = bilinear(levels, size, self.antialias) if exact else _resized(levels.numpy(), size, self.antialias)
         return _normalise(_channels_first(levels), model.pixel_mean, model.pixel_std).to(like.dtype)
 
     def _compare(self, masks: Tensor, trusty: Tensor | None, request: Request, **frame: Any) -> Prediction:
@@ -419,7 +423,14 @@ def fit(pixels: np.ndarray, image_size: int, antialias: bool = False) -> Tensor:
     Args:
         antialias: average what lies between the samples of a picture made smaller, as CLIP's own preprocessing does.
     """
-    return bilinear(torch.from_numpy(pixels), fitted_size(pixels.shape[:2], image_size), antialias)
+    return _resized(pixels, fitted_size(pixels.shape[:2], image_size), antialias)
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int], antialias: bool) -> Tensor:
+    """On the host: OpenCV's bytes without antialiasing; a GPU's exact resize differs from them by one grey level."""
+    if antialias:
+        return bilinear(torch.from_numpy(pixels), size, antialias=True)
+    return torch.from_numpy(resize(pixels, size, antialias=False))
 
 
 def fitted_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:

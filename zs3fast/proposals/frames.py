@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.utils import constants
+from zs3fast.utils.images import resize
 
 SHORT_SIDE, LONG_SIDE, DIVISOR = 640, 2560, 32
 # of pixels in 0..255
@@ -71,15 +72,10 @@ def resize_for_proposer(
     Args:
         picture: uint8 [H, W, 3], RGB.
     """
-    from PIL import Image
-
     check_picture(picture)
     original = picture.shape[:2]
     size = frame_size(original, short_side, long_side)
-    resized = picture
-    if size != original:
-        resized = np.asarray(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(resized.astype(np.float32)).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(resize(picture, size, antialias=True).astype(np.float32)).permute(2, 0, 1).contiguous()
     return Frame(pixels, size, padded_size([size], divisor), original)
 
 

@@ -277,6 +277,26 @@ def _few(values: np.ndarray) -> str:
     return ", ".join(map(str, values[:4].tolist())) + (", ..." if len(values) > 4 else "")
 
 
+def resize(image: np.ndarray, size: tuple[int, int], antialias: bool) -> np.ndarray:
+    """The image uint8 [H, W, 3] at `size` = (H', W'), bilinearly, as the library does it that a method was made with.
+
+    antialias: False: OpenCV's INTER_LINEAR, which looks at the nearest four pixels whatever the sizes (mmsegmentation,
+    so ZegCLIP and its kin). True: Pillow's BILINEAR, which averages what lies between the samples of an image made
+    smaller (CLIP, detectron2). They differ by far more than rounding; each method keeps its own.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or 0 in image.shape:
+        raise ValueError(f"image: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    if min(size) < 1:
+        raise ValueError(f"size: expected a height and a width of at least 1, got {tuple(size)}")
+    if image.shape[:2] == tuple(size):
+        return image
+    if antialias:
+        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    import cv2
+
+    return np.asarray(cv2.resize(np.ascontiguousarray(image), (size[1], size[0]), interpolation=cv2.INTER_LINEAR))
+
+
 def _from_array(array: np.ndarray) -> np.ndarray:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
         raise ValueError(f"image: an array is [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {list(array.shape)}")

@@ -1,4 +1,8 @@
-"""Bilinear resizing of 8-bit pictures to the same bytes on every device."""
+"""Bilinear resizing of 8-bit images to the same bytes on every device: what a GPU does in place of `images.resize`.
+
+It is exact where OpenCV and Pillow round on the way: without antialiasing an eighth of the bytes differ from OpenCV's,
+with it a tenth from Pillow's, by one grey level and never more (tests/utils/test_resize.py, on noise).
+"""
 
 from __future__ import annotations
 
