@@ -197,4 +197,5 @@ def read_colour_labels(path: Path, palette: dict[tuple[int, int, int], int], nam
 
 def _invalid(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     outside = (values < 0) | (values >= len(table))
-    return outside | (table[np.where(outside, 0, values)] == INVALID)
+    out: np.ndarray = outside | (table[np.where(outside, 0, values)] == INVALID)
+    return out

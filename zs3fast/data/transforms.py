@@ -238,4 +238,5 @@ def _nearest_centre(labels: np.ndarray, size: tuple[int, int], box: tuple[float,
     for target, start, stop, length in zip(size, (box[1], box[0]), (box[3], box[2]), labels.shape):
         places = start + (np.arange(target) + 0.5) * ((stop - start) / target)
         index.append(places.astype(np.int64).clip(0, length - 1))
-    return labels[index[0][:, None], index[1]]
+    out: np.ndarray = labels[index[0][:, None], index[1]]
+    return out

@@ -58,7 +58,8 @@ class Attention(nn.Module):
     def queries(self, x: Tensor) -> Tensor:
         """Queries [B, heads, T, dh] of tokens [B, T, width], where nobody asks for their keys and values."""
         q = self.in_proj(x, slice(0, x.shape[-1]))
-        return q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out: Tensor = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return out
 
     def in_proj(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """The packed projection, or the part in these rows of its weight: queries, or keys and values."""
@@ -198,7 +199,8 @@ class ClipViT(nn.Module):
     def project(self, tokens: Tensor) -> Tensor:
         """Tokens of the last block -> unit vectors [B, T, D]."""
         joint = self.ln_post(tokens) @ self.proj
-        return joint / joint.norm(dim=-1, keepdim=True)  # no epsilon, as CLIP
+        out: Tensor = joint / joint.norm(dim=-1, keepdim=True)  # no epsilon, as CLIP
+        return out
 
 
 def resize_positions(

@@ -199,4 +199,5 @@ def _asking(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _attended(block: Block, heads: Tensor) -> Tensor:
     """The output projection of what was attended to, [B, heads, T, dh] -> [B, T, width]."""
-    return block.attn.out_proj(heads.transpose(1, 2).flatten(2))
+    out: Tensor = block.attn.out_proj(heads.transpose(1, 2).flatten(2))
+    return out

@@ -80,7 +80,8 @@ class PromptedClipViT(ClipViT):
         projected = self.prompt_proj(prompts)
         if self.training:
             projected = F.dropout(projected.expand(batch, -1, -1), self.dropout)
-        return projected
+        out: Tensor = projected
+        return out
 
     def prompt_context(self, batch: int) -> list[tuple[Tensor, Tensor] | None]:
         """Keys and values of every layer's own prompts: functions of the weights alone outside training."""
@@ -112,4 +113,5 @@ class PromptedClipViT(ClipViT):
         for block in blocks:
             tokens = block(tokens)
         x, prompts = tokens[:, :length], tokens[:, length:]
-        return last(x, last.context(prompts))
+        out: Tensor = last(x, last.context(prompts))
+        return out

@@ -104,7 +104,8 @@ class BinaryCounts:
     def iou(self) -> np.ndarray:
         """float64 [C] in percent; nan for classes never asked for."""
         hit, false, missed, _ = self.table.cpu().numpy().T
-        return percent(hit, hit + false + missed)
+        out: np.ndarray = percent(hit, hit + false + missed)
+        return out
 
     def miou(self) -> float:
         """Mean IoU in percent over the classes asked for."""

@@ -266,7 +266,8 @@ def _earlier(partial: PartialResults | None, rank: int) -> tuple[np.ndarray | No
     partial.start(rank)
     if rank_and_world()[1] > 1:
         dist.barrier()  # all have chosen their file before the first is written
-    return loaded[0]
+    out: tuple[np.ndarray | None, list[dict[str, Any]]] = loaded[0]
+    return out
 
 
 def _gathered(records: list[ItemScore], world: int) -> list[ItemScore]:

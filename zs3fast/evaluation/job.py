@@ -237,7 +237,8 @@ def _text_rows(segmenter: Segmenter, rows: Tensor | None) -> Tensor:
         return rows
     names = [(name,) for name in dict.fromkeys(name for entry in segmenter.classes for name in entry)]
     classes = names if segmenter.names_apart else segmenter.classes
-    return segmenter.text_encoder.encode(classes, segmenter.templates, text_token=segmenter.model.text_token)
+    out: Tensor = segmenter.text_encoder.encode(classes, segmenter.templates, text_token=segmenter.model.text_token)
+    return out
 
 
 def _weights_digest(model: nn.Module) -> str:

@@ -51,7 +51,8 @@ class PairSegmenter:
         model, size = self.model, self.size or image.shape[:2]
         pixels = squash(image, model.image_size, model.pixel_mean, model.pixel_std).to(self.like)
         out = model(pixels[None], self.text_embeddings[list(classes)])
-        return model.class_scores(out, size)[0] > self.threshold
+        result: Tensor = model.class_scores(out, size)[0] > self.threshold
+        return result
 
 
 class ZoomingPairSegmenter:

@@ -91,7 +91,8 @@ def _painted(photo: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.n
 def _shares(table: np.ndarray) -> np.ndarray:
     """Each row over its sum; nan where a row is empty."""
     total = table.sum(1, keepdims=True).astype(np.float64)
-    return np.divide(table, total, out=np.full(table.shape, np.nan), where=total > 0)
+    out: np.ndarray = np.divide(table, total, out=np.full(table.shape, np.nan), where=total > 0)
+    return out
 
 
 def _cells(table: np.ndarray) -> np.ndarray:

@@ -99,7 +99,8 @@ def class_iou(table: Tensor, denominator: str = "gt_or_pred") -> np.ndarray:
     sums = torch.stack([counts.diagonal(), table.sum(1), counts.sum(0)])  # where the counts are: C x C stays there
     hit, truth, predicted = sums.cpu().numpy()
     union = truth + predicted - hit
-    return percent(hit, union if denominator == "gt_or_pred" else np.where(truth > 0, union, 0))
+    out: np.ndarray = percent(hit, union if denominator == "gt_or_pred" else np.where(truth > 0, union, 0))
+    return out
 
 
 def pixel_accuracy(table: Tensor) -> float:

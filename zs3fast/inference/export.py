@@ -195,7 +195,8 @@ def _traced(graph: _Graph, example: Tensor, rest: dict[str, Tensor], dynamic_bat
     with torch.no_grad(), _dispatch.use_backend("reference"):
         varied = (shapes[0], tuple(shapes[1:])) if rest else (shapes[0],)
         program = torch.export.export(graph, given, dynamic_shapes=varied)
-        return program.run_decompositions(decompositions())
+        out: ExportedProgram = program.run_decompositions(decompositions())
+        return out
 
 
 Run = Callable[..., tuple[Tensor, ...]]

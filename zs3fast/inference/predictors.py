@@ -256,7 +256,8 @@ class Squash(Predictor):
         like = next(self.model.parameters())
         image = (self.prepare(pixels) if prepared is None else prepared).to(like.device)
         image = self._squash(image) if image.dtype == torch.uint8 else image
-        return self.model.encode(image.to(like.dtype)[None])
+        out: ImagePrefix = self.model.encode(image.to(like.dtype)[None])
+        return out
 
 
 class Zooming(Predictor):

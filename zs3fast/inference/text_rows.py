@@ -55,7 +55,8 @@ class TextRows:
         with _shared:
             if self._encoder is None:
                 self._encoder = self._own_encoder().to(next(self.model.parameters()).device)
-            return self._encoder
+            out: TextEncoder = self._encoder
+            return out
 
     def _own_encoder(self) -> TextEncoder:
         from zs3fast.text import TextEncoder
@@ -63,13 +64,17 @@ class TextRows:
         config = self.model.config
         if not self.model.weights_loaded:
             logger.warning("the model's weights are untrained, so its text tower is too: labels mean nothing")
-            return TextEncoder.from_open_clip(config["clip"], None, tokenizer=self.tokenizer)
+            out: TextEncoder = TextEncoder.from_open_clip(config["clip"], None, tokenizer=self.tokenizer)
+            return out
         pretrained = config.get("pretrained")
         if not isinstance(config["clip"], str) and pretrained is None:
             raise ValueError("text_encoder: expected one, since this model's CLIP has no name to find a tower by")
         # A file may not say which activation its weights want; the image tower has it from whoever knew.
         quick = {} if pretrained is None else {"quick_gelu": config.get("quick_gelu")}
-        return TextEncoder.from_open_clip(config["clip"], pretrained or "openai", tokenizer=self.tokenizer, **quick)
+        out: TextEncoder = TextEncoder.from_open_clip(
+            config["clip"], pretrained or "openai", tokenizer=self.tokenizer, **quick
+        )
+        return out
 
     def embeddings(self, entries: tuple[ClassEntry, ...]) -> Tensor:
         """[C, D] on the model's device; the same tensor for as long as the list is among the last few."""
@@ -92,11 +97,13 @@ class TextRows:
     def _encoded(self, entries: tuple[ClassEntry, ...]) -> Tensor:
         token = self.model.text_token
         if not self.names_apart:
-            return self.encoder.encode(entries, self.templates, text_token=token)
+            out: Tensor = self.encoder.encode(entries, self.templates, text_token=token)
+            return out
         names = [name for entry in entries for name in entry]
         once = list(dict.fromkeys(names))  # a name may stand for two classes: one row, twice
         rows = self.encoder.encode(whole_names(once), self.templates, text_token=token)
-        return rows[[once.index(name) for name in names]]
+        out: Tensor = rows[[once.index(name) for name in names]]
+        return out
 
     def _named(self, text_embeddings: Tensor | np.ndarray) -> dict[str, Tensor]:
         rows = torch.as_tensor(text_embeddings).float()

@@ -205,7 +205,8 @@ class TagCLIP(SegmentationModel):
         both = (-trusty_logits).expand(-1, 2, -1, -1)
         _, overlap, predicted, wanted = torch.ops.zs3fast.mask_loss(both, seen, 0.25, 2.0)
         predicted = predicted[:, 0] - overlap[:, 1]
-        return (1 - (2 * overlap[:, 0] + 1) / (predicted + wanted[:, 0] + 1)).sum() / num_masks
+        out: Tensor = (1 - (2 * overlap[:, 0] + 1) / (predicted + wanted[:, 0] + 1)).sum() / num_masks
+        return out
 
     def _class_term(
         self, out: SegmentationOutput, labels: Tensor, mapped: Tensor, classes: int, ignore_index: int

@@ -21,7 +21,8 @@ def pack_bits(masks: Tensor) -> Tensor:
     N = masks.shape[-1]
     words = num_words(N)
     bits = F.pad(masks, (0, 32 * words - N)).unflatten(-1, (words, 32)).long()
-    return (bits * _places(masks.device)).sum(-1).to(torch.int32)
+    out: Tensor = (bits * _places(masks.device)).sum(-1).to(torch.int32)
+    return out
 
 
 def unpack_bits(bits: Tensor, N: int) -> Tensor:

@@ -45,7 +45,8 @@ def reference(
 ) -> Tensor:
     """Step by step: see `fused_linear`."""
     out = _FUNCTIONS[activation](F.linear(x, weight, bias))
-    return out if residual is None else residual + out
+    result: Tensor = out if residual is None else residual + out
+    return result
 
 
 def fused_linear(

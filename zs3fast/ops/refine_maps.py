@@ -183,7 +183,7 @@ def _call(
     labels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size, crop, canvas, offsets = _plan(maps, size, crop_size, canvas_size, windows)
-    return torch.ops.zs3fast.refine_maps(
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.zs3fast.refine_maps(
         image,
         maps,
         size,
@@ -196,6 +196,7 @@ def _call(
         sorted(set(excluded)),
         labels,
     )
+    return out
 
 
 def _resize(x: Tensor, size: Size) -> Tensor:

@@ -101,7 +101,8 @@ def self_similarity_attention(
     """
     _check(q, k, v, similarity, scale, grid, num_prefix, std)
     q, k, v = _matmul.autocast(q, k, v)
-    return torch.ops.zs3fast.self_similarity_attention(q, k, v, similarity, scale, tuple(grid), num_prefix, std)
+    out: Tensor = torch.ops.zs3fast.self_similarity_attention(q, k, v, similarity, scale, tuple(grid), num_prefix, std)
+    return out
 
 
 def _check(

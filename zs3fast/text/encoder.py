@@ -218,7 +218,8 @@ class TextEncoder:
 def _features(tower: nn.Module, tokens: Tensor) -> Tensor:
     """`tower(tokens)`, without what lies behind the longest sentence: in a causal tower it reaches no feature."""
     if not _pools_at_the_end(tower) or tower.attn_mask is None:
-        return tower(tokens)
+        out: Tensor = tower(tokens)
+        return out
     ends, projection = _end_tokens(tower, tokens), tower.text_projection
     if projection is None:
         return ends
@@ -240,7 +241,8 @@ def _end_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens[:, :length]).to(dtype) + tower.positional_embedding[:length].to(dtype)
     x = tower.ln_final(tower.transformer(x, attn_mask=None if mask is None else mask[:length, :length]))
-    return x[torch.arange(len(x), device=x.device), ends]
+    out: Tensor = x[torch.arange(len(x), device=x.device), ends]
+    return out
 
 
 def _pools_at_the_end(tower: nn.Module) -> bool:
@@ -259,10 +261,12 @@ def _as_it_is(features: Tensor) -> Tensor:
 
 def _tokenizer(clip: str | dict[str, Any], config: dict[str, Any]) -> Tokenizer:
     if isinstance(clip, dict):
-        return open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+        out: Tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+        return out
     try:
         with quiet_open_clip():
-            return open_clip.get_tokenizer(clip)
+            out: Tokenizer = open_clip.get_tokenizer(clip)
+            return out
     except Exception as error:  # tokenizers of some models come from the hub, which raises its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"clip: the tokenizer of {clip} could not be had from the hub: {reason}") from None

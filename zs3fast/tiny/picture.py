@@ -57,7 +57,8 @@ def _outline(chosen: np.ndarray, labels: np.ndarray) -> np.ndarray:
     chosen, labels = (np.pad(a[np.ix_(rows, columns)], 1, mode="edge") for a in (chosen, labels))
     inner = labels[1:-1, 1:-1]
     around = (labels[:-2, 1:-1], labels[2:, 1:-1], labels[1:-1, :-2], labels[1:-1, 2:])
-    return chosen[1:-1, 1:-1] & np.any([inner != other for other in around], axis=0)
+    out: np.ndarray = chosen[1:-1, 1:-1] & np.any([inner != other for other in around], axis=0)
+    return out
 
 
 def _enlarged(pixels: np.ndarray, outline: np.ndarray | None) -> Image.Image:

@@ -215,7 +215,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, as YAML and JSON hold them."""
-        return plain(dataclasses.asdict(self))
+        out: dict[str, Any] = plain(dataclasses.asdict(self))
+        return out
 
     @property
     def folder(self) -> Path:

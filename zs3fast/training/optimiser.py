@@ -19,7 +19,8 @@ def freeze(model: nn.Module) -> dict[str, nn.Parameter]:
     kept = {id(parameter) for parameter in trained.values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)
-    return trained
+    out: dict[str, nn.Parameter] = trained
+    return out
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:

@@ -24,4 +24,5 @@ def learning_rate(schedule: ScheduleConfig, iteration: int, iterations: int, lr:
     rate = (lr - floor) * (1 - t / iterations) ** schedule.power + floor
     if t < schedule.warmup_iterations:
         rate *= 1 - (1 - t / schedule.warmup_iterations) * (1 - schedule.warmup_ratio)
-    return rate
+    out: float = rate
+    return out

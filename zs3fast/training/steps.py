@@ -78,7 +78,10 @@ class OneStageStep(Step):
     def forward(self, batch: Batch, average: Tensor | None = None) -> Terms:
         with self.autocast():
             out = self.model(batch["images"], self.text_embeddings)
-        return self.model.loss(out, batch["labels"], self.setting, ignore_index=self.ignore_index, num_masks=average)
+        result: Terms = self.model.loss(
+            out, batch["labels"], self.setting, ignore_index=self.ignore_index, num_masks=average
+        )
+        return result
 
 
 class PairStep(Step):
@@ -108,7 +111,8 @@ class PairStep(Step):
             out = self.model(images, text, asked)
         terms = self.model.loss(out, batch["labels"], pairs=pairs, ignore_index=self.ignore_index)
         if average is None:
-            return terms
+            result: Terms = terms
+            return result
         share = self.count(batch) / average
         return {name: term * share for name, term in terms.items()}
 
@@ -148,7 +152,8 @@ class ProposalStep(Step):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProposalStep:
         if self._teacher[0] is not None:
             self._teacher[0]._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        out: ProposalStep = super()._apply(fn, recurse)
+        return out
 
     def forward(self, batch: Batch, average: Tensor | None = None) -> Terms:
         labels = batch["labels"]
@@ -165,4 +170,5 @@ class ProposalStep(Step):
             if teacher is not None:
                 with torch.no_grad():
                     embedding = teacher.image_embedding(images)
-        return self.model.loss(out, masks, classes, teacher_embedding=None if teacher is None else embedding)
+        result: Terms = self.model.loss(out, masks, classes, teacher_embedding=None if teacher is None else embedding)
+        return result

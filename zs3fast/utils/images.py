@@ -318,7 +318,8 @@ def _eight_bits(array: np.ndarray) -> np.ndarray:
         raise TypeError(f"image: expected uint8, uint16 or floats in 0..1, got {array.dtype}")
     if not (array.min() >= 0 and array.max() <= 1):  # so written, nan fails too
         raise ValueError(f"image: floats must lie in 0..1, got {_exactly(array.min())} to {_exactly(array.max())}")
-    return np.rint(array * 255).astype(np.uint8)
+    out: np.ndarray = np.rint(array * 255).astype(np.uint8)
+    return out
 
 
 def _exactly(value: np.floating) -> str:

@@ -251,7 +251,8 @@ def create_open_clip(
                     model.load_state_dict(convert_to_custom_text_state_dict(tiny_clip_state()))
                 elif pretrained is not None:
                     open_clip.load_checkpoint(model, pretrained)
-                return model
+                out: nn.Module = model
+                return out
             if tag:
                 pretrained = str(_fetched(clip, str(pretrained), tag))
             options = {} if gelu == config.get("quick_gelu", False) else {"quick_gelu": gelu}
