@@ -7,6 +7,7 @@ import importlib
 from bench.op_script import OpScript
 
 OPS = (
+    "encoder_attention",
     "attention_to_mask",
     "relationship_descriptor",
     "region_bridge_attention",
@@ -21,6 +22,7 @@ OPS = (
 NAMED = {
     # ZegCLIP, TagCLIP and CLIP-RC (M = 16) on VOC, the published batch of 16
     "voc-512-b16": {
+        "encoder_attention": "vit-b16-512-b16",
         "attention_to_mask": "voc20-512-b16",
         "relationship_descriptor": "voc20-512-b16",
         "region_bridge_attention": "voc-M16-b16",
