@@ -52,6 +52,17 @@ class Variant:
 
 VARIANTS = {
     "clip": Variant(None, "the CLIP alone: patches scored by text (maskclip)"),
+    **{
+        f"clip-{attention}": Variant(None, f"the same CLIP, {about}", (f"attention={attention}",))
+        for attention, about in {
+            "sclip": "SCLIP",
+            "clearclip": "ClearCLIP",
+            "naclip": "NACLIP",
+            "rcs": "RCS",
+            "scclip": "SC-CLIP",
+            "vanilla": "its last block as it is",
+        }.items()
+    },
     "closed-set": Variant("zegclip", "ZegCLIP's network on class vectors without meaning", ("text.embeddings=CODES",)),
     "zegclip": Variant("zegclip", "ZegCLIP"),
     "tagclip": Variant("tagclip", "TagCLIP"),
@@ -97,7 +108,7 @@ def run(name: str, seed: int, runs: Path, iterations: int | None) -> dict[str, A
     variant, start = VARIANTS[name], time.perf_counter()
     scenes = WorldDataset("test", length=SCENES)
     if variant.method is None:
-        segmenter = clip_alone(runs, scenes)
+        segmenter = clip_alone(scenes, *(line.partition("=")[2] for line in variant.overrides))
     else:
         segmenter = world_segmenter(trained(name, seed, runs, iterations), scenes)
         if name == "closed-set":
@@ -125,18 +136,15 @@ def trained(name: str, seed: int, runs: Path, iterations: int | None) -> Path:
     return trained_model(variant.method, runs, clip, name=f"world/{name}-{seed}", overrides=tuple(lines))
 
 
-def clip_alone(runs: Path, scenes: WorldDataset) -> Any:
-    """MaskCLIP on the world's CLIP."""
+def clip_alone(scenes: WorldDataset, attention: str = "value") -> Any:
+    """A method without training on the world's CLIP, the one in the package: windows and templates of MaskCLIP."""
     import zs3fast
-    from tools.world.build import MASKCLIP, trained_clip
-    from tools.world.contrastive import load_contrastive_config
-    from zs3fast.text import TextEncoder
 
-    clip, weights = load_contrastive_config().clip, str(trained_clip(runs))
-    model = zs3fast.create_model("maskclip", clip=clip, **{**MASKCLIP, "pretrained": weights})
-    encoder = TextEncoder.from_open_clip(clip, weights, cache=False)
+    segmenter = zs3fast.Segmenter.from_pretrained("zs3fast-tiny-maskclip")
+    model = zs3fast.create_model(**{**segmenter.model.config, "attention": attention, "residual": None})
+    model.load_state_dict(segmenter.model.state_dict())
     return zs3fast.Segmenter(
-        model, text_encoder=encoder, class_names=scenes.class_names, templates="multi", dtype="float32"
+        model, text_encoder=segmenter.text_encoder, class_names=scenes.class_names, templates="multi"
     )
 
 
