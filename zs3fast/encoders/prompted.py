@@ -77,7 +77,8 @@ class PromptedClipViT(ClipViT):
 
     def project_prompts(self, prompts: Tensor, batch: int) -> Tensor:
         """Shared projection, then dropout: in training each sample and layer draws its own mask."""
-        projected = self.prompt_proj(prompts)
+        # a trainable parameter as a module's input under no_grad is what torch's FLOP counter stumbles over
+        projected = self.prompt_proj(prompts if torch.is_grad_enabled() else prompts.detach())
         if self.training:
             projected = F.dropout(projected.expand(batch, -1, -1), self.dropout)
         out: Tensor = projected
