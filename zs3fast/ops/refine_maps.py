@@ -359,12 +359,12 @@ def _wide_image(image: Tensor) -> list[str]:
     return ["a float64 image not built (float32, float16, bfloat16)"] if image.dtype == torch.float64 else []
 
 
-def _cpp_objections(image: Tensor, maps: Tensor, *_: Any) -> list[str]:
-    return _dispatch.cpp_objections(maps, _KERNEL_DTYPES) + _wide_image(image)
+def _cpp_objections(image: Tensor, maps: Tensor | None = None, *_: Any) -> list[str]:
+    return _dispatch.cpp_objections(image if maps is None else maps, _KERNEL_DTYPES) + _wide_image(image)
 
 
-def _triton_objections(image: Tensor, maps: Tensor, *_: Any) -> list[str]:
-    return _dispatch.triton_objections(maps, _KERNEL_DTYPES) + _wide_image(image)
+def _triton_objections(image: Tensor, maps: Tensor | None = None, *_: Any) -> list[str]:
+    return _dispatch.triton_objections(image if maps is None else maps, _KERNEL_DTYPES) + _wide_image(image)
 
 
 register_op(
