@@ -240,8 +240,8 @@ def _table(count: int, offset: int, ignored: Iterable[int], ignore_index: int) -
 
 
 def _coded(palette: np.ndarray, ignored: list[list[int]], ignore_index: int) -> dict[tuple[int, int, int], int]:
-    colours = {tuple(map(int, colour)): index for index, colour in enumerate(palette)}
-    return {**colours, **{tuple(colour): ignore_index for colour in ignored}}
+    colours = {(int(r), int(g), int(b)): index for index, (r, g, b) in enumerate(palette)}
+    return {**colours, **{(r, g, b): ignore_index for r, g, b in ignored}}
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:

@@ -63,6 +63,7 @@ def hidden(name: str) -> bool:
 def _temporary(path: Path) -> tuple[int, Path]:
     """A temporary file for `path` that no other writer uses, opened, and its name; by default always the same name."""
     first = path.with_name(_hidden_name(path, "part"))
+    handle: int | None
     try:
         handle = os.open(first, _OPEN | os.O_EXCL, 0o666)
     except FileExistsError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -163,7 +164,7 @@ def _one_line(name: str) -> Iterator[None]:
     except FileFormatError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture in a format that Pillow {Image.__version__} reads") from None
+        raise ImageError(f"{name} is not a picture in a format that Pillow {PIL.__version__} reads") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise FileLimitError(
@@ -212,7 +213,7 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
     if image.mode == "F":
         raise ImageError(f"image: {name} holds floating-point pixels of unknown range, expected 8 or 16 bits a channel")
     if image.mode == "I":
-        low, high = image.getextrema()
+        low, high = (int(value) for value in image.getextrema())  # type: ignore[arg-type] # a pair: of one channel
         if low < 0 or high > 65535:
             raise ImageError(f"image: {name} holds integers from {low} to {high}, expected 8 or 16 bits")
     transparent = image.has_transparency_data

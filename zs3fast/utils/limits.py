@@ -12,7 +12,7 @@ _DEFAULT = 512
 
 def file_limit() -> int:
     """Bytes that the arrays or masks of one file may unpack to: `$ZS3FAST_FILE_LIMIT` MiB, else 512."""
-    given = os.environ.get(FILE_LIMIT) or str(_DEFAULT)
+    given = os.environ.get("ZS3FAST_FILE_LIMIT") or str(_DEFAULT)
     try:
         limit = float(given)
     except ValueError:
