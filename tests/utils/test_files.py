@@ -105,7 +105,8 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors and os.listdir(tmp_path) == ["a.txt"] and len(path.read_text()) == 1000
+    assert not errors, errors
+    assert os.listdir(tmp_path) == ["a.txt"] and len(path.read_text()) == 1000
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

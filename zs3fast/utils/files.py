@@ -69,7 +69,8 @@ def _temporary(path: Path) -> tuple[int, Path]:
     except FileExistsError:
         handle = _taken_over(first)
     else:
-        if _lock(handle) is False:  # another writer found it before it was locked
+        locked = _lock(handle)
+        if locked is False or (locked and not _is(handle, first)):  # another writer found it before it was locked
             os.close(handle)
             handle = None
     if handle is not None:
