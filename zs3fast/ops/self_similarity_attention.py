@@ -25,7 +25,12 @@ from zs3fast.ops._checks import check_number, is_int
 from zs3fast.ops._register import Backward, register_op
 
 OP = "self_similarity_attention"
-_PAIRS = {"qq": ("qq",), "kk": ("kk",), "qq+kk": ("qq", "kk"), "qk": ("qk",)}
+_PAIRS: dict[str, list[tuple[str, str]]] = {
+    "qq": [("q", "q")],
+    "kk": [("k", "k")],
+    "qq+kk": [("q", "q"), ("k", "k")],
+    "qk": [("q", "k")],
+}
 SIMILARITIES = tuple(_PAIRS)
 
 
@@ -96,7 +101,8 @@ def self_similarity_attention(
         std:        of the prior, in patches, above 0; None: no prior.
     Returns:
         [B, heads, N, dh], patch queries alone, lying in memory as [B, N, heads, dh] so that joining the heads is free.
-        Differentiable in q, k and v, once; the backward pass stores the scores.
+        NaN in a key or a value reaches every row of its head. Differentiable in q, k and v, once; the backward pass
+        stores the scores.
     Source: SCLIP (ECCV 2024), ClearCLIP (ECCV 2024), NACLIP (WACV 2025); RCS of ResCLIP (CVPR 2025) is a sum of these.
     """
     _check(q, k, v, similarity, scale, grid, num_prefix, std)
