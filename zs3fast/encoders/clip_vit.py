@@ -8,7 +8,8 @@ away, so their queries, output projection and MLP are never computed. Parameter 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +140,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ClipVisionConfig):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.resblocks = cast(Sequence[Block], blocks)  # as a list it knows the type of its items
 
 
 class ClipViT(nn.Module):
@@ -169,6 +171,11 @@ class ClipViT(nn.Module):
         self.transformer = Transformer(config)
         self.ln_post = nn.LayerNorm(config.width)
         self.proj = nn.Parameter(scale * torch.randn(config.width, config.embed_dim))
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the joint width of text and image."""
+        return self.config.embed_dim
 
     def check_images(self, images: Tensor) -> tuple[int, int]:
         """The patch grid (h, w) of a batch [B, 3, H, W], or an error that names `images`."""

@@ -51,10 +51,6 @@ class ProposalClipViT(ClipViT):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not any(name == end or name.endswith("." + end) for end in frozen))
 
-    @property
-    def embed_dim(self) -> int:
-        return self.config.embed_dim
-
     def check_images(self, images: Tensor) -> tuple[int, int]:
         """The patch grid (h, w); pixels that fill no patch are left out, as CLIP's ViT-L/14 does at 480."""
         patch = self.config.patch_size

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from zs3fast import ops
+from zs3fast.encoders.clip_vit import ClipViT
 from zs3fast.encoders.config import ClipVisionConfig, vision_config
 from zs3fast.encoders.open_clip_weights import load_clip_weights
 from zs3fast.encoders.prompted import PromptedClipViT
@@ -19,13 +20,16 @@ from zs3fast.types import ImageFeatures, SegmentationOutput
 from zs3fast.utils.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from zs3fast.utils.options import one_of
 
+if TYPE_CHECKING:
+    from zs3fast.encoders.proposal_clip import ProposalClipResNet
+
 logger = logging.getLogger("zs3fast")
 
 MOST_CLASSES = 1_000_000  # a weight file may ask for any number
 SETTINGS = ("inductive", "transductive", "supervised")
 
 
-def _note_loaded_weights(model: nn.Module, _keys: object) -> None:
+def _note_loaded_weights(model: ZeroShotModel, _keys: object) -> None:
     model.weights_loaded = True
 
 
@@ -52,6 +56,7 @@ class ZeroShotModel(nn.Module):
         weights_loaded: False while all weights are the random ones of the constructor.
     """
 
+    encoder: ClipViT | ProposalClipResNet
     method: ClassVar[str]
     default_loss_weights: ClassVar[dict[str, float]] = {}
     pixel_mean = CLIP_MEAN
@@ -136,7 +141,7 @@ class ZeroShotModel(nn.Module):
     @property
     def embed_dim(self) -> int:
         """D, the joint width of text and image."""
-        return self.encoder.config.embed_dim
+        return self.encoder.embed_dim
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that the published recipe trains, by name."""
@@ -176,6 +181,8 @@ class ZeroShotModel(nn.Module):
 class FeatureModel(ZeroShotModel):
     """A method whose encoder knows no class: an image is encoded once and decoded for any number of class lists."""
 
+    encoder: ClipViT
+
     def encode(self, images: Tensor) -> ImageFeatures:
         """Images [B, 3, H, W], normalised -> what the encoder knows of them."""
         features: ImageFeatures = self.encoder(images)
@@ -208,6 +215,7 @@ class SegmentationModel(FeatureModel):
         options: see `ZeroShotModel`.
     """
 
+    encoder: PromptedClipViT
     self_training = True
     pixel_mean = IMAGENET_MEAN  # these methods normalise with ImageNet's statistics, not CLIP's
     pixel_std = IMAGENET_STD

@@ -52,6 +52,7 @@ class ClsCLIP(ZeroShotModel):
         options: see `ZeroShotModel`; there is no calibration, so `seen_offset` must be 0.
     """
 
+    encoder: NavigatedClipViT
     default_loss_weights = {"mask": 1.0, "dice": 0.0}
     templates = ("a photo of a {}.",)
     protocol = "squash"

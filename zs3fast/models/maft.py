@@ -63,6 +63,7 @@ class MAFT(ZeroShotModel):
         options: see `ZeroShotModel`.
     """
 
+    encoder: ProposalClipViT | ProposalClipResNet
     default_loss_weights = {"ma": 1.0, "dis": 0.1}
     templates = "maft"
     protocol = "proposals"
@@ -109,11 +110,6 @@ class MAFT(ZeroShotModel):
     def config(self) -> dict[str, Any]:
         names = ("ensemble", "ensemble_form", "ma_loss", "iou_range")
         return {**super().config, **{name: getattr(self, name) for name in names}}
-
-    @property
-    def embed_dim(self) -> int:
-        """D, the joint width of text and image."""
-        return self.encoder.embed_dim
 
     def proposal_embeddings(self, images: Tensor, proposal_masks: Proposals | Tensor) -> Tensor:
         """Embeddings [B, Nq, D], not normalised, of what lies under soft masks [B, Nq, H, W] in 0..1.

@@ -40,6 +40,7 @@ class MaskCLIP(FeatureModel):
             calibration: `seen_offset` must be 0.
     """
 
+    encoder: DenseClipViT
     templates = "multi"
     protocol = "averaged_windows"
     training_free = True

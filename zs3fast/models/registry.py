@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zs3fast.utils.options import did_you_mean
+
+if TYPE_CHECKING:
+    from zs3fast.models.base import ZeroShotModel
 
 _FAMILY = ("clearclip", "naclip", "rcs", "sclip", "scclip")  # one model with another attention
 _METHOD_FILES = {name: name for name in ("clip_rc", "clsclip", "maft", "maskclip", "tagclip", "zegclip")}
 _METHOD_FILES |= dict.fromkeys(_FAMILY, "training_free")
-_models: dict[str, type[nn.Module]] = {}
+_models: dict[str, type[ZeroShotModel]] = {}
+
+Model = TypeVar("Model", bound="ZeroShotModel")
 
 
-def register_model(method: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def register_model(method: str) -> Callable[[type[Model]], type[Model]]:
     """Class decorator: the model answers to `create_model(method)`."""
 
-    def add(model: type[nn.Module]) -> type[nn.Module]:
+    def add(model: type[Model]) -> type[Model]:
         model.method = method
         _models[method] = model
         return model
@@ -32,7 +35,7 @@ def list_models() -> list[str]:
     return sorted(_METHOD_FILES)
 
 
-def create_model(method: str, **options: Any) -> nn.Module:
+def create_model(method: str, **options: Any) -> ZeroShotModel:
     """A new model of a method.
 
     Args:
@@ -45,7 +48,7 @@ def create_model(method: str, **options: Any) -> nn.Module:
     return model_class(method)(**options)
 
 
-def model_class(method: str) -> type[nn.Module]:
+def model_class(method: str) -> type[ZeroShotModel]:
     """The class of a method, whose attributes say what it can do; see `zs3fast.models.base.ZeroShotModel`."""
     if method not in _METHOD_FILES:
         raise ValueError(
