@@ -60,6 +60,18 @@ ELSEWHERE = {
         "Score weights on a dataset and set the result beside the published one.",
         True,
     ),
+    "export": Elsewhere(
+        "zs3fast.inference.export_command",
+        "export",
+        "Write a model as a graph for another runtime, and hold the file to the model at once.",
+        True,
+    ),
+    "bulk": Elsewhere(
+        "zs3fast.inference.bulk_command",
+        "bulk",
+        "Segment any number of images on Ray into Parquet shards, each exactly once.",
+        True,
+    ),
     "data": Elsewhere("zs3fast.data.command", "data_check", "Datasets on disk.", True, "check"),
 }
 _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}

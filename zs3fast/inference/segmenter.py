@@ -326,6 +326,17 @@ class Segmenter:
             images, prepare, compute, finish, device=self.device, workers=workers, batch_size=batch_size, failed=failed
         )
 
+    @torch.no_grad()
+    def embed(self, classes: Classes | None = None) -> Tensor:
+        """Text embeddings [C, D] of class names, in order, on the model's device: what the model calls `text`.
+
+        Args:
+            classes: as for a call.
+        Returns:
+            a row a class, or where names compete apart (`names_apart`) a row a name.
+        """
+        return self._texts.embeddings(tuple(self._entries(classes))).clone()  # the kept rows are shared
+
     def check(
         self,
         classes: Classes | None = None,

@@ -143,6 +143,13 @@ def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     )
 
 
+def image_suffixes() -> tuple[str, ...]:
+    """Suffixes of what a folder's files are taken for images by, in lower case."""
+    Image.init()
+    known = set(Image.registered_extensions())
+    return tuple(suffix for suffix in (*_SUFFIXES, *_UNREADABLE) if suffix in known)
+
+
 @contextmanager
 def _opened(source: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
     """An opened image file; whatever goes wrong with it is one error that begins with `name`."""

@@ -1,0 +1,369 @@
+"""Any number of images -> Parquet shards of label maps, each image exactly once, on Ray.
+
+    ids -> read bytes (tasks) -> decode (threads), segment, write a shard (actors) -> receipts -> the driver
+
+Ray hands out the work, holds readers back while actors are busy and starts actors that died again. Pixels never leave
+an actor: it reads encoded bytes and writes encoded labels. A shard appears whole under a name made of its ids, so work
+done twice (a node lost after its shard was written) is the same file; `Shards.settle` sees to the rest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zs3fast.inference.options import SegmenterOptions
+from zs3fast.inference.segmenter import Segmenter
+from zs3fast.utils.console import first_line
+from zs3fast.utils.options import one_of
+
+try:
+    import pyarrow as pa
+    import ray
+    import ray.data
+
+    from zs3fast.inference.bulk_files import LABELS, Shards, Source, encode_labels, find_source, fingerprint
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] not in ("ray", "pyarrow", "fsspec", "pycocotools"):
+        raise
+    raise ImportError(f"bulk needs {error.name}: pip install 'zs3fast[ray]'") from None
+
+_READERS = 8  # files a task asks for at once: latency, not work
+_READ_ROWS = 32  # rows a reading task hands on at a time
+
+
+@dataclass(frozen=True)
+class BulkOptions:
+    """How a bulk run works.
+
+    labels: "rle" (COCO's) or "png".  min_score, background: as for a Segmenter's call.
+    actors: models at work at once.  num_gpus, num_cpus: of each, may be fractions.
+    shard_rows: rows of a shard, which is also what an actor that dies has to do again.
+    batch_size: images whose windows share the model's batches.  workers: threads of an actor that decode; None: see
+    `zs3fast.inference.streaming.default_workers`.
+    dtype, quantize: what actors run the model in, see `SegmenterOptions`.
+    address: of a Ray cluster, or "auto"; None: Ray is started on this machine, and ended with the run.
+    """
+
+    labels: str = "rle"
+    min_score: float | None = None
+    background: str | Sequence[str] = ()
+    actors: int = 1
+    num_gpus: float = 0.0
+    num_cpus: float = 1.0
+    shard_rows: int = 256
+    batch_size: int = 1
+    workers: int | None = None
+    dtype: str = "auto"
+    quantize: str | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("labels", self.labels, list(LABELS))
+        for name in ("actors", "shard_rows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("num_gpus", "num_cpus"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected 0 or more, got {value}")
+        SegmenterOptions(dtype=self.dtype, quantize=self.quantize)  # checks them
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers: expected 0 or more threads, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class BulkReport:
+    """What a run did. done: rows it wrote.  failed: rows of the folder that hold an error.  before: rows found done."""
+
+    done: int
+    failed: int
+    before: int
+
+
+def bulk(
+    inputs: Sequence[str],
+    output: str,
+    segmenter: Segmenter,
+    name: str,
+    options: BulkOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BulkReport:
+    """Segment every image of `inputs` that has no row in `output` yet.
+
+    Args:
+        inputs: images, folders, globs or URLs of these; or Parquet files with columns id and bytes.
+        output: a folder or its URL. It is refused where another model, class list or protocol began it.
+        segmenter: the model and its classes, in float32 on the CPU and not quantized; it stays on the driver, actors
+            have copies of their own, in the type that `options` asks for.
+        name: what the manifest calls the model.
+        progress: told (rows done, rows to do).
+    Raises:
+        ValueError, FileNotFoundError: arguments and files that are no good, before anything is written.
+        RuntimeError: Ray gave up; what is finished stays, and the same call goes on from there.
+    """
+    options = options or BulkOptions()
+    source = find_source(inputs)
+    segmenter.check(min_score=options.min_score, background=options.background)
+    told = _told(segmenter, name, options)
+    shards = Shards(output, options.labels)
+    shards.begin(told)
+    with shards.alone():
+        shards.remove_unfinished()
+        have, failed = shards.settle()
+        missing = sum(one not in have for one in source.ids)
+        if not missing:
+            return BulkReport(0, failed, len(have))
+        with _ray_started(options):
+            done = 0
+            for receipt in _receipts(source, have, shards, segmenter, told, options):
+                done += receipt
+                if progress is not None:
+                    progress(done, missing)
+        now, failed = shards.settle()
+    lost = sum(one not in now for one in source.ids)
+    if lost:
+        raise RuntimeError(f"{lost} of {missing} rows are missing from {output}; run again for them")
+    return BulkReport(len(now) - len(have), failed, len(have))
+
+
+def _told(segmenter: Segmenter, name: str, options: BulkOptions) -> dict[str, Any]:
+    """What the manifest holds: all that labels depend on."""
+    entries = segmenter.classes
+    if entries is None:
+        raise ValueError("classes: expected class names, since the model has no list of its own")
+    chosen = segmenter.options
+    background = options.background if isinstance(options.background, str) else list(options.background)
+    protocol = {
+        "method": segmenter.model.method,
+        "labels": options.labels,
+        "min_score": options.min_score,
+        "background": background or "",
+        "templates": list(segmenter.templates),
+        "dtype": options.dtype,
+        "quantize": options.quantize,
+        "protocol": None if chosen.protocol is None else str(chosen.protocol),
+    }
+    classes = [list(entry) for entry in entries]
+    shown = ", ".join(entry[0] for entry in entries[:5]) + (", ..." if len(entries) > 5 else "")
+    return {
+        "model": {"name": name, "fingerprint": model_fingerprint(segmenter)},
+        "class_list": {"name": shown, "fingerprint": fingerprint([json.dumps(classes).encode()]), "classes": classes},
+        "protocol": protocol,
+    }
+
+
+def model_fingerprint(segmenter: Segmenter) -> str:
+    """Of the model's configuration and weights, and its text tower's, whatever file they came from."""
+
+    def parts() -> Iterator[bytes]:
+        config = {key: value for key, value in segmenter.model.config.items() if key != "class_names"}
+        yield json.dumps(config, sort_keys=True, default=str).encode()
+        for module in (segmenter.model, segmenter.text_encoder.tower):
+            for key, tensor in sorted(module.state_dict().items()):
+                flat = tensor.detach().cpu().contiguous()
+                yield f"{key} {flat.dtype} {list(flat.shape)}".encode()
+                yield _raw(flat)
+
+    return fingerprint(parts())
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def _receipts(
+    source: Source, have: set[str], shards: Shards, segmenter: Segmenter, told: dict[str, Any], options: BulkOptions
+) -> Iterator[int]:
+    """Run the pipeline; rows of each shard as it is written."""
+    parts = ray.put((segmenter.model, segmenter.text_encoder))  # once, for all actors of a node
+    device = "cuda" if options.num_gpus else "cpu"
+    how = segmenter.options.with_({"device": device, "dtype": options.dtype, "quantize": options.quantize})
+    dataset = _dataset(source, have, options).map_batches(
+        _Worker,
+        fn_constructor_args=(parts, segmenter.classes, how, told, shards),
+        fn_constructor_kwargs={"options": options},
+        batch_size=options.shard_rows,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=options.actors),
+        num_gpus=options.num_gpus or None,
+        num_cpus=options.num_cpus,
+    )
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield sum(batch.column("rows").to_pylist())
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()
+        raise RuntimeError(f"Ray gave up: {reason[-1] if reason else type(error).__name__}") from error
+
+
+def _dataset(source: Source, have: set[str], options: BulkOptions) -> Any:
+    """Rows (id, bytes, error) that are missing, read by tasks."""
+    if source.ids_by_file is None:
+        left = [(one, path) for one, path in zip(source.ids, source.paths, strict=True) if one not in have]
+        tables = [
+            pa.table({"id": [one for one, _ in part], "path": [os.fsencode(path) for _, path in part]})
+            for part in (left[at : at + options.shard_rows] for at in range(0, len(left), options.shard_rows))
+        ]
+        return ray.data.from_arrow(tables).map_batches(
+            _read, fn_args=(source.fs,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5, max_retries=-1
+        )
+    pairs = zip(source.paths, source.ids_by_file, strict=True)
+    paths = [path for path, ids in pairs if not have.issuperset(ids)]  # finished files are not opened again
+    known = ray.put(pa.array(sorted(have.intersection(source.ids)), pa.string()))
+    return ray.data.read_parquet(paths, filesystem=source.fs, columns=["id", "bytes"]).map_batches(
+        _without, fn_args=(known,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5, max_retries=-1
+    )
+
+
+def _read(table: Any, fs: Any) -> Any:
+    """Bytes of the files of a batch; one that cannot be read has an error in their place."""
+
+    def one(path: bytes) -> tuple[bytes | None, str | None]:
+        try:
+            return fs.cat_file(os.fsdecode(path)), None
+        except (OSError, ValueError, RuntimeError) as error:
+            return None, first_line(error)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        read = list(pool.map(one, table.column("path").to_pylist()))
+    return _rows(table.column("id"), [data for data, _ in read], [error for _, error in read])
+
+
+def _without(table: Any, known: Any) -> Any:
+    """The rows of a Parquet file's batch that are not done."""
+    import pyarrow.compute as pc
+
+    ids = table.column("id").cast(pa.string())
+    left = table.set_column(table.schema.get_field_index("id"), "id", ids)
+    left = left.filter(pc.invert(pc.is_in(ids, value_set=ray.get(known))))
+    data = left.column("bytes")
+    errors = [None if valid else "the row holds no bytes" for valid in data.is_valid().to_pylist()]
+    return _rows(left.column("id"), data.cast(pa.large_binary()), errors)
+
+
+def _rows(ids: Any, data: Any, errors: list[str | None]) -> Any:
+    data = pa.array(data, pa.large_binary()) if isinstance(data, list) else data
+    return pa.table({"id": ids, "bytes": data, "error": pa.array(errors, pa.string())})
+
+
+class _Worker:
+    """An actor: its model, and a shard for every batch of rows.
+
+    parts: reference to (model, text tower), which Ray holds once a node.
+    """
+
+    def __init__(
+        self,
+        parts: Any,
+        classes: Any,
+        how: SegmenterOptions,
+        told: dict[str, Any],
+        shards: Shards,
+        *,
+        options: BulkOptions,
+    ):
+        model, tower = ray.get(parts)
+        self.segmenter = _segmenter(model, tower, classes, how)
+        self.shards, self.options = shards, options
+        self.stamp = {key: told[key]["fingerprint"] for key in ("model", "class_list")}
+
+    def __call__(self, table: Any) -> Any:
+        rows = segment_rows(self.segmenter, table.to_pylist(), self.options)
+        if not rows:  # Ray asks with no rows for the columns
+            return pa.table({"shard": pa.array([], pa.string()), "rows": pa.array([], pa.int64())})
+        path = self.shards.write([{**row, **self.stamp} for row in rows])
+        return pa.table({"shard": [path], "rows": pa.array([len(rows)], pa.int64())})
+
+
+def _segmenter(model: nn.Module, tower: Any, classes: Any, how: SegmenterOptions) -> Segmenter:
+    if how.device != "cpu":
+        tower = tower.to(how.device)
+    return Segmenter(model, text_encoder=tower, class_names=classes, options=how)
+
+
+def segment_rows(segmenter: Segmenter, rows: list[dict[str, Any]], options: BulkOptions) -> list[dict[str, Any]]:
+    """Rows of a shard for rows (id, bytes, error), in their order; an image that is no good is a row with its error.
+
+    Raises:
+        torch.AcceleratorError: a GPU that no longer works is no image's error: the actor ends, Ray starts another.
+    """
+    files = [(row, io.BytesIO(row["bytes"])) for row in rows if row["error"] is None]
+    by_file = {id(file): row["id"] for row, file in files}
+    out = {row["id"]: _row(row["id"], error=row["error"]) for row in rows}
+
+    def failed(file: Any, error: Exception) -> None:
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        out[by_file[id(file)]] = _row(by_file[id(file)], error=first_line(error))
+
+    results = segmenter.stream(
+        [file for _, file in files],
+        min_score=options.min_score,
+        background=options.background,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        failed=failed,
+    )
+    with closing(results):
+        for file, result in results:
+            height, width = result.labels.shape
+            counts = np.bincount(result.labels[result.labels >= 0], minlength=len(result.class_names))
+            shares = [
+                {"index": index, "name": name, "share": round(float(counts[index]) / result.labels.size, 6)}
+                for index, name in enumerate(result.class_names)
+                if counts[index]
+            ]
+            out[by_file[id(file)]] = _row(
+                by_file[id(file)],
+                height=height,
+                width=width,
+                labels=encode_labels(result.labels, options.labels, len(result.class_names)),
+                shares=json.dumps(shares, ensure_ascii=False),
+            )
+    return list(out.values())
+
+
+def _row(one: str, **values: Any) -> dict[str, Any]:
+    return {"id": one, **dict.fromkeys(("height", "width", "labels", "shares", "error")), **values}
+
+
+@contextmanager
+def _ray_started(options: BulkOptions) -> Iterator[None]:
+    """Ray for the run: a cluster's, one that the caller has started, or one on this machine that ends with it."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send statistics of the machine to its makers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if options.address is not None:
+        try:
+            ray.init(address=options.address, **quiet)
+        except ConnectionError as error:
+            raise ValueError(f"address: no Ray cluster answers at {options.address} ({first_line(error)})") from None
+    else:
+        gpus = torch.cuda.device_count()
+        if options.num_gpus * options.actors > gpus:
+            raise ValueError(f"num_gpus: {options.actors} x {options.num_gpus} are asked for, this machine has {gpus}")
+        # Ray's CPUs are its book-keeping: actors may take all cores, and readers, which mostly wait, still get a turn.
+        cpus = max(os.cpu_count() or 1, int(np.ceil(options.actors * options.num_cpus)) + 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()

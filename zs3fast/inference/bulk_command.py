@@ -1,0 +1,111 @@
+"""`zs3fast bulk`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from zs3fast.utils import cli_options as options
+from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, one_line_errors, progress_bar, stdout
+
+EPILOG = "**Example**: `zs3fast bulk photos/ out/ --weights zs3fast-tiny --classes 'red sand, star' --actors 2`"
+
+
+def bulk(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Images, folders (with those in them), globs, URLs (s3://...), or Parquet files with columns id and "
+            "bytes.",
+        ),
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or URL for the Parquet shards.")],
+    classes: options.Classes = None,
+    classes_file: options.ClassesFile = None,
+    dataset: options.ClassDataset = None,
+    weights: options.Weights = None,
+    method: Annotated[str | None, typer.Option(help="Method without training, where no --weights are given.")] = None,
+    clip: options.Clip = None,
+    pretrained: options.Pretrained = None,
+    templates: options.Templates = None,
+    labels: Annotated[str, typer.Option(help="How label maps are stored: rle (COCO's) or png.")] = "rle",
+    min_score: options.MinScore = None,
+    background: options.Background = "",
+    actors: Annotated[int, typer.Option(min=1, help="Models at work at once.")] = 1,
+    num_gpus: Annotated[float, typer.Option(help="GPUs of an actor, such as 1 or 0.5.")] = 0.0,
+    num_cpus: Annotated[float, typer.Option(help="CPU cores of an actor.")] = 1.0,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a shard: what a lost actor has to do again.")] = 256,
+    batch_size: options.BatchSize = 1,
+    workers: Annotated[int | None, typer.Option(min=0, help="Threads of an actor that decode images ahead.")] = None,
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster's address, or auto; left out: Ray on this machine.")
+    ] = None,
+) -> None:
+    """Segment any number of images on Ray into Parquet shards, each exactly once.
+
+    Killed at any moment, the same command goes on with what is missing; another model or class list is refused.
+    Needs `zs3fast[ray]`.
+    """
+    with one_line_errors(USAGE_ERROR):
+        from zs3fast.inference import bulk as work
+        from zs3fast.inference.bulk_files import find_source
+        from zs3fast.inference.loading import find_weights, from_clip
+        from zs3fast.inference.options import SegmenterOptions
+        from zs3fast.inference.segmenter import Segmenter
+        from zs3fast.text import class_names, parse_classes, read_class_file
+
+        given = {"--classes": classes, "--classes-file": classes_file, "--dataset": dataset}
+        named = [option for option, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise ValueError(f"expected one class list, got {' and '.join(named)}")
+        source = {"method": method, "clip": clip, "pretrained": pretrained}
+        needless = [f"--{name}" for name, value in source.items() if value is not None]
+        if weights is not None and needless:
+            raise ValueError(f"expected --weights or {' and '.join(needless)}, got both")
+        entries = None
+        if classes is not None:
+            entries = parse_classes(classes, "--classes")
+        elif classes_file is not None:
+            entries = read_class_file(classes_file)
+        elif dataset is not None:
+            entries = [(name,) for name in class_names(dataset)]
+        run = work.BulkOptions(
+            labels=labels,
+            min_score=min_score,
+            background=background,
+            actors=actors,
+            num_gpus=num_gpus,
+            num_cpus=num_cpus,
+            shard_rows=shard_rows,
+            batch_size=batch_size,
+            workers=workers,
+            dtype=dtype,
+            quantize=quantize,
+            address=address,
+        )
+        find_source(inputs)  # what is not there is said before weights load
+        chosen = SegmenterOptions(templates=templates, dtype="float32", device="cpu")  # actors choose theirs
+        if weights is not None:
+            name = Path(find_weights(weights)).stem
+            segmenter = Segmenter.from_pretrained(weights, class_names=entries, options=chosen)
+        else:
+            if entries is None:
+                raise ValueError("expected class names: give --classes, --classes-file or --dataset")
+            model = from_clip(**source, seen=[], num_classes=len(entries))
+            segmenter, name = Segmenter(model, class_names=entries, options=chosen), str(model.config["clip"])
+    with one_line_errors(RUN_ERROR), progress_bar() as bar:
+        task = bar.add_task("Segmenting", total=None)
+        report = work.bulk(
+            inputs, output, segmenter, name, run, lambda done, of: bar.update(task, completed=done, total=of)
+        )
+    before = f", {report.before} were there" if report.before else ""
+    broken = f"; {report.failed} hold an error" if report.failed else ""
+    stdout.print(f"{report.done} images segmented{before}, results in {escape(output)}{broken}")
+    if report.failed:
+        raise typer.Exit(RUN_ERROR)

@@ -1,0 +1,312 @@
+"""Files of a bulk run: the images it is given, and the folder of Parquet shards that it fills, each id once.
+
+Paths are fsspec's: local ones, or URLs such as s3://bucket/images where the package of that file system is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
+from pycocotools import mask as coco
+
+from zs3fast.utils.files import replacing
+from zs3fast.utils.images import image_suffixes
+
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None  # type: ignore[assignment]
+
+MANIFEST = "bulk.json"
+FORMAT = 1
+RLE = pa.list_(pa.struct([("class", pa.int32()), ("counts", pa.binary())]))
+LABELS = {"rle": RLE, "png": pa.binary()}
+
+
+def shard_schema(labels: str) -> pa.Schema:
+    """Columns of a shard; `labels` is "rle" or "png". See docs/bulk.md."""
+    text = pa.string()
+    return pa.schema(
+        [("id", text), ("height", pa.int32()), ("width", pa.int32()), ("labels", LABELS[labels])]
+        + [("shares", text), ("model", text), ("class_list", text), ("error", text)]
+    )
+
+
+def encode_labels(labels: np.ndarray, kind: str, num_classes: int) -> Any:
+    """Labels int32 [H, W] (-1 = unlabelled) as a value of the column `labels`.
+
+    rle: COCO's run lengths, one entry for each class that is there.  png: 8 bits and 255 = unlabelled, or for more than
+    255 classes 16 bits and 65535.
+    """
+    if kind == "png":
+        wide = num_classes > 255
+        values = np.where(labels < 0, 65535 if wide else 255, labels).astype(np.uint16 if wide else np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "PNG")
+        return buffer.getvalue()
+    present = np.unique(labels[labels >= 0]).tolist()
+    return [
+        {"class": index, "counts": coco.encode(np.asfortranarray(labels == index, np.uint8))["counts"]}
+        for index in present
+    ]
+
+
+def decode_labels(labels: Any, height: int, width: int) -> np.ndarray:
+    """A value of the column `labels` as int32 [H, W], -1 = unlabelled: `encode_labels` undone."""
+    if isinstance(labels, bytes):
+        values = np.asarray(Image.open(io.BytesIO(labels)))
+        out: np.ndarray = values.astype(np.int32)
+        out[values == np.iinfo(np.uint8 if values.dtype == np.uint8 else np.uint16).max] = -1
+        return out
+    out = np.full((height, width), -1, np.int32)
+    for entry in labels:
+        out[coco.decode({"size": [height, width], "counts": entry["counts"]}).astype(bool)] = entry["class"]
+    return out
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run is given. fs: where it lies.  paths: of images, or of Parquet files.  ids: of every row, each once.
+
+    ids_by_file: for Parquet, the ids of each file; for images None, an image's id is its address.
+    """
+
+    fs: Any
+    paths: list[str]
+    ids: list[str]
+    ids_by_file: list[list[str]] | None
+
+
+def find_source(inputs: Sequence[str]) -> Source:
+    """The images of files, folders (with the folders in them) and globs, or the rows of Parquet files.
+
+    Raises:
+        ValueError, FileNotFoundError: nothing there, images and Parquet mixed, several file systems, an id twice.
+    """
+    found: dict[str, None] = {}
+    fs: Any = None
+    for text in inputs:
+        fs_here, path = _file_system(text, "INPUT")
+        if fs is not None and fs_here != fs:
+            raise ValueError(f"INPUT: expected one file system, got {inputs[0]} and {text}")
+        fs = fs_here
+        found.update(dict.fromkeys(_files(fs, path, text)))
+    paths = list(found)
+    parquet = [path.lower().endswith(".parquet") for path in paths]
+    if not any(parquet):
+        return Source(fs, paths, [_address(fs, path) for path in paths], None)
+    if not all(parquet):
+        raise ValueError(
+            f"INPUT: expected images or Parquet files, got both, such as {paths[parquet.index(False)]} and "
+            f"{paths[parquet.index(True)]}"
+        )
+    by_file = [_input_ids(fs, path) for path in paths]
+    ids = [one for ids in by_file for one in ids]
+    if len(set(ids)) != len(ids):
+        double, times = Counter(ids).most_common(1)[0]
+        where = [path for path, ids in zip(paths, by_file, strict=True) if double in ids]
+        raise ValueError(f"INPUT: expected every id once, got {double!r} {times} times in {' and '.join(where[:2])}")
+    return Source(fs, paths, ids, by_file)
+
+
+def _file_system(url: str, what: str) -> tuple[Any, str]:
+    try:
+        fs, path = url_to_fs(url)
+    except ImportError as error:  # a file system whose package is not there
+        raise ImportError(f"{what}: {url} cannot be opened ({error})") from None
+    return fs, path
+
+
+def _address(fs: Any, path: str) -> str:
+    """An image's id: its path or URL; bytes of a name that are not UTF-8 are spelt out, as Parquet holds none."""
+    address = path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+    return address.encode("utf-8", "backslashreplace").decode()
+
+
+def _files(fs: Any, path: str, given: str) -> list[str]:
+    """What one argument names: sorted; hidden files, and in folders what is neither image nor Parquet, left out."""
+    if fs.isfile(path):
+        return [path]
+    if fs.isdir(path):
+        candidates = fs.find(path)
+    elif any(character in path for character in "*?["):
+        candidates = [match for match in fs.glob(path) if fs.isfile(match)]
+    else:
+        raise FileNotFoundError(f"INPUT: expected an image, a folder, a glob or a Parquet file, nothing is at {given}")
+    suffixes = (*image_suffixes(), ".parquet")
+    inside = [(name, name[len(path) :] if name.startswith(path) else name.rsplit("/", 1)[-1]) for name in candidates]
+    kept = sorted(n for n, below in inside if n.lower().endswith(suffixes) and "/." not in f"/{below.lstrip('/')}")
+    if not kept:
+        raise ValueError(f"INPUT: expected images or Parquet files, none in {given}")
+    return kept
+
+
+def _input_ids(fs: Any, path: str) -> list[str]:
+    with _named("INPUT", path), fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        lacking = [name for name in ("id", "bytes") if name not in names]
+        if lacking:
+            raise ValueError(f"INPUT: {path}: expected columns id and bytes, got {', '.join(names)}")
+        ids = parquet.read(columns=["id"]).column("id")
+        if ids.null_count:
+            raise ValueError(f"INPUT: {path}: expected an id in every row, {ids.null_count} have none")
+        return [str(one) for one in ids.to_pylist()]
+
+
+@contextmanager
+def _named(what: str, path: str) -> Iterator[None]:
+    """What pyarrow says of a broken file, with its name."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{what}: {path} is no whole Parquet file, it may be cut off or damaged ({reason})") from None
+
+
+class Shards:
+    """The output folder of a run. Picklable, as actors write to it.
+
+    Args:
+        url: the folder.  labels: "rle" or "png".
+    """
+
+    def __init__(self, url: str, labels: str):
+        self.url, self.labels = url, labels
+        self.fs, self.path = _file_system(url, "OUTPUT")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def manifest(self) -> str:
+        return f"{self.path.rstrip('/')}/{MANIFEST}"
+
+    def names(self) -> list[str]:
+        """Paths of the finished shards."""
+        return sorted(self.fs.glob(f"{self.path.rstrip('/')}/shard-*.parquet"))
+
+    def begin(self, told: dict[str, Any]) -> None:
+        """Make the folder one of the run `told` of, or see that it is: its model, class list and protocol.
+
+        Raises:
+            ValueError: a folder of something else, or of another run, saying what differs.
+        """
+        if self.fs.isfile(self.path):
+            raise ValueError(f"OUTPUT: expected a folder, {self.url} is a file")
+        if not self.fs.exists(self.manifest):
+            inside = [] if not self.fs.exists(self.path) else self.fs.ls(self.path, detail=False)
+            if inside:
+                raise ValueError(f"OUTPUT: expected an empty folder or one with {MANIFEST}, {self.url} holds others")
+            self._write(self.manifest, json.dumps({"zs3fast_bulk": FORMAT, **told}, indent=1).encode())
+            return
+        try:
+            begun = json.loads(self.fs.cat_file(self.manifest))
+            kind = begun["zs3fast_bulk"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"OUTPUT: {self.manifest} is no manifest of a bulk run") from None
+        if kind != FORMAT:
+            raise ValueError(f"OUTPUT: {self.manifest}: expected format {FORMAT}, got {kind}")
+        for key, now in told.items():
+            if begun.get(key) != now:
+                raise ValueError(
+                    f"OUTPUT: {self.url} was begun with {_difference(key, begun.get(key), now)}; "
+                    "take another folder, or the same settings"
+                )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the block no other run writes to the folder; of local folders on systems with locks."""
+        if not self.local or fcntl is None:
+            yield
+            return
+        with open(self.manifest) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"OUTPUT: another run is writing to {self.url}") from None
+            yield
+
+    def remove_unfinished(self) -> None:
+        """Remove what killed writers left under temporary names; nothing else."""
+        for name in self.fs.glob(f"{self.path.rstrip('/')}/.shard-*.parquet"):
+            self.fs.rm_file(name)
+
+    def settle(self) -> tuple[set[str], int]:
+        """Ids that have a row, and how many of them an error; a second row of an id, which goes on no user's account
+        but a lost node's (its work done twice, grouped otherwise), is taken out.
+
+        Raises:
+            ValueError: a shard that cannot be read, naming it; nothing is removed.
+        """
+        ids: set[str] = set()
+        failed = 0
+        for name in self.names():
+            with _named("OUTPUT", name), self.fs.open(name, "rb") as file:
+                table = pq.read_table(file, columns=["id", "error"])
+            here = table.column("id").to_pylist()
+            keep = [one not in ids for one in here]
+            if not all(keep):
+                with self.fs.open(name, "rb") as file:
+                    table = pq.read_table(file).filter(pa.array(keep))
+                if table.num_rows:
+                    self._write(name, _as_bytes(table))
+                else:
+                    self.fs.rm_file(name)
+            failed += table.num_rows - table.column("error").null_count
+            ids.update(here)
+        return ids, failed
+
+    def write(self, rows: list[dict[str, Any]]) -> str:
+        """Write a shard, whole or not at all, under a name made of its ids: the same rows again are the same file."""
+        names = hashlib.sha256("\0".join(sorted(row["id"] for row in rows)).encode())
+        path = f"{self.path.rstrip('/')}/shard-{names.hexdigest()[:32]}.parquet"
+        self._write(path, _as_bytes(pa.Table.from_pylist(rows, shard_schema(self.labels))))
+        return path
+
+    def _write(self, path: str, content: bytes) -> None:
+        if self.local:
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+        else:
+            self.fs.pipe_file(path, content)  # an object store shows an object when it is whole
+
+
+def _as_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _difference(key: str, begun: Any, now: Any) -> str:
+    """What a manifest says of a setting and what the run does, in a line: the first entry that differs."""
+    if isinstance(begun, dict) and isinstance(now, dict):
+        if "name" in now and "fingerprint" in now:
+            return f"{key} {_both(begun)}, got {_both(now)}"
+        inner = next(name for name in {**begun, **now} if begun.get(name) != now.get(name))
+        return f"{key} {inner} {begun.get(inner)!r}, got {now.get(inner)!r}"
+    return f"{key} {begun!r}, got {now!r}"
+
+
+def _both(entry: dict[str, Any]) -> str:
+    return f"{entry.get('name')} ({str(entry.get('fingerprint'))[:12]})"
+
+
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """SHA-256 of byte strings, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
