@@ -167,10 +167,12 @@ def _told(segmenter: Segmenter, name: str, options: BulkOptions) -> dict[str, An
 def model_fingerprint(segmenter: Segmenter) -> str:
     """Of the model's configuration and weights, and its text tower's, whatever file they came from."""
 
+    modules: tuple[nn.Module, ...] = (segmenter.model, segmenter.text_encoder.tower)
+
     def parts() -> Iterator[bytes]:
         config = {key: value for key, value in segmenter.model.config.items() if key != "class_names"}
         yield json.dumps(config, sort_keys=True, default=str).encode()
-        for module in (segmenter.model, segmenter.text_encoder.tower):
+        for module in modules:
             for key, tensor in sorted(module.state_dict().items()):
                 flat = tensor.detach().cpu().contiguous()
                 yield f"{key} {flat.dtype} {list(flat.shape)}".encode()
@@ -216,14 +218,18 @@ def _dataset(source: Source, have: set[str], options: BulkOptions) -> Any:
             pa.table({"id": [one for one, _ in part], "path": [os.fsencode(path) for _, path in part]})
             for part in (left[at : at + options.shard_rows] for at in range(0, len(left), options.shard_rows))
         ]
+        read: Any = _read  # Ray's type of a function has no room for further arguments
         return ray.data.from_arrow(tables).map_batches(
-            _read, fn_args=(source.fs,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5, max_retries=-1
+            read, fn_args=(source.fs,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5
         )
     pairs = zip(source.paths, source.ids_by_file, strict=True)
     paths = [path for path, ids in pairs if not have.issuperset(ids)]  # finished files are not opened again
     known = ray.put(pa.array(sorted(have.intersection(source.ids)), pa.string()))
-    return ray.data.read_parquet(paths, filesystem=source.fs, columns=["id", "bytes"]).map_batches(
-        _without, fn_args=(known,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5, max_retries=-1
+    without: Any = _without
+    return (
+        ray.data.read_parquet(paths, filesystem=source.fs)
+        .select_columns(["id", "bytes"])
+        .map_batches(without, fn_args=(known,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -64,7 +64,7 @@ def bulk(
         named = [option for option, value in given.items() if value is not None]
         if len(named) > 1:
             raise ValueError(f"expected one class list, got {' and '.join(named)}")
-        source = {"method": method, "clip": clip, "pretrained": pretrained}
+        source: dict[str, Any] = {"method": method, "clip": clip, "pretrained": pretrained}
         needless = [f"--{name}" for name, value in source.items() if value is not None]
         if weights is not None and needless:
             raise ValueError(f"expected --weights or {' and '.join(needless)}, got both")
@@ -98,7 +98,7 @@ def bulk(
             if entries is None:
                 raise ValueError("expected class names: give --classes, --classes-file or --dataset")
             model = from_clip(**source, seen=[], num_classes=len(entries))
-            segmenter, name = Segmenter(model, class_names=entries, options=chosen), str(model.config["clip"])
+            segmenter, name = Segmenter(model, class_names=entries, options=chosen), f"{method or 'default'} on {clip}"
     with one_line_errors(RUN_ERROR), progress_bar() as bar:
         task = bar.add_task("Segmenting", total=None)
         report = work.bulk(

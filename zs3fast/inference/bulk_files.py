@@ -162,6 +162,8 @@ def _input_ids(fs: Any, path: str) -> list[str]:
         if lacking:
             raise ValueError(f"INPUT: {path}: expected columns id and bytes, got {', '.join(names)}")
         ids = parquet.read(columns=["id"]).column("id")
+        if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type) or pa.types.is_integer(ids.type)):
+            raise ValueError(f"INPUT: {path}: expected ids that are text or integers, got {ids.type}")
         if ids.null_count:
             raise ValueError(f"INPUT: {path}: expected an id in every row, {ids.null_count} have none")
         return [str(one) for one in ids.to_pylist()]

@@ -1,0 +1,374 @@
+"""Bulk runs: every id has one row, whatever is broken, killed or asked for twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zs3fast.inference.segmenter import Segmenter
+
+pytest.importorskip("ray", reason="the extra [ray] is absent")
+pytest.importorskip("pycocotools", reason="the extra [ray] is absent")
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import ray  # noqa: E402
+
+from zs3fast.inference import bulk as bulk_module  # noqa: E402
+from zs3fast.inference.bulk import BulkOptions, bulk, segment_rows  # noqa: E402
+from zs3fast.inference.bulk_files import (  # noqa: E402
+    MANIFEST,
+    Shards,
+    decode_labels,
+    encode_labels,
+    find_source,
+)
+
+CLASSES = "red sand, star, grass"
+
+
+def image_bytes(seed: int, height: int = 40, width: int = 56) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    Image.fromarray(pixels).resize((width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_images(folder: Path, numbers: range) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        (folder / f"{number:05}.png").write_bytes(image_bytes(number, 40 + number % 3))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for shard in sorted(folder.glob("shard-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return Segmenter.from_pretrained("zs3fast-tiny", class_names=CLASSES, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["rle", "png"])
+@pytest.mark.parametrize(("classes", "shape"), [(3, (7, 5)), (300, (40, 33)), (255, (16, 17)), (1, (1, 1))])
+def test_labels_survive(kind: str, classes: int, shape: tuple[int, int]) -> None:
+    labels = np.random.default_rng(classes).integers(-1, classes, shape).astype(np.int32)
+    labels[0, 0] = classes - 1
+    got = decode_labels(encode_labels(labels, kind, classes), *shape)
+    assert got.dtype == np.int32 and (got == labels).all()
+    nothing = np.full(shape, -1, np.int32)
+    assert (decode_labels(encode_labels(nothing, kind, classes), *shape) == nothing).all()
+
+
+def test_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "in" / "deeper", range(2))
+    write_images(tmp_path / "in", range(2, 4))
+    for name in ("._00000.png", "notes.txt"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    all_ = [str(tmp_path / "in" / name) for name in ("00002.png", "00003.png", "deeper/00000.png", "deeper/00001.png")]
+    assert find_source([str(tmp_path / "in")]).ids == all_
+    assert find_source([f"file://{tmp_path}/in"]).ids == all_
+    assert find_source([f"{tmp_path}/in/*.png"]).ids == all_[:2]
+    assert find_source([f"{tmp_path}/in/**/*.png", str(tmp_path / "in"), all_[0]]).ids == all_, "each once"
+    monkeypatch.chdir(tmp_path)
+    assert find_source(["in"]).ids == all_, "an id does not depend on where the command was called"
+    (tmp_path / "in" / os.fsdecode(b"\xff.png")).write_bytes(image_bytes(1))
+    assert find_source([str(tmp_path / "in")]).ids[-1] == f"{tmp_path}/in/\\xff.png".replace("\\xff", "\\udcff")
+
+
+def table(ids: list[Any], numbers: list[int] | None = None) -> pa.Table:
+    return pa.table({"id": ids, "bytes": [image_bytes(number) for number in numbers or range(len(ids))]})
+
+
+def test_inputs_that_are_no_good(tmp_path: Path) -> None:
+    def refused(*inputs: Path | str, kind: type[Exception] = ValueError) -> str:
+        with pytest.raises(kind) as raised:
+            find_source([str(one) for one in inputs])
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    assert "nothing is at" in refused(tmp_path / "absent", kind=FileNotFoundError)
+    (tmp_path / "empty").mkdir()
+    assert "none in" in refused(tmp_path / "empty") and "none in" in refused(tmp_path / "*.jpg")
+    pq.write_table(table(["a", "b", "a"]), tmp_path / "twice.parquet")
+    assert "'a' 2 times" in refused(tmp_path / "twice.parquet")
+    pq.write_table(table(["a", "b"]), tmp_path / "one.parquet")
+    pq.write_table(table(["c", "b"]), tmp_path / "two.parquet")
+    said = refused(tmp_path / "one.parquet", tmp_path / "two.parquet")
+    assert "'b' 2 times" in said and "one.parquet" in said and "two.parquet" in said
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "lacks.parquet")
+    assert "columns id and bytes" in refused(tmp_path / "lacks.parquet")
+    pq.write_table(table(["a", None]), tmp_path / "null.parquet")
+    assert "1 have none" in refused(tmp_path / "null.parquet")
+    pq.write_table(table([0.5, 1.0]), tmp_path / "real.parquet")
+    assert "text or integers, got double" in refused(tmp_path / "real.parquet")
+    whole = (tmp_path / "one.parquet").read_bytes()
+    (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
+    assert "half.parquet" in refused(tmp_path / "half.parquet")
+    write_images(tmp_path / "images", range(1))
+    assert "got both" in refused(tmp_path / "images", tmp_path / "one.parquet")
+    assert "one file system" in refused(tmp_path / "images", "memory://x")
+
+
+def told(**changes: Any) -> dict[str, Any]:
+    named = {key: {"name": f"{key} 1", "fingerprint": "a" * 64} for key in ("model", "class_list")}
+    return {**named, "protocol": {"labels": "rle", "min_score": None}, **changes}
+
+
+def row(one: str, **values: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("height", "width", "labels", "shares", "model", "class_list", "error"))
+    return {"id": one, **empty, **values}
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_another_run_is_refused(where: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "out") if where == "local" else f"memory://bulk-{tmp_path.name}"
+    shards = Shards(url, "rle")
+    shards.begin(told())
+    shards.begin(told())
+    for changes, wanted in (
+        ({"model": {"name": "other", "fingerprint": "b" * 64}}, "model 1 (aaaaaaaaaaaa), got other (bbbbbbbbbbbb)"),
+        ({"class_list": {"name": "x", "fingerprint": "c" * 64}}, "class_list 1 (aaaaaaaaaaaa), got x (cccccccccccc)"),
+        ({"protocol": {"labels": "rle", "min_score": 0.5}}, "min_score None, got 0.5"),
+    ):
+        with pytest.raises(ValueError, match="was begun with") as raised:
+            shards.begin(told(**changes))
+        assert wanted in str(raised.value)
+    shards.begin(told())
+    shards.fs.pipe_file(shards.manifest, b"{}")
+    with pytest.raises(ValueError, match="no manifest"):
+        shards.begin(told())
+
+
+def test_a_folder_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds others"):
+        Shards(str(tmp_path), "rle").begin(told())
+    with pytest.raises(ValueError, match="is a file"):
+        Shards(str(tmp_path / "mine.txt"), "rle").begin(told())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_shards(where: str, tmp_path: Path) -> None:
+    """Rows again are the same file; grouped otherwise, an id keeps one row; what is half written goes, nothing else."""
+    url = str(tmp_path / "out") if where == "local" else f"memory://shards-{tmp_path.name}"
+    shards = Shards(url, "rle")
+    shards.begin(told())
+    first = shards.write([row("a"), row("b", error="broken")])
+    assert shards.write([row("a"), row("b", error="broken")]) == first and shards.names() == [first]
+    shards.write([row("b", error="broken"), row("c")])
+    shards.write([row("a")])
+    assert shards.settle() == ({"a", "b", "c"}, 1)
+    left = [one for name in shards.names() for one in pq.read_table(shards.fs.open(name)).column("id").to_pylist()]
+    assert sorted(left) == ["a", "b", "c"]
+    half = f"{shards.path}/.shard-0.part.parquet"
+    shards.fs.pipe_file(half, b"PAR1")
+    shards.fs.pipe_file(f"{shards.path}/.keep", b"mine")
+    assert shards.settle() == ({"a", "b", "c"}, 1)
+    shards.remove_unfinished()
+    assert not shards.fs.exists(half) and shards.fs.exists(f"{shards.path}/.keep")
+    shards.fs.pipe_file(first, shards.fs.cat_file(first)[:-20])
+    with pytest.raises(ValueError, match=Path(first).name):
+        shards.settle()
+    assert shards.fs.exists(first)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    shards = Shards(str(tmp_path), "rle")
+    shards.begin(told())
+    with shards.alone():
+        with pytest.raises(ValueError, match="another run"), shards.alone():
+            pass
+    with shards.alone():
+        pass
+
+
+def test_rows_are_what_the_segmenter_says(segmenter: Segmenter) -> None:
+    """Broken and equal images among them: a row each, in order."""
+    data = [image_bytes(0), b"no image", image_bytes(1, 33, 70), image_bytes(0), None]
+    rows = [{"id": str(i), "bytes": one, "error": None if one else "gone"} for i, one in enumerate(data)]
+    got = segment_rows(segmenter, rows, BulkOptions(background="grass"))
+    assert [one["id"] for one in got] == list("01234")
+    assert [one["error"] is None for one in got] == [True, False, True, True, False] and got[4]["error"] == "gone"
+    assert "Pillow" in got[1]["error"] and got[1]["labels"] is None
+    for index in (0, 2, 3):
+        one, expected = got[index], segmenter(data[index], background="grass")
+        assert (one["height"], one["width"]) == expected.labels.shape
+        assert (decode_labels(one["labels"], one["height"], one["width"]) == expected.labels).all()
+        for entry in json.loads(one["shares"]):
+            assert entry["share"] == pytest.approx((expected.labels == entry["index"]).mean(), abs=1e-6)
+            assert expected.class_names[entry["index"]] == entry["name"]
+
+
+def test_a_gpu_that_fails_is_no_images_error(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every row after it would be one with an error, and none be tried again."""
+    import torch
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.AcceleratorError("device-side assert")
+
+    monkeypatch.setattr(segmenter, "_predictor", type("Broken", (), {"together": True, "prepare": fail})())
+    rows = [{"id": "a", "bytes": image_bytes(0), "error": None}]
+    with pytest.raises(torch.AcceleratorError):
+        segment_rows(segmenter, rows, BulkOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": "gif"}, "labels"),
+        ({"actors": 0}, "actors"),
+        ({"shard_rows": 0}, "shard_rows"),
+        ({"num_cpus": -1}, "num_cpus"),
+        ({"num_gpus": float("nan")}, "num_gpus"),
+        ({"workers": -1}, "workers"),
+        ({"dtype": "int4"}, "dtype"),
+    ],
+)
+def test_options_that_are_no_good(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        BulkOptions(**options)
+
+
+def test_a_folder_twice_with_more_in_it(
+    segmenter: Segmenter, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is not done again; what came in the meantime is; nothing to do does not ask Ray."""
+    write_images(tmp_path / "in", range(14))
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
+    options, out = BulkOptions(shard_rows=4), tmp_path / "out"
+    report = bulk([str(tmp_path / "in")], str(out), segmenter, "tiny", options)
+    assert (report.done, report.failed, report.before) == (15, 1, 0)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    rows = {row["id"]: row for row in rows_of(out)}
+    assert len(rows) == len(rows_of(out)) == 15
+    for path in (tmp_path / "in").glob("*.png"):
+        row = rows[str(path)]
+        labels = decode_labels(row["labels"], row["height"], row["width"])
+        assert (labels == segmenter(path).labels).all() and row["error"] is None
+    assert "Pillow" in rows[str(tmp_path / "in" / "broken.jpg")]["error"]
+    write_images(tmp_path / "in", range(14, 17))
+    report = bulk([str(tmp_path / "in")], str(out), segmenter, "tiny", options)
+    assert (report.done, report.failed, report.before) == (3, 1, 15)
+    assert len({row["id"] for row in rows_of(out)}) == len(rows_of(out)) == 18
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}.items()
+    monkeypatch.setattr(bulk_module, "ray", None)
+    assert bulk([str(tmp_path / "in")], str(out), segmenter, "tiny", options).done == 0
+    other = Segmenter.from_pretrained("zs3fast-tiny", class_names="red sand, box", device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match="class_list"):
+        bulk([str(tmp_path / "in")], str(out), other, "tiny", options)
+
+
+@pytest.mark.slow
+def test_parquet_files(segmenter: Segmenter, tmp_path: Path, local_ray: None) -> None:
+    """Ids that are numbers, bytes that are missing; a row that was done is left out of the second run."""
+    images = [image_bytes(number) for number in range(5)] + [None]
+    pq.write_table(pa.table({"bytes": images, "id": list(range(6)), "more": ["x"] * 6}), tmp_path / "a.parquet")
+    options = BulkOptions(shard_rows=4, labels="png")
+    inputs, out = [str(tmp_path / "*.parquet")], tmp_path / "out"
+    assert bulk(inputs, str(out), segmenter, "tiny", options).failed == 1
+    row = next(row for row in rows_of(out) if row["id"] == "3")
+    assert (decode_labels(row["labels"], 40, 56) == segmenter(images[3]).labels).all()
+    lost = next(path for path in out.glob("shard-*") if "3" in pq.read_table(path).column("id").to_pylist())
+    gone = pq.read_table(lost).num_rows
+    lost.unlink()
+    report = bulk(inputs, str(out), segmenter, "tiny", options)
+    assert (report.done, report.before) == (gone, 6 - gone)
+    assert sorted(row["id"] for row in rows_of(out)) == list("012345")
+
+
+def command(*arguments: Any) -> list[str]:
+    return [sys.executable, "-m", "zs3fast", "bulk", *map(str, arguments), "-w", "zs3fast-tiny", "-c", CLASSES]
+
+
+def test_help_without_ray() -> None:
+    code = (
+        "import sys; sys.modules['ray'] = None; sys.argv = ['zs3fast', 'bulk', *sys.argv[1:]]; from zs3fast.__main__ "
+    )
+    code += "import main; main()"
+    run = [sys.executable, "-c", code]
+    shown = subprocess.run([*run, "--help"], capture_output=True, text=True, timeout=100)
+    assert shown.returncode == 0 and "--shard-rows" in shown.stdout, shown.stderr
+    failed = subprocess.run([*run, "in", "out"], capture_output=True, text=True, timeout=100)
+    assert failed.returncode == 2 and "zs3fast[ray]" in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+def children_named(pid: int, name: str) -> list[int]:
+    import psutil
+
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_killed_drivers_and_actors(tmp_path: Path) -> None:
+    """kill -9 at moments of all kinds, an actor or the driver by turns; then one run to the end: each id once."""
+    count, out = 400, tmp_path / "out"
+    write_images(tmp_path / "in", range(count))
+    run = command(tmp_path / "in", out, "--shard-rows", 8)
+    moments = np.random.default_rng(0)
+    kills = 0
+    for attempt in range(6):
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        have = len(list(out.glob("shard-*")))
+        while process.poll() is None and len(list(out.glob("shard-*"))) <= have:
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, 0.5))
+        if process.poll() is None and attempt % 2:
+            for pid in children_named(process.pid, "MapWorker")[:1]:
+                os.kill(pid, signal.SIGKILL)
+                kills += 1
+            time.sleep(moments.uniform(0, 3))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills > 3
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    ids = [row["id"] for row in rows_of(out)]
+    assert len(ids) == count and set(ids) == set(find_source([str(tmp_path / "in")]).ids)
+    assert {path.name for path in out.iterdir() if not path.name.startswith("shard-")} == {MANIFEST}
+
+
+@pytest.mark.slow
+def test_a_killed_actor_is_started_again(tmp_path: Path) -> None:
+    count, out = 200, tmp_path / "out"
+    write_images(tmp_path / "in", range(count))
+    run = command(tmp_path / "in", out, "--shard-rows", 8)
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(out.glob("shard-*")):
+        time.sleep(0.05)
+    victims = children_named(process.pid, "MapWorker")
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
+    said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    ids = [row["id"] for row in rows_of(out)]
+    assert len(ids) == len(set(ids)) == count

@@ -1,0 +1,49 @@
+"""`zs3fast export` and the text rows it bakes in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from zs3fast.cli import app
+from zs3fast.inference.segmenter import Segmenter
+
+
+def test_a_model_becomes_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.pt2"
+    result = CliRunner().invoke(app, ["export", "zs3fast-tiny", str(out), "--classes", "red sand, star"])
+    assert result.exit_code == 0, result.output
+    assert "100.000 % of labels agree" in result.output
+    segmenter = Segmenter.from_pretrained("zs3fast-tiny", device="cpu", dtype="float32")
+    side = segmenter.model.image_size
+    images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels, _ = torch.export.load(out).module()(images)
+    expected = segmenter(images[0], "red sand, star").labels
+    assert (labels[0].numpy() == expected).mean() > 0.99  # ties up to rounding
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no-such-model", "x.pt2"], "no-such-model"),
+        (["zs3fast-tiny", "x.pt2", "--height", "64"], "--height and --width"),
+        (["zs3fast-tiny", "x.pt2", "--classes-as", "data"], "baked or input"),
+    ],
+)
+def test_arguments_that_are_no_good(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["export", *arguments])
+    assert result.exit_code == 2 and said in result.output and len(result.output.splitlines()) == 1
+
+
+def test_embed() -> None:
+    """A row a class, in order, and the caller's own: what it does to them changes no later call."""
+    segmenter = Segmenter.from_pretrained("zs3fast-tiny", device="cpu", dtype="float32")
+    rows = segmenter.embed("red sand, star, grass")
+    assert rows.shape == (3, segmenter.embed("star").shape[1]) and not rows.requires_grad
+    assert torch.allclose(segmenter.embed("star")[0], rows[1], atol=1e-6)
+    rows.zero_()
+    assert segmenter.embed("red sand, star, grass").abs().sum() > 0
+    assert segmenter.classes is not None and len(segmenter.embed()) == len(segmenter.classes)
