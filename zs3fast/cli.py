@@ -23,7 +23,7 @@ from zs3fast.utils import cli_options as options
 from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, progress_bar, stderr, stdout
 
 if TYPE_CHECKING:
-    from click import Command, Context
+    from typer._click.core import Command, Context
 
     from zs3fast.inference.segmenter import Segmenter
     from zs3fast.text.vocabulary import ClassEntry
@@ -179,10 +179,16 @@ def segment(
             proposals,
             {**source, "quick_gelu": quick_gelu, "untrained": untrained, "seed": seed},
         )
-        run = {"min_score": min_score, "background": background, "batch_size": batch_size, "workers": workers}
         drawn: dict[str, Any] = {} if legend and blend == 0.6 else {"legend": legend, "blend": blend}
         failures: dict[Path, Exception] = {}  # one bad image does not end the run
-        results = segmenter.stream(images, **run, failed=failures.__setitem__)
+        results = segmenter.stream(
+            images,
+            min_score=min_score,
+            background=background,
+            batch_size=batch_size,
+            workers=workers,
+            failed=failures.__setitem__,
+        )
         output.mkdir(parents=True, exist_ok=True)
     covered = _write_all(segmenter, images, results, failures, workers, output, drawn)
     small = weights is not None and weights.startswith("zs3fast-tiny")  # which knows no photographs anyway
@@ -324,7 +330,9 @@ def _segmenter(
 
     where = _device(device)
     loaders: dict[str, Any] = {"proposer": load_mask_proposer, "boxes": load_box_proposer}
-    found = {name: None if spec is None else loaders[name](spec, where) for name, spec in proposals.items()}
+    found: dict[str, Any] = {
+        name: None if spec is None else loaders[name](spec, where) for name, spec in proposals.items()
+    }
     chosen = SegmenterOptions(device=where, **settings, **found)
     rows = None
     if text_embeddings is not None:

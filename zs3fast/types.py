@@ -84,7 +84,7 @@ class Proposals:
     def to(self, device: torch.device | str) -> Proposals:
         """All tensors on a device."""
         fields = ("mask_logits", "masks", "valid", "class_scores", "quality")
-        moved = {name: None if (t := getattr(self, name)) is None else t.to(device) for name in fields}
+        moved: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else t.to(device) for name in fields}
         return replace(self, **moved)
 
 

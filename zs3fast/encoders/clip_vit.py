@@ -35,7 +35,7 @@ def linear(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Tens
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`ops.encoder_attention` of q [B, heads, T, dh] and k, v [B, heads, S, dh] -> [B, heads, T, dh]."""
-    return ops.encoder_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return ops.encoder_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 class Attention(nn.Module):

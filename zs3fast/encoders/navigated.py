@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,9 @@ class ImagePrefix:
     def __getitem__(self, images: Tensor | slice) -> ImagePrefix:
         """The images of an index tensor or a slice."""
         names = ("class_token", "patches", "queries", "attended", "lse")
-        parts = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if part is None else part[images] for name, part in parts.items()})
+        parts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        chosen: dict[str, Any] = {name: None if part is None else part[images] for name, part in parts.items()}
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class NavigatedClipViT(ClipViT):
             alone train.
     """
 
-    position_resize = ("bicubic", False)
+    position_resize = ("bicubic", False, 0.0)
 
     def __init__(self, config: ClipVisionConfig, *, nav_layers: Sequence[int] = (2, 3, 4), num_prompts: int = 0):
         super().__init__(config, config.grid * config.patch_size, double_class_embedding=False)
@@ -131,7 +133,7 @@ class NavigatedClipViT(ClipViT):
             if not self.shares_first:
                 return shared
             block = self.transformer.resblocks[self.first]
-            return replace(shared, **_among_themselves(block, shared.patches, prompts[self.first]))
+            return _among_themselves(block, shared, prompts[self.first])
 
     def class_tokens(self, tokens: dict[int, Tensor]) -> ClassTokens:
         """The replacing tokens [C, width] of each navigated layer, L^i(T), in the form `suffix` takes them."""
@@ -186,6 +188,7 @@ class NavigatedClipViT(ClipViT):
         The dead class token of the pair is no query and has no MLP. Returns patches [G * C, N, width].
         """
         block = self.transformer.resblocks[self.first]
+        assert prefix.queries is not None and prefix.attended is not None and prefix.lse is not None
         scores = torch.einsum("gnhd,gchd->gcnh", prefix.queries, k).to(prefix.lse.dtype) * k.shape[-1] ** -0.5
         share = torch.sigmoid(scores - prefix.lse.unsqueeze(1)).to(v.dtype)  # [G, C, N, heads]
         attended = torch.lerp(prefix.attended.unsqueeze(1), v.unsqueeze(2), share.unsqueeze(-1))
@@ -196,12 +199,12 @@ class NavigatedClipViT(ClipViT):
 
     def _prompts(self) -> list[KeysValues | None]:
         """Keys and values [1, K, heads, dh] of every layer's own prompts, or None for each."""
-        blocks = self.transformer.resblocks
-        if self.prompt_embeddings is None:
+        blocks, prompts = self.transformer.resblocks, self.prompt_embeddings
+        if prompts is None:
             return [None] * len(blocks)
 
         def compute() -> list[KeysValues]:
-            return [block.context(p.unsqueeze(0)) for block, p in zip(blocks, self.prompt_embeddings)]
+            return [block.context(p.unsqueeze(0)) for block, p in zip(blocks, prompts)]
 
         out: list[KeysValues | None] = self._prompt_cache.get(self.parameters(), compute)
         return out
@@ -225,14 +228,14 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
 
 
-def _among_themselves(block: Block, patches: Tensor, prompts: KeysValues | None) -> dict[str, Tensor]:
-    """The shared half of a block's attention: `queries`, `attended` and `lse` of an `ImagePrefix`."""
+def _among_themselves(block: Block, prefix: ImagePrefix, prompts: KeysValues | None) -> ImagePrefix:
+    """The prefix with the shared half of a block's attention: `queries`, `attended` and `lse`."""
     attn = block.attn
-    qkv = attn.in_proj(block.ln_1(patches))
+    qkv = attn.in_proj(block.ln_1(prefix.patches))
     q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).unbind(2)  # [G, N, heads, dh]
     k, v = _join(prompts, (k, v))
     attended, lse = attention_with_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return {"queries": q, "attended": attended.transpose(1, 2), "lse": lse.transpose(1, 2)}
+    return replace(prefix, queries=q, attended=attended.transpose(1, 2), lse=lse.transpose(1, 2))
 
 
 def _join(first: KeysValues | None, second: KeysValues) -> KeysValues:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast.encoders.clip_vit import ClipViT, resize_positions
 from zs3fast.utils.checkpoint_io import strict_load
 from zs3fast.utils.open_clip import clip_state
 
+if TYPE_CHECKING:
+    from zs3fast.encoders.proposal_clip import ProposalClipResNet
 
-def load_clip_weights(encoder: nn.Module, clip: str | dict[str, Any], pretrained: str) -> None:
+
+def load_clip_weights(encoder: ClipViT | ProposalClipResNet, clip: str | dict[str, Any], pretrained: str) -> None:
     """Copy the image tower of open_clip's `clip` with `pretrained` weights (a tag or a file) into `encoder`.
 
     The position table is resized bilinearly to the encoder's own grid, once.
@@ -24,7 +27,9 @@ def load_clip_weights(encoder: nn.Module, clip: str | dict[str, Any], pretrained
     load_tower_state(encoder, state, f"pretrained: {pretrained!r} for the image tower of {what}")
 
 
-def load_tower_state(encoder: nn.Module, state: dict[str, Tensor], source: str = "pretrained") -> None:
+def load_tower_state(
+    encoder: ClipViT | ProposalClipResNet, state: dict[str, Tensor], source: str = "pretrained"
+) -> None:
     """Load an open_clip / OpenAI image tower state dict; parameters CLIP does not have (prompts) stay as they are.
 
     An encoder that is no ViT holds open_clip's own module as `visual`.

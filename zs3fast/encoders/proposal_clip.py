@@ -38,7 +38,7 @@ class ProposalClipViT(ClipViT):
             projections and norms of all layers and the last norm; the paper's best row (table 4d) lets "proj" train.
     """
 
-    position_resize = ("bicubic", True)
+    position_resize = ("bicubic", True, 0.0)
 
     def __init__(self, config: ClipVisionConfig, *, start_layer: int = 8, freeze: Sequence[str] = tuple(FREEZABLE)):
         super().__init__(config, config.image_size, double_class_embedding=False)
@@ -113,8 +113,8 @@ def _finish(block: Block, x: Tensor, attended: Tensor) -> Tensor:
 
 def _proposal_block(block: Block, proposals: Tensor, k: Tensor, v: Tensor, bits: Tensor) -> Tensor:
     """One block for the proposal tokens [B, Nq, width], or [B, 1, width] while they are all the same."""
-    own = [part.expand(-1, -1, bits.shape[1], -1) for part in _heads(block, block.ln_1(proposals))]
-    return _finish(block, proposals, ops.proposal_attention(*own, k, v, bits))
+    q, k_self, v_self = (part.expand(-1, -1, bits.shape[1], -1) for part in _heads(block, block.ln_1(proposals)))
+    return _finish(block, proposals, ops.proposal_attention(q, k_self, v_self, k, v, bits))
 
 
 class ProposalClipResNet(nn.Module):
@@ -169,8 +169,8 @@ class ProposalClipResNet(nn.Module):
         pool = self.visual.attnpool
         q = self._split(pool.q_proj(tokens[:, :1]))
         k, v = self._split(pool.k_proj(tokens)), self._split(pool.v_proj(tokens))
-        own = [part.expand(-1, -1, bits.shape[1], -1) for part in (q, k[:, :, :1], v[:, :, :1])]
-        attended = ops.proposal_attention(*own, k[:, :, 1:], v[:, :, 1:], bits)
+        q, k_self, v_self = (part.expand(-1, -1, bits.shape[1], -1) for part in (q, k[:, :, :1], v[:, :, :1]))
+        attended = ops.proposal_attention(q, k_self, v_self, k[:, :, 1:], v[:, :, 1:], bits)
         out: Tensor = pool.c_proj(attended.transpose(1, 2).flatten(2))
         return out
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zs3fast.encoders.clip_vit import QUICK_GELU_SLOPE, Attention, ClipViT, Mlp
+from zs3fast.encoders.clip_vit import Attention, ClipViT, Mlp
+from zs3fast.ops.fused_linear import QUICK_GELU_SLOPE
 
 KINDS = ("int8", "int8-weights", "fp8")
 FP8_CAPABILITY = (8, 9)  # the first GPUs that multiply float8
@@ -58,12 +59,13 @@ def quantize_encoder(model: nn.Module, kind: str = "int8") -> nn.Module:
         (QuantizedAttention(block.attn, quantize), QuantizedMlp(block.mlp, quantize))
         for block in encoder.transformer.resblocks
     ]
-    for block, (block.attn, block.mlp) in zip(encoder.transformer.resblocks, replaced):
+    for block, (attn, mlp) in zip(encoder.transformer.resblocks, replaced):
+        block.attn, block.mlp = attn, mlp
         block.eval()
         block.ln_1.register_forward_pre_hook(_forward_only)  # whatever enters a block's layers passes this norm
     model.requires_grad_(False)
-    model.quantized = kind
-    model.train = partial(_stay_in_eval_mode, model)
+    model.quantized = kind  # type: ignore[assignment]  # of any method, so that no class of ours declares it
+    model.train = partial(_stay_in_eval_mode, model)  # type: ignore[method-assign]  # this model's alone
     model.register_state_dict_pre_hook(_refuse_state)
     model.register_load_state_dict_pre_hook(_refuse_state)
     return model
@@ -92,14 +94,14 @@ class QuantizedAttention(Attention):
         return F.linear(x, weight, self.in_proj_bias[rows])
 
 
-class QuantizedMlp(nn.Module):
+class QuantizedMlp(Mlp):
     """The MLP on 8-bit weights: c_proj(silu(c_fc(x))), QuickGELU's factors inside the weights, where scales take them.
 
     x sigmoid(a x) = silu(a x) / a.
     """
 
     def __init__(self, mlp: Mlp, quantize: Quantize):
-        super().__init__()
+        nn.Module.__init__(self)
         a = QUICK_GELU_SLOPE if mlp.quick else 1.0
         bias = nn.Parameter(a * mlp.c_fc.bias)
         self.c_fc = _linear(a * mlp.c_fc.weight, bias, quantize)

@@ -7,6 +7,7 @@ of its region. Only the live rows (class token, patches, regions) are queries.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -35,13 +36,18 @@ class RegionBridgeClipViT(PromptedClipViT):
         image_size: int,
         *,
         num_prompts: int,
-        regions: int | tuple[int, int],
+        regions: int | Sequence[int],
         update_regions: bool = False,
         double_class_embedding: bool = True,
         dropout: float = 0.1,
     ):
-        prompts = {"num_prompts": num_prompts, "dropout": dropout}
-        super().__init__(config, image_size, double_class_embedding=double_class_embedding, **prompts)
+        super().__init__(
+            config,
+            image_size,
+            num_prompts=num_prompts,
+            double_class_embedding=double_class_embedding,
+            dropout=dropout,
+        )
         self.regions = region_grid(regions)
         grid = image_size // config.patch_size
         self._check_grid((grid, grid))
@@ -83,7 +89,7 @@ class RegionBridgeClipViT(PromptedClipViT):
         return ImageFeatures(joint[:, 0], joint[:, 1:live], grid, region_tokens=joint[:, live:])
 
 
-def region_grid(regions: int | tuple[int, int]) -> tuple[int, int]:
+def region_grid(regions: int | Sequence[int]) -> tuple[int, int]:
     """(rh, rw) of a number of regions; a single number must be a square."""
     if isinstance(regions, int):
         side = math.isqrt(max(regions, 0))

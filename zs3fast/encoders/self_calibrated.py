@@ -55,7 +55,7 @@ def self_calibrated(states: list[Tensor], last: Block, grid: tuple[int, int], c:
     unit = F.normalize(repaired(similar, odd, grid), dim=-1)
     patches = spread(patches, unit)
     parts = [last.attn.context_keys_values(last.ln_1(part)) for part in (patches, fused[:, 1:])]  # [B, N, heads, dh]
-    values = sum(v for _, v in parts)
+    values = parts[0][1] + parts[1][1]
     mixed = correlated(values.flatten(2), unit).view_as(values)
     for k, v in parts:
         k, v = k.transpose(1, 2), v.transpose(1, 2)

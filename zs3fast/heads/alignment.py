@@ -36,6 +36,7 @@ class FeatureAlignment(nn.Module):
         else:
             aligned = aligned + self.lateral_proj.bias
         if "region" in weights:
+            assert features.region_tokens is not None
             projected = F.linear(features.region_tokens, weights["region"])  # [B, M, D]
             aligned = aligned + upsample_tokens(projected, regions, features.grid_size)
         return aligned

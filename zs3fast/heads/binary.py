@@ -8,6 +8,9 @@ patch: patches do not overlap in its output, so it is one product and a reorderi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -45,10 +48,11 @@ class BinaryDecoder(nn.Module):
         if head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         self.reduce = nn.Linear(width, decoder_width)
-        self.layers = nn.ModuleList(
+        stack = nn.ModuleList(
             nn.TransformerEncoderLayer(decoder_width, heads, ffn_width, dropout=dropout, batch_first=True)
             for _ in range(layers)
         )
+        self.layers = cast(Sequence[nn.TransformerEncoderLayer], stack)  # as a list it knows the type of its items
         conv = head == "conv"
         self.head = (
             nn.ConvTranspose2d(decoder_width, 1, patch_size, patch_size) if conv else nn.Linear(decoder_width, 1)
@@ -78,8 +82,9 @@ class BinaryDecoder(nn.Module):
         if isinstance(self.head, nn.Linear):
             linear: Tensor = self.head(x)
             return linear.unsqueeze(-1)
-        weight = self.head.weight  # [decoder_width, 1, side, side]
-        out: Tensor = (x @ weight.flatten(1) + self.head.bias).unflatten(-1, weight.shape[2:])
+        weight, bias = self.head.weight, self.head.bias  # [decoder_width, 1, side, side] and [1]
+        assert bias is not None
+        out: Tensor = (x @ weight.flatten(1) + bias).unflatten(-1, weight.shape[2:])
         return out
 
 

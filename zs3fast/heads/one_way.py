@@ -58,7 +58,9 @@ class MaskAttention(nn.Module):
         more = not torch.compiler.is_compiling() and queries.shape[1] >= patches.shape[1]
         if torch.is_grad_enabled() or more:
             q, k = (_split_heads(x, self.heads) for x in (self.q(queries), self.k(patches)))
-            return ops.attention_to_mask(q, k, None, scale)[1]
+            mean_scores = ops.attention_to_mask(q, k, None, scale)[1]
+            assert mean_scores is not None
+            return mean_scores
         # Fewer classes than patches: fold the key projection into the queries, q.(W x + b) = (W^T q).x + q.b.
         q = self.q(queries)
         masks = (q @ self.k.weight) @ patches.transpose(1, 2) + (q @ self.k.bias).unsqueeze(-1)

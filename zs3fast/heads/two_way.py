@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +16,8 @@ class DecoderHalf(nn.Module):
 
     def __init__(self, dim: int, heads: int, layers: int, ffn_width: int, dropout: float = 0.1):
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_width, dropout) for _ in range(layers))
+        stack = nn.ModuleList(DecoderLayer(dim, heads, ffn_width, dropout) for _ in range(layers))
+        self.layers = cast(Sequence[DecoderLayer], stack)  # as a list it knows the type of its items
 
 
 def in_chunks(layer: DecoderLayer, queries: Tensor, memory: Tensor, chunk: int | None) -> Tensor:

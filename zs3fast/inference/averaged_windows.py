@@ -8,12 +8,12 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast.inference.predictors import (
+    InWindows,
     Prediction,
     Request,
-    Windows,
     _channels_first,
     _normalise,
     _prediction,
@@ -23,12 +23,13 @@ from zs3fast.inference.window_protocols import WindowProtocol
 from zs3fast.labels.refinement import Pamr
 from zs3fast.labels.softmax import Frame, Rule, softmax_labels, softmax_scores
 from zs3fast.labels.windows import sliding_windows
+from zs3fast.models.maskclip import MaskCLIP
 from zs3fast.types import Details, ImageFeatures, WindowLogits
 from zs3fast.utils.images import resize
 from zs3fast.utils.resizing import bilinear
 
 
-class AveragedWindows(Windows):
+class AveragedWindows(InWindows):
     """Sliding windows; their similarities are averaged and resized to the image, where names compete by a softmax.
 
     Args:
@@ -37,7 +38,9 @@ class AveragedWindows(Windows):
             antialiased as CLIP was trained; a class's names are averaged.
     """
 
-    def __init__(self, model: nn.Module, batch: int, protocol: WindowProtocol | None = None):
+    model: MaskCLIP
+
+    def __init__(self, model: MaskCLIP, batch: int, protocol: WindowProtocol | None = None):
         super().__init__(model, batch)
         side = model.image_size
         self.protocol = protocol or WindowProtocol(
@@ -165,9 +168,9 @@ class AveragedWindows(Windows):
         if not self.protocol.pad:
             return Frame(crop, canvas, windows)
         patch = self.model.encoder.config.patch_size
-        missing = [-side % patch for side in crop]
-        padded = tuple(side + more for side, more in zip(crop, missing, strict=True))
-        return Frame(crop, canvas, windows, tuple(more // 2 for more in missing), padded)
+        rows, columns = -crop[0] % patch, -crop[1] % patch
+        padded = crop[0] + rows, crop[1] + columns
+        return Frame(crop, canvas, windows, (rows // 2, columns // 2), padded)
 
     def _canvas(self, request: Request) -> Tensor:
         """The normalised image [3, H', W'] on the model's device and in its type."""

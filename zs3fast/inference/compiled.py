@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from types import FunctionType
 from typing import NamedTuple
 
@@ -55,8 +56,9 @@ class CompiledModel:
 
         # torch keeps what it compiled with the code, which all models here would share, and its limit with them.
         own = FunctionType(logits.__code__.replace(), logits.__globals__, closure=logits.__closure__)
-        options = {"mode": "reduce-overhead", "dynamic": False} if self.cuda_graphs else {}
-        self._run = torch.compile(own, fullgraph=True, backend=backend, **options)
+        mode, dynamic = ("reduce-overhead", False) if self.cuda_graphs else (None, None)
+        compiled = torch.compile(own, fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+        self._run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] = compiled
 
     def __call__(self, images: Tensor, text_embeddings: Tensor) -> Logits:
         """Images [B, 3, H, W] and text embeddings [C, D] -> the logits."""
@@ -83,9 +85,9 @@ class CompiledModel:
 
     def _takes(self, images: Tensor, text_embeddings: Tensor) -> bool:
         """Whether this shape is compiled, or may still be."""
-        counts = len(images), len(text_embeddings)
+        counts = [len(images), len(text_embeddings)]
         if not self.cuda_graphs:
-            counts = tuple(min(count, 2) for count in counts)  # torch tells one from several
+            counts = [min(count, 2) for count in counts]  # torch tells one from several
         shape = (*counts, *images.shape[1:], images.dtype, text_embeddings.dtype)
         with _turn:
             return self._counted(shape)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from zs3fast.encoders.clip_vit import ClipViT
 from zs3fast.models.base import ZeroShotModel
 from zs3fast.ops import _dispatch
 from zs3fast.ops.masks_to_labels import reference_scores
@@ -60,6 +61,10 @@ class ExportReport:
 
 class _Graph(nn.Module):
     """What is traced: pixels in, labels and scores or logits out."""
+
+    text: Tensor | None
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: ZeroShotModel, text: Tensor | None, output: str):
         super().__init__()
@@ -164,7 +169,7 @@ def _format_of(path: Path, format: str | None) -> str:
 
 def _example(model: ZeroShotModel, size: tuple[int, int] | None, images: Sequence[Tensor]) -> Tensor:
     """uint8 [B >= 2, 3, H, W]: noise of two textures, and the images given."""
-    patch = model.encoder.config.patch_size if hasattr(model.encoder, "config") else 32
+    patch = model.encoder.config.patch_size if isinstance(model.encoder, ClipViT) else 32
     height, width = (model.image_size,) * 2 if size is None else size
     if min(height, width) < patch or height % patch or width % patch:
         raise ValueError(f"size: expected multiples of the patch size {patch}, got {height} x {width}")
@@ -218,8 +223,15 @@ def _write_aoti(program: ExportedProgram, path: Path, inputs: tuple[str, ...], o
 
 def _write_onnx(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
     onnxruntime = _package("onnxruntime", "onnx", "onnxscript")
-    names = {"input_names": list(inputs), "output_names": list(outputs)}
-    written = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False, **names)
+    written = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        optimize=True,
+        verbose=False,
+        input_names=list(inputs),
+        output_names=list(outputs),
+    )
     assert written is not None
     written.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -51,14 +51,22 @@ def export(
         segmenter = Segmenter.from_pretrained(weights, device="cpu", dtype=torch.float32)
         model = segmenter.model
         size = None if height is None or width is None else (height, width)
-        side = size or (model.image_size,) * 2
+        side = size or (model.image_size, model.image_size)
         pixels = [torch.from_numpy(read_image(image)[0]) for image in images or ()]
         shown = [bilinear(image, side).permute(2, 0, 1).contiguous() for image in pixels]
         text = segmenter.embed(classes)
     try:
         with one_line_errors(USAGE_ERROR):
-            how = {"output": result, "classes": classes_as, "dynamic_batch": not one_image}
-            report = export_model(model, text, out, size=size, images=shown, **how)
+            report = export_model(
+                model,
+                text,
+                out,
+                output=result,
+                classes=classes_as,
+                dynamic_batch=not one_image,
+                size=size,
+                images=shown,
+            )
     except ExportError as error:
         stdout.print(escape(str(error)))
         raise typer.Exit(RUN_ERROR) from None

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast import weights
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import create_model, list_models, model_class
 from zs3fast.text import cache_dir
 from zs3fast.utils.checkpoint_io import read_metadata, read_state_dict
@@ -35,7 +36,7 @@ def from_clip(
     untrained: bool = False,
     quick_gelu: bool | None = None,
     **options: Any,
-) -> nn.Module:
+) -> ZeroShotModel:
     """A model of CLIP's weights alone, or with `untrained` of random ones.
 
     Args:
@@ -82,7 +83,7 @@ def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
 
 def read_weights(
     path: Path, official: dict[str, Any], with_text: bool = True, device: str | torch.device | None = None
-) -> tuple[nn.Module, TextEncoder | None]:
+) -> tuple[ZeroShotModel, TextEncoder | None]:
     """The model of a weight file, ours or an official checkpoint, and the text tower in it, if there is one.
 
     Args:
@@ -103,7 +104,7 @@ def read_weights(
     return model, encoder if device is None else encoder.to(device)
 
 
-def read_official(path: Path, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def read_official(path: Path, **options: Any) -> tuple[ZeroShotModel, dict[str, Tensor]]:
     """The model of an official checkpoint, and the text tower in it (empty if it has none); the file is read once."""
     state = read_state_dict(path)
     try:

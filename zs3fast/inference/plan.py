@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.text import parse_classes
 from zs3fast.text.background import background_for
 from zs3fast.text.vocabulary import ClassEntry, same_name
@@ -54,7 +55,7 @@ def check_min_score(min_score: float | None) -> None:
 
 
 def seen_of(
-    model: nn.Module, given: list[ClassEntry], competing: Sequence[ClassEntry], seen: Iterable[str | int] | None
+    model: ZeroShotModel, given: list[ClassEntry], competing: Sequence[ClassEntry], seen: Iterable[str | int] | None
 ) -> list[int] | None:
     """Indices of the seen among the competing classes; None where nothing is known. See `Segmenter`."""
     vocabulary = model.config.get("class_names")

@@ -8,21 +8,24 @@ needs no model is `prepare`, which any thread may call ahead of time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast import ops
 from zs3fast.encoders.navigated import ImagePrefix
+from zs3fast.inference.compiled import Logits
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.labels.windows import sliding_windows
+from zs3fast.models.base import FeatureModel, SegmentationModel, ZeroShotModel
+from zs3fast.models.clsclip import ClsCLIP
 from zs3fast.models.clsclip_plus import ClsCLIPPlus
 from zs3fast.models.clsclip_plus import squash as squash_images
-from zs3fast.models.maft import mask_bits
+from zs3fast.models.maft import MAFT, mask_bits
 from zs3fast.ops.masks_to_labels import reference_scores
 from zs3fast.proposals import BoxProposer, Frame, MaskProposer, clip_input, for_classes, resize_for_proposer, sub_images
 from zs3fast.proposals.class_columns import scores_for_classes
@@ -31,6 +34,9 @@ from zs3fast.types import BoxProposals, Details, ImageFeatures, Proposals, Segme
 from zs3fast.utils.images import resize
 from zs3fast.utils.options import one_of
 from zs3fast.utils.resizing import bilinear, resizes_there
+
+if TYPE_CHECKING:
+    from zs3fast.models.maskclip import MaskCLIP
 
 # A bound on one picture's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
 MAX_WINDOWS = 1000
@@ -71,13 +77,15 @@ class Prediction:
 class Predictor:
     """Answers requests about pictures with a model.
 
-    together: whether pictures share the model's batches.  compiles: whether it calls `model` on inputs of few shapes,
-    so that a compiled one can stand in its place.  names_apart: whether it takes a text row for each name of a class.
+    together: whether pictures share the model's batches.
     """
 
     together = False
-    compiles = False
-    names_apart = False
+
+    @property
+    def names_apart(self) -> bool:
+        """Whether it takes a text row for each name of a class."""
+        return False
 
     def prepare(self, pixels: np.ndarray) -> Tensor | None:
         """The work on pixels [H, W, 3] that needs no model, on any thread; None: there is none."""
@@ -96,7 +104,33 @@ class Predictor:
         return [self.predict(request) for request in requests]
 
 
-class Windows(Predictor):
+class InWindows(Predictor):
+    """What the protocols share whose model sees an image in windows: inputs of few shapes, so that it can be compiled.
+
+    Args:
+        batch: windows the model sees at once.
+
+    Attributes:
+        run: gives the logits of a batch of windows: `model`, or a compiled one that stands in its place.
+    """
+
+    together = True
+    model: FeatureModel
+    run: Callable[[Tensor, Tensor], SegmentationOutput | Logits]
+
+    def __init__(self, model: FeatureModel, batch: int):
+        self.model, self.batch = model, batch
+        self.run = model
+
+    def left_to_device(self, pixels: np.ndarray, size: tuple[int, int], antialias: bool) -> Tensor:
+        """The picture as it is where the model's device resizes it, else resized."""
+        picture = torch.from_numpy(pixels)
+        if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
+            return picture
+        return _resized(pixels, size, antialias)
+
+
+class Windows(InWindows):
     """ZegCLIP's, TagCLIP's and CLIP-RC's: short side to `image_size`, windows with a stride of 426/512 of it.
 
     Each window's calibrated scores are averaged, resized to the picture and compared, in one op: scores of all classes
@@ -106,26 +140,14 @@ class Windows(Predictor):
         batch: windows the model sees at once.
     """
 
-    together = True
-    compiles = True
+    model: SegmentationModel
     stride = (426, 512)  # of `image_size`, as a fraction
     antialias = False
-
-    def __init__(self, model: nn.Module, batch: int):
-        self.model, self.batch = model, batch
-        self.run = model
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         """The picture uint8 [H', W', 3], resized; or as it is, where the model's device resizes it."""
         size = fitted_size(pixels.shape[:2], self.model.image_size)
         return self.left_to_device(pixels, size, self.antialias)
-
-    def left_to_device(self, pixels: np.ndarray, size: tuple[int, int], antialias: bool) -> Tensor:
-        """The picture as it is where the model's device resizes it, else resized."""
-        picture = torch.from_numpy(pixels)
-        if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
-            return picture
-        return _resized(pixels, size, antialias)
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
         crop, stride = self._crop_and_stride()
@@ -135,7 +157,7 @@ class Windows(Predictor):
         outputs = split_windows(self.outputs(requests, windows), counts)
         predictions = []
         for request, size, corners, out in zip(requests, sizes, windows, outputs, strict=True):
-            frame = {"crop_size": crop, "canvas_size": size, "windows": corners}
+            frame: dict[str, Any] = {"crop_size": crop, "canvas_size": size, "windows": corners}
             predictions.append(self._compare(*out, request, **frame))
         return predictions
 
@@ -143,7 +165,7 @@ class Windows(Predictor):
         """The features of the image's windows, as they are batched."""
         crop, stride = self._crop_and_stride()
         canvas = self._canvas(Request(pixels, torch.empty(0), (), None, source))
-        corners = sliding_windows(canvas.shape[-2:], crop, stride)
+        corners = sliding_windows((canvas.shape[-2], canvas.shape[-1]), crop, stride)
         return [self.model.encode(batch) for batch in self._batches([(canvas, y, x) for y, x in corners])]
 
     def outputs(self, requests: Sequence[Request], windows: Sequence[list[tuple[int, int]]]) -> list[Any]:
@@ -168,7 +190,8 @@ class Windows(Predictor):
 
     def _crop_and_stride(self) -> tuple[tuple[int, int], tuple[int, int]]:
         side, (part, whole) = self.model.image_size, self.stride
-        return (side, side), (max(part * side // whole, 1),) * 2
+        step = max(part * side // whole, 1)
+        return (side, side), (step, step)
 
     def _canvas(self, request: Request) -> Tensor:
         """The normalised picture [3, H', W'] on the model's device and in its type."""
@@ -197,17 +220,18 @@ def _window_details(
     masks: Tensor, trusty: Tensor | None, calibration: dict[str, Any], frame: dict[str, Any]
 ) -> Details:
     """What a picture's labels came from, by the definition of scores."""
-    masks, trusty = (None if part is None else part.cpu() for part in (masks, trusty))
+    masks, trusty = masks.cpu(), None if trusty is None else trusty.cpu()
     weighing = None if calibration["trusty_logits"] is None else trusty
     settings = {**calibration, "trusty_logits": weighing}
 
     def unseen(size: tuple[int, int]) -> Tensor:
+        assert trusty is not None
         return reference_scores(trusty, size, **frame)[0, 0]
 
     return Details(
         scores=lambda size: reference_scores(masks, size, **settings, **frame)[0],
         windows=WindowLogits(
-            masks, tuple(map(tuple, frame["windows"])), frame["crop_size"], frame["canvas_size"], trusty
+            masks, tuple((y, x) for y, x in frame["windows"]), frame["crop_size"], frame["canvas_size"], trusty
         ),
         trusty=None if trusty is None else unseen,
     )
@@ -225,13 +249,13 @@ def split_windows(outputs: Sequence[Any], counts: Sequence[int]) -> list[tuple[T
 class Squash(Predictor):
     """ClsCLIP's: the whole picture squashed to `image_size`, one mask a class, the best class a pixel."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: ClsCLIP):
         self.model = model
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         """The normalised picture [3, image_size, image_size]; or uint8 [H, W, 3] where the model's device makes it."""
-        device = next(self.model.parameters()).device
-        if resizes_there(device, pixels.shape[:2], (self.model.image_size,) * 2):
+        device, side = next(self.model.parameters()).device, self.model.image_size
+        if resizes_there(device, pixels.shape[:2], (side, side)):
             return torch.from_numpy(pixels)
         return self._squash(pixels)
 
@@ -256,8 +280,7 @@ class Squash(Predictor):
         like = next(self.model.parameters())
         image = (self.prepare(pixels) if prepared is None else prepared).to(like.device)
         image = self._squash(image) if image.dtype == torch.uint8 else image
-        out: ImagePrefix = self.model.encode(image.to(like.dtype)[None])
-        return out
+        return self.model.encode(image.to(like.dtype)[None])
 
 
 class Zooming(Predictor):
@@ -269,7 +292,7 @@ class Zooming(Predictor):
         boxes: finds boxes.  no_box: see `ClsCLIPPlus`.
     """
 
-    def __init__(self, model: nn.Module, boxes: BoxProposer, no_box: str = "whole_image"):
+    def __init__(self, model: ClsCLIP, boxes: BoxProposer, no_box: str = "whole_image"):
         self.plus, self.boxes = ClsCLIPPlus(model, no_box=no_box), boxes
 
     def encode(self, pixels: np.ndarray, source: str | None) -> BoxProposals:
@@ -297,18 +320,19 @@ class Proposing(Predictor):
             the paper.  crop_form: see `zs3fast.proposals.sub_images`.
     """
 
-    def __init__(
-        self, model: nn.Module, proposer: MaskProposer, crops: str | None = None, crop_form: str = "zegformer"
-    ):
+    def __init__(self, model: MAFT, proposer: MaskProposer, crops: str | None = None, crop_form: str = "zegformer"):
         if crops is not None:
             one_of("crops", crops, MERGES)
         self.model, self.proposer, self.crops, self.crop_form = model, proposer, crops, crop_form
 
     def predict(self, request: Request) -> Prediction:
         model, seen, size = self.model, request.seen or (), request.pixels.shape[:2]
-        encoded = self.encode(request.pixels, request.source) if request.encoded is None else request.encoded
+        encoded: EncodedProposals = (
+            self.encode(request.pixels, request.source) if request.encoded is None else request.encoded
+        )
         if encoded.proposals is None:  # its proposer is led by the class list
             encoded = self._embedded(encoded, for_classes(self.proposer, request.text), request.pixels, request.source)
+        assert encoded.proposals is not None and encoded.embeddings is not None
         proposals = scores_for_classes(encoded.proposals, request.names)
         out = model.decode(encoded.embeddings, request.text, proposals, encoded.grid, non_object=False)
         labels, scores = model.label_details(out, size, seen=seen)
@@ -367,7 +391,7 @@ class EncodedProposals:
 
 
 def predictor_for(
-    model: nn.Module,
+    model: ZeroShotModel,
     window_batch: int,
     proposer: MaskProposer | None = None,
     crops: str | None = None,
@@ -388,16 +412,18 @@ def predictor_for(
     if model.protocol == "proposals":
         if proposer is None:
             raise ValueError(f"proposer: {model.method} classifies regions and needs something that finds them")
-        return Proposing(model, proposer, crops)
+        return Proposing(cast(MAFT, model), proposer, crops)
     if model.protocol == "squash":
-        return Squash(model) if boxes is None else Zooming(model, boxes)
+        pairwise = cast(ClsCLIP, model)
+        return Squash(pairwise) if boxes is None else Zooming(pairwise, boxes)
     if model.protocol == "averaged_windows":
         from zs3fast.inference.averaged_windows import AveragedWindows  # which is made of `Windows`
 
-        protocol = model.published_windows if protocol is None else protocol
+        dense = cast("MaskCLIP", model)
+        protocol = dense.published_windows if protocol is None else protocol
         named = window_protocol(protocol) if isinstance(protocol, str) else protocol
-        return AveragedWindows(model, window_batch, named)
-    return Windows(model, window_batch)
+        return AveragedWindows(dense, window_batch, named)
+    return Windows(cast(SegmentationModel, model), window_batch)
 
 
 def _prediction(labels: Tensor, scores: Tensor, request: Request, details: Details | None = None) -> Prediction:
@@ -441,7 +467,7 @@ def fitted_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
         ValueError: so long a strip that more than `MAX_WINDOWS` windows would be needed.
     """
     height, width = size
-    fitted = tuple(int(side * image_size / min(size) + 0.5) for side in size)
+    fitted = int(height * image_size / min(size) + 0.5), int(width * image_size / min(size) + 0.5)
     if max(fitted) > MAX_WINDOWS * 426 * image_size // 512:
         raise ValueError(
             f"image: {width} x {height} pixels are too long a strip: resized to a short side of {image_size}, it needs "
@@ -466,8 +492,8 @@ def _channels_first(levels: Tensor) -> Tensor:
 
 
 def _normalise(values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    white, mean, std = _statistics(tuple(mean), tuple(std), values.device)
-    return (values / white - mean) / std
+    white, centre, spread = _statistics(tuple(mean), tuple(std), values.device)
+    return (values / white - centre) / spread
 
 
 @functools.lru_cache(maxsize=16)
@@ -477,5 +503,5 @@ def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.d
     255 is a tensor there too: CUDA multiplies by the reciprocal of a Python number, which rounds otherwise than a CPU.
     """
     with torch.inference_mode(False):
-        white, mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ((255.0,), mean, std))
-        return white.to(device), mean.to(device), std.to(device)
+        white, centre, spread = (torch.tensor(values).view(-1, 1, 1) for values in ((255.0,), mean, std))
+        return white.to(device), centre.to(device), spread.to(device)

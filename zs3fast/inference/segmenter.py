@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast.inference.compiled import CompiledModel
 from zs3fast.inference.dtypes import auto_dtype
@@ -28,9 +28,10 @@ from zs3fast.inference.loading import (
 )
 from zs3fast.inference.options import SegmenterOptions
 from zs3fast.inference.plan import Classes, Plan, check_min_score, competitors, seen_of
-from zs3fast.inference.predictors import Prediction, Request, predictor_for
+from zs3fast.inference.predictors import InWindows, Prediction, Request, predictor_for
 from zs3fast.inference.streaming import default_workers, overlapped
 from zs3fast.inference.text_rows import TextRows
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.text import parse_classes, resolve_templates, whole_names
 from zs3fast.text.vocabulary import ClassEntry
 from zs3fast.types import Segmentation
@@ -95,7 +96,7 @@ class Segmenter:
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: ZeroShotModel | None = None,
         tokenizer: Tokenizer | None = None,
         *,
         text_encoder: TextEncoder | None = None,
@@ -212,10 +213,28 @@ class Segmenter:
 
     @overload
     def __call__(
-        self, image: list[Any] | tuple[Any, ...], classes: Classes | None = ..., **how: Any
+        self,
+        image: list[Any] | tuple[Any, ...],
+        classes: Classes | None = ...,
+        *,
+        seen: Iterable[str | int] | None = ...,
+        min_score: float | None = ...,
+        background: str | Sequence[str] = ...,
+        details: bool = ...,
+        source: None = ...,
     ) -> list[Segmentation]: ...
     @overload
-    def __call__(self, image: Any, classes: Classes | None = ..., **how: Any) -> Segmentation: ...
+    def __call__(
+        self,
+        image: Any,
+        classes: Classes | None = ...,
+        *,
+        seen: Iterable[str | int] | None = ...,
+        min_score: float | None = ...,
+        background: str | Sequence[str] = ...,
+        details: bool = ...,
+        source: str | os.PathLike[str] | None = ...,
+    ) -> Segmentation: ...
 
     def __call__(
         self,
@@ -384,12 +403,12 @@ class Segmenter:
         return image.image, image.source, image.features
 
     def _compile(self) -> None:
-        if not self._predictor.compiles:
+        if not isinstance(self._predictor, InWindows):
             raise ValueError(f"compile: expected a method that works in windows, got {self.model.method}")
         self._predictor.run = CompiledModel(self.model)
 
 
-def _suited(model: nn.Module, options: SegmenterOptions, own: bool = False) -> nn.Module:
+def _suited(model: ZeroShotModel, options: SegmenterOptions, own: bool = False) -> ZeroShotModel:
     """The model on the device and in the type of the options, in eval mode; a copy where it must change, if not `own`.
 
     The automatic type is for large float32 models: whoever has chosen a type keeps it, and small ones gain nothing.

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Item, Kept, Result = TypeVar("Item"), TypeVar("Kept"), TypeVar("Result")
+Item = TypeVar("Item")
+Kept = TypeVar("Kept")
+Result = TypeVar("Result")
 Failed = Callable[[Any, Exception], None]
 ITEM_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)  # of an item that is no good; others are ours
 _MOST_THREADS = 8

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.text import whole_names
 from zs3fast.text.vocabulary import ClassEntry, same_name
 
@@ -34,7 +35,7 @@ class TextRows:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ZeroShotModel,
         templates: tuple[str, ...],
         names_apart: bool,
         tokenizer: Tokenizer | None,
@@ -55,8 +56,7 @@ class TextRows:
         with _shared:
             if self._encoder is None:
                 self._encoder = self._own_encoder().to(next(self.model.parameters()).device)
-            out: TextEncoder = self._encoder
-            return out
+            return self._encoder
 
     def _own_encoder(self) -> TextEncoder:
         from zs3fast.text import TextEncoder
@@ -64,17 +64,13 @@ class TextRows:
         config = self.model.config
         if not self.model.weights_loaded:
             logger.warning("the model's weights are untrained, so its text tower is too: labels mean nothing")
-            out: TextEncoder = TextEncoder.from_open_clip(config["clip"], None, tokenizer=self.tokenizer)
-            return out
+            return TextEncoder.from_open_clip(config["clip"], None, tokenizer=self.tokenizer)
         pretrained = config.get("pretrained")
         if not isinstance(config["clip"], str) and pretrained is None:
             raise ValueError("text_encoder: expected one, since this model's CLIP has no name to find a tower by")
         # A file may not say which activation its weights want; the image tower has it from whoever knew.
         quick = {} if pretrained is None else {"quick_gelu": config.get("quick_gelu")}
-        out: TextEncoder = TextEncoder.from_open_clip(
-            config["clip"], pretrained or "openai", tokenizer=self.tokenizer, **quick
-        )
-        return out
+        return TextEncoder.from_open_clip(config["clip"], pretrained or "openai", tokenizer=self.tokenizer, **quick)
 
     def embeddings(self, entries: tuple[ClassEntry, ...]) -> Tensor:
         """[C, D] on the model's device; the same tensor for as long as the list is among the last few."""
@@ -97,13 +93,11 @@ class TextRows:
     def _encoded(self, entries: tuple[ClassEntry, ...]) -> Tensor:
         token = self.model.text_token
         if not self.names_apart:
-            out: Tensor = self.encoder.encode(entries, self.templates, text_token=token)
-            return out
+            return self.encoder.encode(entries, self.templates, text_token=token)
         names = [name for entry in entries for name in entry]
         once = list(dict.fromkeys(names))  # a name may stand for two classes: one row, twice
         rows = self.encoder.encode(whole_names(once), self.templates, text_token=token)
-        out: Tensor = rows[[once.index(name) for name in names]]
-        return out
+        return rows[[once.index(name) for name in names]]
 
     def _named(self, text_embeddings: Tensor | np.ndarray) -> dict[str, Tensor]:
         rows = torch.as_tensor(text_embeddings).float()

@@ -67,11 +67,12 @@ class WindowProtocol:
         factor = self.short_side / min(size)
         if self.max_long is not None:
             factor = min(self.max_long / max(size), factor)
-        return tuple(max(int(side * factor + 0.5), least) for side in size)
+        height, width = (max(int(side * factor + 0.5), least) for side in size)
+        return height, width
 
     def crop(self, canvas: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the windows on a resized image."""
-        return canvas if self.window is None else tuple(min(self.window, side) for side in canvas)
+        return canvas if self.window is None else (min(self.window, canvas[0]), min(self.window, canvas[1]))
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,8 @@ class SegmentationModel(FeatureModel):
         self, out: SegmentationOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64
     ) -> Tensor:
         """Labels [B, H, W], always equal to `class_scores(out, size).argmax(1)`, without the scores."""
-        return ops.masks_to_labels(out.mask_logits, size, dtype=dtype, **self._calibration(out, size))
+        labels: Tensor = ops.masks_to_labels(out.mask_logits, size, dtype=dtype, **self._calibration(out, size))
+        return labels
 
     def loss(
         self,

@@ -96,8 +96,9 @@ class ClsCLIP(ZeroShotModel):
         if navigation == "replace" and not nav_layers:
             raise ValueError("nav_layers: expected at least one layer where navigation is 'replace', got none")
         self.encoder = NavigatedClipViT(vision, nav_layers=nav_layers, num_prompts=num_prompts)
-        self.navigation = nn.ModuleDict({str(i): nn.Linear(self.text_width, vision.width) for i in nav_layers})
-        for linear in self.navigation.values():
+        projections = {str(i): nn.Linear(self.text_width, vision.width) for i in nav_layers}
+        self.navigation = nn.ModuleDict(projections)
+        for linear in projections.values():
             nn.init.normal_(linear.weight, std=INIT_STD)
             nn.init.zeros_(linear.bias)
         gate = NAVIGATIONS[navigation]
@@ -228,9 +229,10 @@ class ClsCLIP(ZeroShotModel):
 
     def _masks(self, prefix: ImagePrefix, classes: ClassTokens | Tensor, *, pairwise: bool) -> Tensor:
         """Mask logits [P, 1, h', w']; pairs as in `NavigatedClipViT.suffix`."""
-        if self.gate is None:
+        if isinstance(classes, ClassTokens):
             patches = self.encoder.suffix(prefix, classes, pairwise=pairwise)
         else:
+            assert self.gate is not None
             patches = self.gate(prefix.patches.unsqueeze(1), classes.unsqueeze(int(pairwise))).flatten(0, 1)
         out: Tensor = self.decoder(patches, prefix.grid_size)
         return out
@@ -337,6 +339,7 @@ def _assemble(chunks: Iterator[tuple[Any, Tensor]], shape: tuple[int, int]) -> T
         if whole is None:
             whole = part.new_empty(*shape, *part.shape[2:])
         whole[index] = part
+    assert whole is not None
     return whole
 
 

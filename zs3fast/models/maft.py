@@ -212,7 +212,10 @@ class MAFT(ZeroShotModel):
         image_embedding: Tensor | None,
     ) -> ProposalOutput:
         logits = _similarity(embeddings, text)
-        masks = proposals.mask_logits.sigmoid() if proposals.masks is None else proposals.masks
+        masks = proposals.masks
+        if masks is None:
+            assert proposals.mask_logits is not None  # one of both is there
+            masks = proposals.mask_logits.sigmoid()
         masks = F.interpolate(masks.float(), grid, mode="bilinear", align_corners=False)
         weights = self.class_weights(logits, proposals)
         on_grid = torch.einsum("bqc,bqhw->bchw", weights.float(), masks)
@@ -269,6 +272,7 @@ class MAFT(ZeroShotModel):
         weights = self.class_weights(out.proposal_logits, proposals, seen)
         logits = proposals.masks is None
         masks = proposals.mask_logits if logits else proposals.masks
+        assert masks is not None
         if self.seen_offset and len(seen):
             # The offset as one more proposal, which covers everything and speaks against the seen classes.
             against = weights.new_zeros(len(weights), 1, classes)
@@ -368,6 +372,7 @@ def mask_bits(proposals: Proposals, grid: tuple[int, int]) -> Tensor:
     """Which patches each proposal keeps: bits [B, Nq, ceil(N / 32)] of soft mask >= 0.5 on the patch grid."""
     if proposals.masks is not None:
         return ops.masks_to_bits(proposals.masks, grid)
+    assert proposals.mask_logits is not None  # one of both is there
     return ops.masks_to_bits(
         proposals.mask_logits,
         grid,
@@ -387,8 +392,8 @@ def usable_proposals(proposals: Proposals, chunk: int = 8) -> Tensor:
     parts = []
     for start in range(0, count, chunk):  # all masks of a batch at full size would not fit
         rows = slice(start, start + chunk)
-        given = {name: getattr(proposals, name) for name in ("masks", "mask_logits")}
-        part = replace(proposals, **{name: None if m is None else m[:, rows] for name, m in given.items()})
+        masks, logits = (None if m is None else m[:, rows] for m in (proposals.masks, proposals.mask_logits))
+        part = replace(proposals, masks=masks, mask_logits=logits)
         parts.append(((soft_masks(part) > 0.5) & inside).flatten(2).any(-1))
     return torch.cat(parts, dim=1) & proposals.valid
 
@@ -422,12 +427,14 @@ def as_proposals(proposals: Proposals | Tensor, batch: int) -> Proposals:
         if not torch.compiler.is_compiling():
             check_proposals(proposals)
         return replace(proposals, masks=masks)
-    sizes: Sequence[tuple[int, int]] = [tuple(masks.shape[-2:])] * batch
+    assert masks is not None
+    frame = (masks.shape[-2], masks.shape[-1])
+    sizes = (frame,) * batch
     return Proposals(
         mask_logits=None,
         masks=masks,
         valid=torch.ones(masks.shape[:2], dtype=torch.bool, device=masks.device),
-        padded_size=tuple(masks.shape[-2:]),
-        image_sizes=tuple(sizes),
-        original_sizes=tuple(sizes),
+        padded_size=frame,
+        image_sizes=sizes,
+        original_sizes=sizes,
     )

@@ -56,8 +56,9 @@ def encoder_attention(
     On GPUs, where a gradient is recorded, and for backends that have no kernel of it, it is torch's own attention.
     """
     _check(q, k, v, context, scale)
-    context_k, context_v = context or (None, None)
-    tensors = _matmul.autocast(q, k, v, context_k, context_v)
+    q, k, v = _matmul.autocast(q, k, v)
+    context_k, context_v = _matmul.autocast(*context) if context else (None, None)
+    tensors = (q, k, v, context_k, context_v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = _dispatch.requested_backend()
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

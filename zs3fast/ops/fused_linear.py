@@ -17,6 +17,7 @@ kernel, 490 to 515 by oneDNN on weights packed before, 220 to 230 by torch's F.l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -37,7 +38,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
 
 
-_FUNCTIONS = {"none": lambda x: x, "quick_gelu": quick_gelu, "gelu": F.gelu}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 def reference(

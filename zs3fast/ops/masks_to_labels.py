@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,38 @@ def reference(
     return result if return_details else result.labels
 
 
+@overload
+def masks_to_labels(
+    mask_logits: Tensor,
+    size: Size,
+    seen: Sequence[int] | None = None,
+    seen_offset: float = 0.0,
+    trusty_logits: Tensor | None = None,
+    *,
+    trusty_weighting: str = "both",
+    crop_size: Size | None = None,
+    canvas_size: Size | None = None,
+    windows: Sequence[Size] | None = None,
+    top_k: int = 1,
+    dtype: torch.dtype = torch.int64,
+    return_details: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def masks_to_labels(
+    mask_logits: Tensor,
+    size: Size,
+    seen: Sequence[int] | None = None,
+    seen_offset: float = 0.0,
+    trusty_logits: Tensor | None = None,
+    *,
+    trusty_weighting: str = "both",
+    crop_size: Size | None = None,
+    canvas_size: Size | None = None,
+    windows: Sequence[Size] | None = None,
+    top_k: int = 1,
+    dtype: torch.dtype = torch.int64,
+    return_details: Literal[True],
+) -> LabelMap: ...
 def masks_to_labels(
     mask_logits: Tensor,
     size: Size,

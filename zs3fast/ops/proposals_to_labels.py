@@ -13,7 +13,7 @@ loses to another for all values in the intervals is not computed there, which le
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,32 @@ def reference(
     return (labels, scores.gather(1, best)[:, 0]) if return_scores else labels
 
 
+@overload
+def proposals_to_labels(
+    class_weights: Tensor,
+    masks: Tensor,
+    size: Size,
+    *,
+    logits: bool,
+    padded_size: Size | None = None,
+    image_size: Size | None = None,
+    align_corners: bool = False,
+    dtype: torch.dtype = torch.int64,
+    return_scores: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def proposals_to_labels(
+    class_weights: Tensor,
+    masks: Tensor,
+    size: Size,
+    *,
+    logits: bool,
+    padded_size: Size | None = None,
+    image_size: Size | None = None,
+    align_corners: bool = False,
+    dtype: torch.dtype = torch.int64,
+    return_scores: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def proposals_to_labels(
     class_weights: Tensor,
     masks: Tensor,

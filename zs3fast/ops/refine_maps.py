@@ -271,9 +271,11 @@ def _check(
         raise ValueError(
             f"{OP}: maps: expected {image.shape[0]} images * {len(offsets)} windows, got shape {list(maps.shape)}"
         )
-    for y, x in offsets:
-        if y < 0 or x < 0 or y + crop[0] > canvas[0] or x + crop[1] > canvas[1]:
-            raise ValueError(f"{OP}: windows: expected ({y}, {x}) of size {crop} to lie on the canvas, got {canvas}")
+    for top, left in offsets:
+        if top < 0 or left < 0 or top + crop[0] > canvas[0] or left + crop[1] > canvas[1]:
+            raise ValueError(
+                f"{OP}: windows: expected ({top}, {left}) of size {crop} to lie on the canvas, got {canvas}"
+            )
     hole = _uncovered(crop, canvas, offsets)
     if hole is not None:
         raise ValueError(f"{OP}: windows: expected to cover the canvas {canvas}, got none over pixel {hole}")
