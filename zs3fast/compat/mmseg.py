@@ -59,9 +59,8 @@ class DecodeHead(nn.Module):
         """Scores [B, C, H, W] at `img_shape`, else at the model's own size."""
         owner = self._owner[0]
         out = owner.model.decode(features, owner.text_embeddings)
-        size = tuple(batch_img_metas[0].get("img_shape", (owner.model.image_size,) * 2))[:2]
-        scores: Tensor = owner.model.class_scores(out, size)
-        return scores
+        height, width = tuple(batch_img_metas[0].get("img_shape", (owner.model.image_size,) * 2))[:2]
+        return owner.model.class_scores(out, (height, width))
 
     def loss(
         self, features: ImageFeatures, batch_data_samples: Sequence[Any], train_cfg: object = None
@@ -122,8 +121,7 @@ class Segmentor(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The image tower."""
-        encoder: nn.Module = self.model.encoder
-        return encoder
+        return self.model.encoder
 
     @property
     def num_classes(self) -> int:
@@ -162,8 +160,8 @@ class Segmentor(nn.Module):
     def encode_decode(self, inputs: Tensor, batch_img_metas: Metas | None = None) -> Tensor:
         """Scores [B, C, H, W] of normalised images [B, 3, H, W], at their size."""
         out = self.model(inputs, self.text_embeddings)
-        scores: Tensor = self.model.class_scores(out, tuple(inputs.shape[-2:]))
-        return scores
+        height, width = inputs.shape[-2:]
+        return self.model.class_scores(out, (height, width))
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: Metas, rescale: bool = False) -> Tensor:
         """Scores [B, C, H, W], the mean over sliding windows; `rescale` (0.x): at `ori_shape`."""

@@ -46,10 +46,11 @@ def _read(path: Path, count: int) -> tuple[str, ...]:
 def _lines(text: str, count: int) -> list[str]:
     lines = [line for line in text.splitlines() if line.strip()]
     matches = [_NUMBERED.match(line) for line in lines]
-    if not all(matches):
+    found = [match for match in matches if match]
+    if len(found) != len(lines):
         return lines
-    numbered = {int(match[1]): match[2] for match in matches}
-    if len(numbered) != len(matches):
+    numbered = {int(match[1]): match[2] for match in found}
+    if len(numbered) != len(found):
         raise ValueError("a number is given twice")
     first = 0 if 0 in numbered and count not in numbered else 1
     missing = [number for number in range(first, first + count) if number not in numbered]

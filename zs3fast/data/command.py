@@ -69,8 +69,8 @@ def _open(root: Path, name: str | None, split: str | None) -> list[SegmentationD
             errors.append(error)
     if not opened:
         raise errors[0]
-    for error in errors:  # one split is enough to be checked, the other is mentioned
-        stderr.print(f"[yellow]note[/] {escape(first_line(error))}")
+    for missing in errors:  # one split is enough to be checked, the other is mentioned
+        stderr.print(f"[yellow]note[/] {escape(first_line(missing))}")
     return opened
 
 

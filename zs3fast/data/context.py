@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from zs3fast.data.class_files import read_class_names
 from zs3fast.data.layouts import Folders, Source, find_folders, find_root, folder_source, read_ids, value_table
 from zs3fast.text import class_names
@@ -42,7 +44,7 @@ def pc459(root: Path, split: str) -> Source:
     return folder_source(place, layout, read_class_names("pc459", place, 459), 65535)
 
 
-def _listed(root: Path, split: str, names: list[str], table) -> Source:
+def _listed(root: Path, split: str, names: list[str], table: np.ndarray) -> Source:
     """mmsegmentation's layout: SegmentationClassContext and lists of ids."""
 
     def holds(place: Path) -> bool:
@@ -57,7 +59,7 @@ def _listed(root: Path, split: str, names: list[str], table) -> Source:
     return Source(read_ids(listing), str(place / "JPEGImages" / "{}.jpg"), patterns, tuple(names), table, 255)
 
 
-def _detectron2(split: str, beside: str, apart: str, table, *suffixes: str) -> list[Folders]:
+def _detectron2(split: str, beside: str, apart: str, table: np.ndarray, *suffixes: str) -> list[Folders]:
     """Masks beside VOC 2010 (annotations_detectron2/pc59_val), or both apart from it (pascal_ctx_d2)."""
     part = _SPLITS[split]
     return [

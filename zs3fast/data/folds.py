@@ -16,7 +16,7 @@ _UNUSED_CATEGORIES = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_80_CATEGORIES = tuple(i for i in range(1, 91) if i not in _UNUSED_CATEGORIES)
 
 
-def fold_classes(name: str, fold: int) -> list[int]:
+def fold_classes(name: str, fold: int | None) -> list[int]:
     """Classes that a fold tests and never trains on, ascending.
 
     voc5i: 5 fold .. 5 fold + 4 of 20.  coco20i: fold + 4 v for v = 0..19 of 80.

@@ -125,10 +125,11 @@ def read_ids(path: Path) -> list[str]:
     ids = [_id(line.strip()) for line in read_text(path).splitlines() if line.strip()]
     if not ids:
         raise ValueError(f"{path} lists nothing")
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
-        raise ValueError(f"{path} lists {twice} twice")
+    known: set[str] = set()
+    for name in ids:
+        if name in known:
+            raise ValueError(f"{path} lists {name} twice")
+        known.add(name)
     return ids
 
 

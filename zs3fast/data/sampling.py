@@ -78,10 +78,12 @@ class PairSet(TrainingSet):
         as `TrainingSet`, and "class_index": int, present in "labels" unless the item is a negative.
     """
 
+    transform: ClsclipTransform | FlipTransform
+
     def __init__(
         self,
         dataset: SegmentationDataset,
-        transform: ClsclipTransform | FlipTransform,
+        transform: Transform,
         seed: int = 0,
         classes: Sequence[int] | None = None,
         *,

@@ -8,7 +8,7 @@ drawn at random and whose classes are told apart by colour: it jitters and resiz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -199,7 +199,8 @@ class FlipTransform(_Recipe):
         return self._finish(image, labels)
 
 
-_RECIPES = {
+_Make = Callable[[int, Sequence[float], Sequence[float], int], Transform]
+_RECIPES: dict[str, tuple[_Make, int, Sequence[float], Sequence[float]]] = {
     "zegclip": (ZegclipTransform, 512, IMAGENET_MEAN, IMAGENET_STD),
     "maft": (MaftTransform, 640, CLIP_MEAN, CLIP_STD),
     "clsclip": (ClsclipTransform, 352, CLIP_MEAN, CLIP_STD),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class Report:
 
     def worst(self, count: int) -> list[ItemScore]:
         """The items with the lowest IoU, lowest first; equals in dataset order."""
-        return sorted((item for item in self.items if item.iou is not None), key=lambda item: item.iou)[:count]
+        return sorted((item for item in self.items if item.iou is not None), key=lambda item: item.iou or 0.0)[:count]
 
 
 def evaluate(
@@ -196,10 +196,18 @@ def evaluate_pairs(
     )
 
 
-class Reader(Dataset):
+class Items(Protocol):
+    """Things by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class Reader(Dataset[Any]):
     """Items by index; what cannot be read comes back as the error, since a worker would bury it in a traceback."""
 
-    def __init__(self, dataset: Dataset | LabelledImages):
+    def __init__(self, dataset: Items):
         self.dataset = dataset
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial as bound
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast.data import SegmentationDataset, open_dataset, test_pairs
 from zs3fast.data.datasets import ids_digest
@@ -24,11 +24,14 @@ from zs3fast.evaluation.scores import DENOMINATORS
 from zs3fast.inference.loading import find_weights, is_converted
 from zs3fast.inference.segmenter import Segmenter
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
+from zs3fast.models.base import ZeroShotModel
+from zs3fast.models.clsclip import ClsCLIP
 from zs3fast.models.registry import create_model
+from zs3fast.models.tagclip import TagCLIP
 from zs3fast.proposals import load_box_proposer, load_mask_proposer
 from zs3fast.text import class_names, competing_names, datasets, load_text_embeddings, seen_classes
 from zs3fast.text.cache import tensor_digest
-from zs3fast.text.vocabulary import same_name
+from zs3fast.text.vocabulary import ClassEntry, same_name
 from zs3fast.utils.options import one_of
 from zs3fast.utils.rendering import UNLABELLED
 
@@ -55,7 +58,8 @@ class Job:
 
 def prepare(options: EvalOptions) -> Job:
     """Open everything and check that it fits together, on the device of the options (None: the CPU)."""
-    o = replace(options, device=options.device or "cpu")
+    device = options.device or "cpu"
+    o = replace(options, device=device)
     _check(o)
     path = None if o.weights is None else find_weights(o.weights)
     images = open_dataset(o.dataset, o.data, o.split, fold=o.fold)
@@ -72,9 +76,9 @@ def prepare(options: EvalOptions) -> Job:
         text_embeddings=rows,
         templates=o.templates,
         protocol=steps,
-        proposer=None if o.proposer is None else load_mask_proposer(o.proposer, o.device),
+        proposer=None if o.proposer is None else load_mask_proposer(o.proposer, device),
         crops=o.crops,
-        device=o.device,
+        device=device,
     )
     settings = {
         "method": segmenter.model.config["method"],
@@ -153,13 +157,13 @@ def _label_job(
 ) -> Job:
     model = segmenter.model
     setting = resolve_setting(o.setting, images, model.config.get("class_names"), learned_setting(model))
-    if setting.name == "cross-dataset" and getattr(model, "trusty_token", None) is not None:
+    if setting.name == "cross-dataset" and isinstance(model, TagCLIP) and model.trusty_token is not None:
         model.trusty_token, model.trusty_weighting = None, "off"
         setting = replace(setting, notes=(*setting.notes, "cross-dataset: the trusty token is left out, as published"))
     label = labeller(segmenter, images.class_names, setting.calibrated, segmenter.classes)
     settings = {**settings, "text_sha256": tensor_digest(_text_rows(segmenter, rows))}
     settings |= {"setting": setting.name, "denominator": o.denominator}
-    how = {"setting": setting, "denominator": o.denominator, "pass_paths": True, "settings": settings}
+    how: dict[str, Any] = {"setting": setting, "denominator": o.denominator, "pass_paths": True, "settings": settings}
     return Job(
         dataset=images,
         run=bound(evaluate, label, images, **how, **_where(o)),
@@ -174,16 +178,18 @@ def _where(o: EvalOptions) -> dict[str, Any]:
     return {"limit": o.limit, "device": o.device, "workers": o.workers}
 
 
-def _pair_segmenter(segmenter: Segmenter, rows: Tensor, o: EvalOptions) -> PairSegmenter | ZoomingPairSegmenter:
+def _pair_segmenter(
+    model: ClsCLIP, classes: Sequence[ClassEntry], rows: Tensor, o: EvalOptions
+) -> PairSegmenter | ZoomingPairSegmenter:
     """ClsCLIP, or with boxes ClsCLIP+."""
     if o.boxes is None:
-        return PairSegmenter(segmenter.model, rows, o.threshold)
-    names = [entry[0] for entry in segmenter.classes]
-    boxes = load_box_proposer(o.boxes, o.device)
-    return ZoomingPairSegmenter(segmenter.model, rows, names, boxes, o.no_box, o.threshold)
+        return PairSegmenter(model, rows, o.threshold)
+    names = [entry[0] for entry in classes]
+    boxes = load_box_proposer(o.boxes, o.device or "cpu")
+    return ZoomingPairSegmenter(model, rows, names, boxes, o.no_box, o.threshold)
 
 
-def _fold_notes(model: nn.Module, images: SegmentationDataset) -> tuple[str, ...]:
+def _fold_notes(model: ZeroShotModel, images: SegmentationDataset) -> tuple[str, ...]:
     """A word on weights that learned what the fold holds out."""
     if model.class_names is None:
         return ()
@@ -202,26 +208,29 @@ def _joined(name: str) -> str:
 def _pair_job(
     segmenter: Segmenter, images: SegmentationDataset, rows: Tensor | None, o: EvalOptions, settings: dict[str, Any]
 ) -> Job:
-    if not segmenter.model.pairwise:
+    model = segmenter.model
+    if not isinstance(model, ClsCLIP):
         raise ValueError(f"weights: {o.dataset} is for clsclip, these are {settings['method']}'s")
     rows = _text_rows(segmenter, rows)
-    masks = _pair_segmenter(segmenter, rows, o)
+    masks = _pair_segmenter(model, _classes(segmenter), rows, o)
     settings |= {"text_sha256": tensor_digest(rows), "fold": o.fold, "episodes": o.episodes, "threshold": o.threshold}
     if o.boxes is not None:
         settings |= {"method": "clsclip+", "boxes": o.boxes, "no_box": o.no_box}
-    scored, label_size = masks, None
+    scored: PairSegmenter | ZoomingPairSegmenter = masks
+    label_size: tuple[int, int] | None = None
     if o.eval_size == "input":
-        label_size = (segmenter.model.image_size,) * 2
+        label_size = (model.image_size, model.image_size)
         settings["eval_size"] = o.eval_size
-        scored = PairSegmenter(segmenter.model, rows, o.threshold, label_size)
+        scored = PairSegmenter(model, rows, o.threshold, label_size)
     pairs = test_pairs(images, images.unseen, episodes="all" if o.episodes == "all" else int(o.episodes))
 
     def shown(image: np.ndarray, item: ItemScore) -> np.ndarray:
+        assert item.class_index is not None  # a pair has one
         mask = masks(image, [item.class_index], images.image_path(item.image))[0].cpu().numpy()
         return np.where(mask, item.class_index, UNLABELLED)
 
-    how = {"pass_paths": True, "label_size": label_size, "settings": settings}
-    how["notes"] = _fold_notes(segmenter.model, images)
+    how: dict[str, Any] = {"pass_paths": True, "label_size": label_size, "settings": settings}
+    how["notes"] = _fold_notes(model, images)
     return Job(
         dataset=images,
         run=bound(evaluate_pairs, scored, images, pairs, **how, **_where(o)),
@@ -235,13 +244,19 @@ def _text_rows(segmenter: Segmenter, rows: Tensor | None) -> Tensor:
     """Embeddings of the segmenter's classes: those given, or the text tower's."""
     if rows is not None:
         return rows
-    names = [(name,) for name in dict.fromkeys(name for entry in segmenter.classes for name in entry)]
-    classes = names if segmenter.names_apart else segmenter.classes
+    classes = _classes(segmenter)
+    if segmenter.names_apart:
+        classes = [(name,) for name in dict.fromkeys(name for entry in classes for name in entry)]
     out: Tensor = segmenter.text_encoder.encode(classes, segmenter.templates, text_token=segmenter.model.text_token)
     return out
 
 
-def _weights_digest(model: nn.Module) -> str:
+def _classes(segmenter: Segmenter) -> Sequence[ClassEntry]:
+    assert segmenter.classes is not None  # `_segmenter` is given them
+    return segmenter.classes
+
+
+def _weights_digest(model: ZeroShotModel) -> str:
     """A digest of a model: its configuration and its tensors."""
     config = json.dumps(model.config, sort_keys=True)
     return tensor_digest(torch.tensor(list(config.encode()), dtype=torch.uint8), *model.state_dict().values())

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
+    from zs3fast.models.clsclip import ClsCLIP
     from zs3fast.proposals import BoxProposer
 
 
@@ -31,7 +32,7 @@ class PairSegmenter:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ClsCLIP,
         text_embeddings: Tensor,
         threshold: float = 0.5,
         size: tuple[int, int] | None = None,
@@ -67,7 +68,7 @@ class ZoomingPairSegmenter:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ClsCLIP,
         text_embeddings: Tensor,
         class_names: Sequence[str],
         boxes: BoxProposer,

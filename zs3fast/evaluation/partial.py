@@ -64,6 +64,7 @@ class PartialResults:
 
     def save(self, table: np.ndarray, records: Iterable[dict[str, Any]]) -> None:
         """Write this process's counts and records."""
+        assert self._own is not None  # `start` has chosen it
         header = json.dumps({"settings": self.settings, "records": list(records)})
         with replacing(self._own) as temporary:
             np.savez_compressed(temporary, table=table, header=np.array(header))

@@ -98,7 +98,7 @@ def _shares(table: np.ndarray) -> np.ndarray:
 def _cells(table: np.ndarray) -> np.ndarray:
     """Colours uint8 [rows, columns, 3]."""
     shares = _shares(table)
-    diagonal = np.eye(*table.shape, dtype=bool)[..., None]
+    diagonal = np.eye(*table.shape, dtype=np.bool_)[..., None]
     full = np.where(diagonal, _RIGHT, _WRONG)
     strength = np.sqrt(np.nan_to_num(shares))[..., None]
     colours = 255 + strength * (full - 255)
@@ -138,7 +138,7 @@ def _vertical(
     ink: tuple[int, int, int],
 ) -> None:
     """Text that is read upwards, its beginning at `foot`."""
-    width, height = round(font.getlength(text)) + 2, round(font.size * 1.4)
+    width, height = round(font.getlength(text)) + 2, round(getattr(font, "size", 11) * 1.4)
     line = Image.new("L", (width, height), 0)
     ImageDraw.Draw(line).text((0, height / 2), text, fill=255, font=font, anchor="lm")
     mask = line.rotate(90, expand=True)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from zs3fast.inference.segmenter import Segmenter
+    from zs3fast.models.base import ZeroShotModel
 
 # In the order of their chapters; "fold" is the (image, class) pairs of PASCAL-5i and COCO-20i.
 SETTINGS = (
@@ -57,14 +56,29 @@ _SIGNS = {
 class LabelledImages(Protocol):
     """What evaluation needs of a dataset (`zs3fast.data.SegmentationDataset`)."""
 
-    name: str
-    split: str
-    class_names: list[str]
-    num_classes: int
-    seen: list[int]
-    unseen: list[int]
-    ignore_index: int
-    ids: list[str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def seen(self) -> list[int]: ...
+
+    @property
+    def unseen(self) -> list[int]: ...
+
+    @property
+    def ignore_index(self) -> int: ...
+
+    @property
+    def ids(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -89,7 +103,7 @@ class Setting:
     notes: tuple[str, ...] = ()
 
 
-def learned_setting(model: nn.Module) -> str | None:
+def learned_setting(model: ZeroShotModel) -> str | None:
     """The setting that weights look to have been trained in, on their own vocabulary; None where they do not say.
 
     Methods without training, where they carry no vocabulary: training-free.
@@ -151,7 +165,7 @@ def resolve_setting(
         )
     seen = tuple(dataset.seen)
     calibrated = {"transductive": (), "supervised": tuple(range(dataset.num_classes))}.get(name, seen)
-    notes = (UNDIFFERENTIATED_NOTE,) if name == "background-undifferentiated" else ()
+    notes: tuple[str, ...] = (UNDIFFERENTIATED_NOTE,) if name == "background-undifferentiated" else ()
     expected = "inductive" if name == "background-undifferentiated" else name
     if own and learned not in (None, expected, "training-free"):
         notes += (f"{name} was asked for, but the weights look {learned}: {_SIGNS[learned]}",)

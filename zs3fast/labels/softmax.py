@@ -148,8 +148,8 @@ def _race(
     best = wide.new_full(size, -torch.inf)
     total = wide.new_full(size, -torch.inf)  # log of the softmax's denominator
     labels = torch.zeros(size, dtype=torch.int32, device=logits.device)
-    for rows, names, z in _pieces(wide, size, frame, refine, classes, band_bytes):
-        z, of = z * rule.scale, classes[names]
+    for rows, part, z in _pieces(wide, size, frame, refine, classes, band_bytes):
+        z, of = z * rule.scale, classes[part]
         if rule.over_classes:
             z, first = _by_class(z, of - of[0]), int(of[0])
             of = torch.arange(first, first + len(z), device=z.device)

@@ -68,7 +68,7 @@ class ZeroShotModel(nn.Module):
     training_free: ClassVar[bool] = False  # whether CLIP's weights are all it needs
     self_training: ClassVar[bool] = False  # whether it can learn unseen classes from its own labels (transductive)
     pairwise: ClassVar[bool] = False  # whether it answers for (image, class) pairs, each with a mask of its own
-    min_score: ClassVar[float | None] = None  # pixels below stay unlabelled, where a Segmenter is not told otherwise
+    min_score: float | None = None  # pixels below stay unlabelled, where a Segmenter is not told otherwise
 
     def __init__(
         self,
@@ -190,6 +190,22 @@ class FeatureModel(ZeroShotModel):
 
     def decode(self, features: ImageFeatures, text_embeddings: Tensor) -> SegmentationOutput:
         """Features of B images and text embeddings [C, D] -> mask logits [B, C, h, w] and the tokens."""
+        raise NotImplementedError
+
+    def class_scores(self, out: SegmentationOutput, size: tuple[int, int]) -> Tensor:
+        """Scores [B, C, H, W] at `size` = (H, W)."""
+        raise NotImplementedError
+
+    def predict_labels(
+        self, out: SegmentationOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64
+    ) -> Tensor:
+        """Labels [B, H, W], always equal to `class_scores(out, size).argmax(1)`, without the scores."""
+        raise NotImplementedError
+
+    def loss(
+        self, out: SegmentationOutput, labels: Tensor, setting: str = "inductive", *, ignore_index: int = 255
+    ) -> dict[str, Tensor]:
+        """Weighted loss terms from labels [B, H, W]; "loss" is their sum. TypeError where nothing is trained."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, text_embeddings: Tensor) -> SegmentationOutput:

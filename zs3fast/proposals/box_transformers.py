@@ -35,7 +35,8 @@ class TransformersBoxProposer:
             raise TypeError(f"processor: {type(processor).__name__} has no post_process_object_detection")
         self.model, self.processor = model.eval(), processor
         self.threshold, self.nms_iou = threshold, nms_iou
-        self._words = {int(index): str(word) for index, word in model.config.id2label.items()}
+        config: Any = model.config  # the library's own
+        self._words = {int(index): str(word) for index, word in config.id2label.items()}
         self.vocabulary = tuple(dict.fromkeys(word for word in self._words.values() if word != "N/A"))
         self._inputs = set(inspect.signature(model.forward).parameters)
 

@@ -149,7 +149,8 @@ def boxes_from_labels(
     if wrong:
         raise ValueError(f"labels: expected 0..{len(class_names) - 1} or {ignore_index} (ignored), got {wrong[0]}")
     if not len(masks):
-        return make_boxes([], [], tuple(masks.shape[1:]), vocabulary=class_names)
+        height, width = masks.shape[1:]
+        return make_boxes([], [], (height, width), vocabulary=class_names)
     found = boxes_from_masks(masks, [class_names[value] for value in classes.tolist()])
     return replace(found, vocabulary=tuple(class_names))
 

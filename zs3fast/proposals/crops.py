@@ -124,7 +124,7 @@ def _only(proposals: Proposals, index: int, rows: Tensor) -> Proposals:
     return Proposals(
         mask_logits=pick(proposals.mask_logits),
         masks=pick(proposals.masks),
-        valid=pick(proposals.valid),
+        valid=proposals.valid[index, rows][None],
         padded_size=proposals.padded_size,
         image_sizes=proposals.image_sizes[index : index + 1],
         original_sizes=proposals.original_sizes[index : index + 1],

@@ -50,7 +50,8 @@ def load_mask_proposer(spec: str, device: str = "cpu", **options: Any) -> MaskPr
     if kind == "freeseg":
         from zs3fast.proposals.freeseg import FreeSegProposer
 
-        return FreeSegProposer.from_official(name, device=device, **options)
+        found = FreeSegProposer.from_official(name, device=device, **options)
+        return found  # type: ignore[return-value]  # it is given its class list first, see `for_classes`
     model_class, model_types, _ = MASK_KINDS[kind]
     model = _library.load(model_class, name, model_types).to(device)
     if kind == "sam":

@@ -67,7 +67,8 @@ class FileMaskProposer:
                 f"pictures: {len(pictures)} of them need a folder of masks and the pictures' file names, got the path "
                 f"{self.path} and {'no names' if names is None else 'names'}"
             )
-        contents = [_read(self._file_of(name)) for name in names or [None]]
+        asked: Sequence[str | None] = names or [None]
+        contents = [_read(self._file_of(name)) for name in asked]
         if len({content.get("class_names") for content in contents}) != 1:
             raise ValueError(f"masks: the files under {self.path} have different class_names")
         joined: dict[str, Any] = {}

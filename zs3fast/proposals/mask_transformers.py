@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ class TransformersMaskProposer:
         self.model = model.eval()
         self.mean, self.std = tuple(mean), tuple(std)
         self.frame = {"short_side": short_side, "long_side": long_side, "divisor": divisor}
-        names = model.config.id2label
+        config: Any = model.config  # the library's own
+        names = config.id2label
         self.class_names = tuple(str(names[index]) for index in range(len(names)))
 
     @torch.no_grad()

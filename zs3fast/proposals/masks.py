@@ -89,8 +89,10 @@ def from_labels(
         labels: one integer map [H_i, W_i] a picture. A map that is all `ignore_index` gives no proposal, no error.
         connected, min_area: see `label_masks`.
     """
-    options = {"ignore_index": ignore_index, "connected": connected, "min_area": min_area}
-    rows = [label_masks(item, **options)[0].float() for item in labels]
+    rows = [
+        label_masks(item, ignore_index=ignore_index, connected=connected, min_area=min_area)[0].float()
+        for item in labels
+    ]
     if not rows:
         raise ValueError("labels: expected at least one label map, got none")
     return _on_frame(rows, short_side=short_side, long_side=long_side, divisor=divisor)
@@ -100,6 +102,7 @@ def soft_masks(proposals: Proposals) -> Tensor:
     """The masks on the padded frame, [B, Nq, Hp, Wp] in [0, 1]: `masks`, or sigmoid(bilinear(mask_logits))."""
     if proposals.masks is not None:
         return proposals.masks
+    assert proposals.mask_logits is not None  # one of both is set
     return F.interpolate(
         proposals.mask_logits.float(),
         size=proposals.padded_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class SamProposer:
         self.points_per_side, self.points_per_batch, self.max_masks = points_per_side, points_per_batch, max_masks
         self.min_iou, self.min_stability, self.nms_iou = min_iou, min_stability, nms_iou
         self.short_side, self.long_side, self.divisor = short_side, long_side, divisor
-        side = int(model.config.vision_config.image_size)
+        config: Any = model.config  # the library's own
+        side = int(config.vision_config.image_size)
         self.processor = transformers().SamImageProcessor(
             size={"longest_edge": side}, pad_size={"height": side, "width": side}
         )
@@ -82,7 +84,8 @@ class SamProposer:
         weight = next(self.model.parameters())
         inputs = self.processor(images=[picture], return_tensors="pt")
         reshaped = [int(side) for side in inputs["reshaped_input_sizes"][0]]
-        embeddings = self.model.get_image_embeddings(inputs["pixel_values"].to(weight))
+        embed: Any = self.model.get_image_embeddings
+        embeddings = embed(inputs["pixel_values"].to(weight))
         points = point_grid(self.points_per_side) * torch.tensor([reshaped[1], reshaped[0]], dtype=torch.float32)
         size = frame_size(picture.shape[:2], self.short_side, self.long_side)
         kept = []

@@ -1,5 +1,7 @@
 """Class names and their embeddings: vocabularies, templates, class-name files, the text tower and its disk cache."""
 
+from typing import TYPE_CHECKING
+
 from zs3fast.text.cache import cache_dir
 from zs3fast.text.class_files import read_class_file
 from zs3fast.text.class_lists import class_names, datasets, seen_classes, unseen_classes
@@ -7,6 +9,9 @@ from zs3fast.text.competing_names import BACKGROUND_NAMES, competing_names
 from zs3fast.text.embeddings import load_text_embeddings
 from zs3fast.text.templates import IMAGENET, MULTI, SINGLE, TEMPLATES, resolve_templates
 from zs3fast.text.vocabulary import parse_classes, whole_names
+
+if TYPE_CHECKING:
+    from zs3fast.text.encoder import TextEncoder
 
 __all__ = [
     "BACKGROUND_NAMES",

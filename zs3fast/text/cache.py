@@ -43,7 +43,7 @@ def tensor_digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{array.dtype}{list(array.shape)}".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy())
+        digest.update(array.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import open_clip
 import torch
@@ -95,7 +95,9 @@ class TextEncoder:
             if state is not None:
                 heads = config["text_cfg"].get("heads", 8)
                 return cls.from_state_dict(state, heads=heads, quick_gelu=quick_gelu, tokenizer=tokenizer, **options)
-        return cls(create_open_clip(clip, pretrained, quick_gelu=quick_gelu).text, tokenizer, **options)
+        return cls(
+            create_open_clip(clip, pretrained, quick_gelu=quick_gelu).get_submodule("text"), tokenizer, **options
+        )
 
     @classmethod
     def from_state_dict(
@@ -207,11 +209,12 @@ class TextEncoder:
     def _tokenize(self, sentences: list[str]) -> Tensor:
         with _tokenizing:
             tokens = self.tokenizer(sentences)
-        # Tokenizers cut silently. Whoever has an `encode` lets us see the uncut length: words, start and end.
-        encode, context = getattr(self.tokenizer, "encode", None), tokens.shape[1]
-        for sentence in sentences if isinstance(self.tokenizer, open_clip.SimpleTokenizer) else ():
-            if len(encode(sentence)) + 2 > context:
-                raise ValueError(f"classes: too long for the text tower ({context} tokens): {sentence!r}")
+        # Tokenizers cut silently. CLIP's own lets us see the uncut length: words, start and end.
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+            context = tokens.shape[1]
+            for sentence in sentences:
+                if len(self.tokenizer.encode(sentence)) + 2 > context:
+                    raise ValueError(f"classes: too long for the text tower ({context} tokens): {sentence!r}")
         return tokens
 
 
@@ -223,7 +226,8 @@ def _features(tower: nn.Module, tokens: Tensor) -> Tensor:
     ends, projection = _end_tokens(tower, tokens), tower.text_projection
     if projection is None:
         return ends
-    return projection(ends) if isinstance(projection, nn.Module) else ends @ projection
+    out = projection(ends) if isinstance(projection, nn.Module) else ends @ projection
+    return out
 
 
 def _end_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
@@ -245,7 +249,7 @@ def _end_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
     return out
 
 
-def _pools_at_the_end(tower: nn.Module) -> bool:
+def _pools_at_the_end(tower: nn.Module) -> TypeGuard[TextTransformer]:
     """Whether it is open_clip's tower in CLIP's own form, whose feature is the token at the end of the text."""
     plain = isinstance(tower, TextTransformer) and tower.cls_emb is None and tower.pool_type == "argmax"
     return plain and not tower.use_pad_mask and not tower.output_tokens
@@ -265,7 +269,7 @@ def _tokenizer(clip: str | dict[str, Any], config: dict[str, Any]) -> Tokenizer:
         return out
     try:
         with quiet_open_clip():
-            out: Tokenizer = open_clip.get_tokenizer(clip)
+            out = open_clip.get_tokenizer(clip)
             return out
     except Exception as error:  # tokenizers of some models come from the hub, which raises its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

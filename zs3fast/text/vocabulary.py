@@ -27,7 +27,7 @@ def parse_classes(classes: str | Iterable[str | Sequence[str]], argument: str = 
             (`same_name` says which spellings CLIP reads alike).
     """
     if isinstance(classes, str):
-        entries = [(name,) for name in names_of(classes, argument)]
+        entries: list[ClassEntry] = [(name,) for name in names_of(classes, argument)]
     else:
         entries = [_entry(item, argument) for item in classes]
     return check_entries(entries, argument)

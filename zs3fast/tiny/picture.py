@@ -80,7 +80,7 @@ def _legend(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
     counts = np.bincount(truth.ravel(), minlength=len(class_names))
-    for line, index in enumerate(sorted(np.flatnonzero(counts), key=lambda c: -counts[c])):
+    for line, index in enumerate(sorted(np.flatnonzero(counts).tolist(), key=lambda c: -counts[c])):
         x, y = corner[0], corner[1] + 19 * line
         draw.rectangle((x, y + 2, x + 11, y + 13), fill=tuple(map(int, colours[index])), outline=_GREY)
         text, ink = (f"{class_names[index]} (unseen)", _UNSEEN) if index in unseen else (class_names[index], _INK)

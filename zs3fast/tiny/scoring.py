@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class TrueRegions:
         known = [] if names is None else [self._index.get(os.path.basename(name)) for name in names]
         if len(known) != len(images) or None in known:
             raise ValueError(f"names: expected a picture of {self.dataset.name} {self.dataset.split} each, got {names}")
-        return from_labels([self.dataset.read_labels(i) for i in known], connected=True)
+        return from_labels([self.dataset.read_labels(i) for i in known if i is not None], connected=True)
 
 
 def world_segmenter(weights: str | os.PathLike[str], scenes: WorldDataset) -> Segmenter:
@@ -56,6 +57,6 @@ def world_labeller(segmenter: Segmenter, scenes: WorldDataset, setting: str = "i
     return labeller(segmenter, scenes.class_names, resolve_setting(setting, scenes, vocabulary).calibrated)
 
 
-def score(label: Label, scenes: WorldDataset, *, limit: int | None = None, **options: object) -> Report:
+def score(label: Label, scenes: WorldDataset, *, limit: int | None = None, **options: Any) -> Report:
     """Scores on the zero-shot split of the world, whatever the setting was."""
     return evaluate(label, scenes, pass_paths=True, limit=limit, **options)

@@ -65,7 +65,7 @@ class BatchSizes:
     def bytes_an_image(self, trial: Trial) -> float | None:
         """What each image adds: the slope from the smallest batch that fits. None for that batch, and what did not."""
         first = min((t for t in self.trials if t.peak_bytes is not None), key=lambda t: t.batch, default=trial)
-        if trial.peak_bytes is None or trial.batch == first.batch:
+        if trial.peak_bytes is None or first.peak_bytes is None or trial.batch == first.batch:
             return None
         return (trial.peak_bytes - first.peak_bytes) / (trial.batch - first.batch)
 
@@ -189,7 +189,7 @@ def main() -> None:
 
 def _try(config: TrainConfig, vocabulary: Classes, batch_size: int, budget: int | None) -> dict[str, Any]:
     with distributed.dist_env(config.device) as env:
-        if env.device.type == "cpu" and memory.resident_bytes() > budget:
+        if env.device.type == "cpu" and budget is not None and memory.resident_bytes() > budget:
             return NO_ROOM  # the libraries alone
         _limit(env.device, budget)
         seconds = [time.perf_counter() - started for started in _iterations(config, vocabulary, batch_size, env)]
@@ -202,6 +202,7 @@ def _try(config: TrainConfig, vocabulary: Classes, batch_size: int, budget: int 
 
 def _limit(device: torch.device, budget: int | None) -> None:
     if device.type != "cuda":
+        assert budget is not None  # `_budget` gives one on the CPU
         memory.limit_memory(budget)
         return
     total = torch.cuda.get_device_properties(device).total_memory

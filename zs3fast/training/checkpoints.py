@@ -18,8 +18,9 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.text.cache import tensor_digest
 from zs3fast.utils.distributed import assign, full_tensor
 from zs3fast.utils.files import replacing
@@ -110,9 +111,9 @@ def durable(path: Path) -> None:
             os.close(handle)
 
 
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(model: ZeroShotModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that changes in training, by name, on the CPU; every process must call this."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.trainable().items():
         tensors[f"weights.{name}"] = parameter
         for moment, value in optimizer.state.get(parameter, {}).items():
@@ -157,7 +158,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, source: Path) -> None:
+def restore(tensors: dict[str, Tensor], model: ZeroShotModel, optimizer: torch.optim.Optimizer, source: Path) -> None:
     """Put a checkpoint's weights, optimiser state and random state in place."""
     trained = model.trainable()
     saved = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
@@ -182,7 +183,7 @@ def restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim
         torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
-def frozen_digest(model: nn.Module, text_embeddings: Tensor) -> str:
+def frozen_digest(model: ZeroShotModel, text_embeddings: Tensor) -> str:
     """A digest of what a checkpoint leaves out: the weights that are not trained, and the text embeddings."""
     trained = model.trainable()
     frozen = [value for name, value in sorted(model.state_dict().items()) if name not in trained]

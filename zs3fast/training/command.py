@@ -66,8 +66,8 @@ def train(
         _list_settings()
         return
     overrides = list(set_ or [])
-    given = {"data.root": data, "output": output, "init_from": init_from, "text.embeddings": text_embeddings}
-    given |= {"device": device, "compile": "true" if compile_ else None}
+    given: dict[str, Path | str | None] = {"data.root": data, "output": output, "init_from": init_from}
+    given |= {"text.embeddings": text_embeddings, "device": device, "compile": "true" if compile_ else None}
     overrides += [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
     with one_line_errors(USAGE_ERROR):
         loaded = load_config(config, overrides)
@@ -130,7 +130,7 @@ def _find_batch_size(config: TrainConfig, memory: float | None, most: int | None
     for column in ("batch", "peak MiB", "MiB an image", "images/s"):
         table.add_column(column, justify="right")
     for trial in sorted(found.trials, key=lambda trial: trial.batch):
-        if trial.peak_bytes is None:
+        if trial.peak_bytes is None or trial.seconds is None:
             table.add_row(str(trial.batch), "does not fit", "", "")
             continue
         slope = found.bytes_an_image(trial)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from zs3fast.training.settings import (
     Count,
@@ -32,9 +32,13 @@ from zs3fast.training.settings import (
     read_text,
     read_values,
     save_yaml,
-    settings,
 )
 from zs3fast.utils.options import close_names
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as settings  # what a type checker needs to know of it
+else:
+    from zs3fast.training.settings import settings
 
 Setting = Literal["inductive", "transductive", "supervised"]
 Method = Literal["zegclip", "tagclip", "clip_rc", "clsclip", "maft"]

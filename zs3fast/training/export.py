@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast import weights
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import create_model
 from zs3fast.text import TextEncoder
 from zs3fast.training.checkpoints import durable
@@ -14,7 +15,7 @@ from zs3fast.utils.distributed import DistEnv, full_tensor, is_sharded
 from zs3fast.weights.files import TEXT_PREFIX
 
 
-def export_weights(model: nn.Module, path: Path, env: DistEnv) -> None:
+def export_weights(model: ZeroShotModel, path: Path, env: DistEnv) -> None:
     """Write the whole model, frozen weights included; every process must call this.
 
     A CLIP that has no name to find its text tower by takes it along.
@@ -26,7 +27,7 @@ def export_weights(model: nn.Module, path: Path, env: DistEnv) -> None:
         durable(path)
 
 
-def whole_model(model: nn.Module) -> nn.Module:
+def whole_model(model: ZeroShotModel) -> ZeroShotModel:
     """The model, or where it is sharded a whole copy of it on the CPU; every process must call this."""
     state = model.state_dict()
     if not any(is_sharded(tensor) for tensor in state.values()):
@@ -36,7 +37,7 @@ def whole_model(model: nn.Module) -> nn.Module:
     return copy
 
 
-def _own_tower(model: nn.Module) -> dict[str, Tensor]:
+def _own_tower(model: ZeroShotModel) -> dict[str, Tensor]:
     clip, pretrained = model.config["clip"], model.config.get("pretrained")
     if isinstance(clip, str) or pretrained is None:
         return {}

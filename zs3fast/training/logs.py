@@ -60,8 +60,8 @@ class RunLog:
             return {}
         pending, self._pending = self._pending, []
         names = list(pending[0][2])
-        values = torch.stack([torch.stack([terms[name] for name in names]) for _, _, terms in pending])
-        values = (self._env.total(values) / self._env.world).cpu().double().numpy()
+        stacked = torch.stack([torch.stack([terms[name] for name in names]) for _, _, terms in pending])
+        values = (self._env.total(stacked) / self._env.world).cpu().double().numpy()
         for (iteration, _, _), row in zip(pending, values):
             bad = [f"{name} {value:g}" for name, value in zip(names, row) if not np.isfinite(value)]
             if bad:

@@ -18,13 +18,14 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from zs3fast.data.datasets import ids_digest
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.training import checkpoints, setup, validation
 from zs3fast.training.config import FREE, TrainConfig, changed_keys, save_config
 from zs3fast.training.export import export_weights
 from zs3fast.training.logs import RunLog
 from zs3fast.training.optimiser import finite_step, freeze, make_optimizer, set_learning_rate
 from zs3fast.training.schedules import learning_rate
-from zs3fast.training.steps import Batch, Terms
+from zs3fast.training.steps import Batch, Step, Terms
 from zs3fast.utils import distributed
 from zs3fast.utils.console import stderr
 from zs3fast.utils.distributed import DistEnv
@@ -143,7 +144,7 @@ def _train(config: TrainConfig, resume: bool, env: DistEnv) -> RunResult:
 
 def gradients(
     spread: nn.Module,
-    step: nn.Module,
+    step: Step,
     batch: Batch,
     split: setup.Shares,
     env: DistEnv,
@@ -213,7 +214,7 @@ def _read(
     return tensors, facts
 
 
-def _save(config: TrainConfig, model: nn.Module, optimizer: Any, env: DistEnv, facts: dict[str, Any]) -> None:
+def _save(config: TrainConfig, model: ZeroShotModel, optimizer: Any, env: DistEnv, facts: dict[str, Any]) -> None:
     tensors = checkpoints.state_tensors(model, optimizer)
     if env.main:
         facts["position"] = facts["iteration"] * config.batch_size
@@ -222,7 +223,7 @@ def _save(config: TrainConfig, model: nn.Module, optimizer: Any, env: DistEnv, f
 
 def _validate(
     config: TrainConfig,
-    model: nn.Module,
+    model: ZeroShotModel,
     text: Tensor,
     env: DistEnv,
     log: RunLog,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.training.config import OptimizerConfig
 from zs3fast.utils.distributed import DistEnv, full_tensor
 
 
-def freeze(model: nn.Module) -> dict[str, nn.Parameter]:
+def freeze(model: ZeroShotModel) -> dict[str, nn.Parameter]:
     """The parameters that the method's recipe trains, by name; all others stop requiring gradients."""
     trained = model.trainable()
     if not trained:
@@ -19,11 +21,10 @@ def freeze(model: nn.Module) -> dict[str, nn.Parameter]:
     kept = {id(parameter) for parameter in trained.values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)
-    out: dict[str, nn.Parameter] = trained
-    return out
+    return trained
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
+def parameter_groups(model: ZeroShotModel, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups {"params", "names", "weight_decay"} of the trained parameters: decayed ones first.
 
     no_decay: "none" decays all; "norms" exempts the parameters of LayerNorms, "norms_and_biases" every bias as well.
@@ -55,19 +56,25 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class FlaggedAdamW(torch.optim.AdamW):
+    """AdamW with the flag that its fused form reads: while `found_inf` is 1 a step changes nothing."""
+
+    found_inf: Tensor
+
+
+def make_optimizer(model: ZeroShotModel, config: OptimizerConfig) -> FlaggedAdamW:
     """AdamW whose state holds the trained parameters and nothing of the frozen ones.
 
     Fused, for its flag on the device: while `found_inf` is 1 a step changes nothing, neither weights nor state.
     """
     groups = parameter_groups(model, config)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = FlaggedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer.found_inf = torch.zeros((), device=next(iter(model.trainable().values())).device)
     return optimizer
 
 
 def finite_step(
-    optimizer: torch.optim.AdamW, terms: Mapping[str, Tensor], env: DistEnv, clip_norm: float | None = None
+    optimizer: FlaggedAdamW, terms: Mapping[str, Tensor], env: DistEnv, clip_norm: float | None = None
 ) -> Tensor:
     """One step of the optimiser, unless a loss term or the gradients are not finite: then neither this nor a later one.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zs3fast.models.maft import MAFT
 from zs3fast.proposals import for_classes, from_labels, load_mask_proposer
 from zs3fast.proposals.frames import SHORT_SIDE
 from zs3fast.proposals.freeseg import FreeSegProposer
@@ -20,7 +21,7 @@ Propose = Callable[[Tensor, Tensor], Proposals]
 
 
 def build_proposal_step(
-    config: TrainConfig, model: nn.Module, text: Tensor, device: torch.device, common: dict[str, Any]
+    config: TrainConfig, model: MAFT, text: Tensor, device: torch.device, common: dict[str, Any]
 ) -> ProposalStep:
     """The step of MAFT; the proposer's weights are looked for here, before anything is trained."""
     proposer = config.proposals.proposer
@@ -61,7 +62,7 @@ def connected_labels(ignore_index: int) -> Propose:
     return propose
 
 
-def asked(proposer: Callable[..., Proposals], mean: tuple[float, ...], std: tuple[float, ...]) -> Propose:
+def asked(proposer: Callable[..., Proposals], mean: Sequence[float], std: Sequence[float]) -> Propose:
     """Proposals of a `MaskProposer` for normalised images, which are turned back into the pictures they came from."""
 
     def propose(images: Tensor, labels: Tensor) -> Proposals:
@@ -79,6 +80,7 @@ def usable(proposals: Proposals, device: torch.device) -> Proposals:
     """
     proposals = replace(proposals, class_scores=None, class_names=None)
     given = proposals.mask_logits if proposals.masks is None else proposals.masks
+    assert given is not None  # one of both is set
     if not given.shape[1]:
         return replace(
             proposals,
@@ -87,5 +89,7 @@ def usable(proposals: Proposals, device: torch.device) -> Proposals:
             mask_logits=None,
             quality=None,
         )
-    moved = {name: value.to(device) for name, value in vars(proposals).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(proposals).items() if isinstance(value, Tensor)
+    }
     return replace(proposals, **moved)

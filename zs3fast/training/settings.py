@@ -256,7 +256,11 @@ def _hint(cls: type, parts: Sequence[str | int]) -> str:
 def _all_keys(cls: type, path: str = "") -> list[str]:
     keys = []
     for name, hint in _hints(cls).items():
-        keys += _all_keys(hint, f"{path}{name}.") if dataclasses.is_dataclass(hint) else [path + name]
+        keys += (
+            _all_keys(hint, f"{path}{name}.")
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+            else [path + name]
+        )
     return keys
 
 

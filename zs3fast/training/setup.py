@@ -27,9 +27,12 @@ from zs3fast.data.sources import SOURCES
 from zs3fast.data.transforms import train_transform
 from zs3fast.encoders.clip_vit import resize_positions
 from zs3fast.evaluation.evaluate import Reader
+from zs3fast.models.base import SegmentationModel, ZeroShotModel
+from zs3fast.models.clsclip import ClsCLIP
+from zs3fast.models.maft import MAFT
 from zs3fast.models.registry import create_model, model_class
 from zs3fast.text import TextEncoder, load_text_embeddings, resolve_templates, whole_names
-from zs3fast.training.config import ONE_STAGE, TrainConfig
+from zs3fast.training.config import TrainConfig
 from zs3fast.training.proposing import build_proposal_step
 from zs3fast.training.settings import plain
 from zs3fast.training.steps import OneStageStep, PairStep, Step
@@ -47,9 +50,14 @@ _BLOCKS = 4  # synthetic label maps are so many blocks a side: as many regions a
 class Vocabulary(Protocol):
     """What a model and its training step need to know of a dataset."""
 
-    class_names: list[str]
-    seen: list[int]
-    ignore_index: int
+    @property
+    def class_names(self) -> list[str]: ...
+
+    @property
+    def seen(self) -> list[int]: ...
+
+    @property
+    def ignore_index(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def open_data(config: TrainConfig, split: str | None = None) -> SegmentationData
     return open_dataset(data.name, data.root, split or data.split, fold=data.fold)
 
 
-def training_set(config: TrainConfig, dataset: SegmentationDataset, model: nn.Module) -> TrainingSet:
+def training_set(config: TrainConfig, dataset: SegmentationDataset, model: ZeroShotModel) -> TrainingSet:
     """Augmented samples by position, normalised as the model wants them."""
     transform = train_transform(
         config.data.recipe,
@@ -109,6 +117,7 @@ def iterations(config: TrainConfig, samples: int) -> int:
     """Length of the run: as given, or epochs times samples, the last incomplete batch filled up."""
     if config.iterations is not None:
         return config.iterations
+    assert config.epochs is not None  # one of both is given
     return -(-config.epochs * samples // config.batch_size)
 
 
@@ -136,7 +145,7 @@ def _collated(items: list[Any]) -> Any:
     return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
 
 
-def build_model(config: TrainConfig, dataset: SegmentationDataset) -> nn.Module:
+def build_model(config: TrainConfig, dataset: SegmentationDataset) -> ZeroShotModel:
     """The model of the method with the dataset's vocabulary, on the CPU, seeded; weights of `init_from` in place."""
     model = new_model(config, dataset)
     if config.init_from is not None:
@@ -151,14 +160,14 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset) -> nn.Module:
     return model
 
 
-def new_model(config: TrainConfig, dataset: Vocabulary) -> nn.Module:
+def new_model(config: TrainConfig, dataset: Vocabulary) -> ZeroShotModel:
     """The model of the method with the dataset's vocabulary, on the CPU, seeded; of `model.pretrained` or random."""
     options = _model_options(config, dataset)
     torch.manual_seed(config.seed)
     return create_model(config.method, **options)
 
 
-def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn.Module) -> Tensor:
+def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: ZeroShotModel) -> Tensor:
     """Embeddings [C, D] of all classes of the dataset: the prepared file, or CLIP's text tower.
 
     A file may leave out the background of a fold, which is never asked for: its row is 0 then.
@@ -184,7 +193,7 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: nn
     return rows.cpu()
 
 
-def prompts(config: TrainConfig, dataset: Vocabulary, model: nn.Module) -> Tensor | None:
+def prompts(config: TrainConfig, dataset: Vocabulary, model: ZeroShotModel) -> Tensor | None:
     """Text tokens [T, C, D] of every template by itself, for a sample to take one of; None: they are not shuffled."""
     if not config.text.shuffle:
         return None
@@ -192,7 +201,7 @@ def prompts(config: TrainConfig, dataset: Vocabulary, model: nn.Module) -> Tenso
     return torch.stack(_encoded(dataset, model, *([template] for template in templates))).cpu()
 
 
-def _encoded(dataset: Vocabulary, model: nn.Module, *templates: str | Sequence[str]) -> list[Tensor]:
+def _encoded(dataset: Vocabulary, model: ZeroShotModel, *templates: str | Sequence[str]) -> list[Tensor]:
     """Embeddings [C, D] of all classes by the text tower of the model's CLIP, for each choice of templates."""
     clip = model.config
     if not isinstance(clip["clip"], str) and clip["pretrained"] is None:
@@ -206,14 +215,18 @@ def _encoded(dataset: Vocabulary, model: nn.Module, *templates: str | Sequence[s
     return [encoder.encode(names, template, **options) for template in templates]
 
 
-def build_step(config: TrainConfig, dataset: Vocabulary, model: nn.Module, text: Tensor, device: torch.device) -> Step:
+def build_step(
+    config: TrainConfig, dataset: Vocabulary, model: ZeroShotModel, text: Tensor, device: torch.device
+) -> Step:
     """The training step of the method, on its device, recomputing and compiled where the configuration says so."""
-    common = {"ignore_index": dataset.ignore_index, "precision": config.precision}
-    if config.method in ONE_STAGE:
+    common: dict[str, Any] = {"ignore_index": dataset.ignore_index, "precision": config.precision}
+    step: Step
+    if isinstance(model, SegmentationModel):
         step = OneStageStep(model, text, setting=config.setting, **common)
-    elif config.method == "clsclip":
+    elif isinstance(model, ClsCLIP):
         step = PairStep(model, text, prompts=prompts(config, dataset, model), **common)
     else:
+        assert isinstance(model, MAFT), config.method  # the methods that are trained are these
         step = build_proposal_step(config, model, text, device, common)
     if config.checkpoint_activations:
         checkpoint_blocks(model)
@@ -263,7 +276,7 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
+def checkpoint_blocks(model: ZeroShotModel) -> None:
     """Have every frozen encoder block recompute its activations in the backward pass.
 
     Frozen blocks draw no random numbers, so none are kept for the second pass. Without gradients nothing changes.
@@ -314,7 +327,7 @@ def model_defaults(method: str) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for cls in model.__mro__:
         if "__init__" in cls.__dict__ and cls is not nn.Module and cls is not object:
-            for p in inspect.signature(cls.__init__).parameters.values():
+            for p in inspect.signature(cls.__dict__["__init__"]).parameters.values():
                 if p.kind is p.KEYWORD_ONLY:
                     given = None if p.default is p.empty else p.default
                     defaults.setdefault(p.name, given)
@@ -335,7 +348,7 @@ def whole_config(config: TrainConfig) -> tuple[dict[str, Any], tuple[str, ...]]:
     return {**config.to_dict(), "model": plain(model)}, tuple(of_data)
 
 
-def _load_initial(model: nn.Module, path: Path) -> None:
+def _load_initial(model: ZeroShotModel, path: Path) -> None:
     """Weights of an earlier run, by name. What this model does not have (TagCLIP's token) is left out, with a note.
 
     A position table for images of another size is resized, bilinearly as CLIP's own is.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,11 @@ from torch import Tensor, nn
 from zs3fast.labels import targets
 from zs3fast.labels.proposal_targets import class_masks
 from zs3fast.types import Proposals
+
+if TYPE_CHECKING:
+    from zs3fast.models.base import SegmentationModel, ZeroShotModel
+    from zs3fast.models.clsclip import ClsCLIP
+    from zs3fast.models.maft import MAFT
 
 Batch = dict[str, Tensor]
 Terms = dict[str, Tensor]
@@ -31,7 +37,10 @@ class Step(nn.Module):
         precision: "fp32", or "bf16": autocast around the model; losses are computed in float32 either way.
     """
 
-    def __init__(self, model: nn.Module, text_embeddings: Tensor, *, ignore_index: int, precision: str = "fp32"):
+    model: ZeroShotModel
+    text_embeddings: Tensor
+
+    def __init__(self, model: ZeroShotModel, text_embeddings: Tensor, *, ignore_index: int, precision: str = "fp32"):
         super().__init__()
         self.model = model
         self.register_buffer("text_embeddings", text_embeddings, persistent=False)
@@ -60,7 +69,9 @@ class OneStageStep(Step):
     micro-batch makes from its own output: there n is averaged over the workers alone.
     """
 
-    def __init__(self, model: nn.Module, text_embeddings: Tensor, *, setting: str, **options: object):
+    model: SegmentationModel
+
+    def __init__(self, model: SegmentationModel, text_embeddings: Tensor, *, setting: str, **options: Any):
         rows = text_embeddings[model.seen] if setting == "inductive" else text_embeddings
         super().__init__(model, rows, **options)
         self.setting = setting
@@ -92,11 +103,17 @@ class PairStep(Step):
             `text_embeddings`. None: these.
     """
 
-    def __init__(self, model: nn.Module, text_embeddings: Tensor, *, prompts: Tensor | None = None, **options: object):
+    model: ClsCLIP
+    prompts: Tensor | None
+
+    def __init__(self, model: ClsCLIP, text_embeddings: Tensor, *, prompts: Tensor | None = None, **options: Any):
         super().__init__(model, text_embeddings, **options)
         self.register_buffer("prompts", prompts, persistent=False)
 
     def count(self, batch: Batch) -> Tensor | None:
+        return self._valid(batch)
+
+    def _valid(self, batch: Batch) -> Tensor:
         return (batch["labels"] != self.ignore_index).sum().float()
 
     def forward(self, batch: Batch, average: Tensor | None = None) -> Terms:
@@ -113,7 +130,7 @@ class PairStep(Step):
         if average is None:
             result: Terms = terms
             return result
-        share = self.count(batch) / average
+        share = self._valid(batch) / average
         return {name: term * share for name, term in terms.items()}
 
 
@@ -129,16 +146,18 @@ class ProposalStep(Step):
         distillation: compare the class scores of whole images with those of a frozen copy of the model as it is now.
     """
 
+    model: MAFT
+
     def __init__(
         self,
-        model: nn.Module,
+        model: MAFT,
         text_embeddings: Tensor,
         *,
         setting: str,
         propose: Callable[[Tensor, Tensor], Proposals],
         clip_size: int,
         distillation: bool = True,
-        **options: object,
+        **options: Any,
     ):
         rows = text_embeddings[model.seen] if setting == "inductive" else text_embeddings
         super().__init__(model, rows, **options)

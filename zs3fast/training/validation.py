@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast.data import test_pairs
 from zs3fast.data.datasets import SegmentationDataset
@@ -15,6 +15,8 @@ from zs3fast.evaluation.pairs import PairSegmenter
 from zs3fast.evaluation.pictures import panels
 from zs3fast.evaluation.protocols import labeller, resolve_setting
 from zs3fast.inference.segmenter import Segmenter
+from zs3fast.models.base import ZeroShotModel
+from zs3fast.models.clsclip import ClsCLIP
 from zs3fast.text import whole_names
 from zs3fast.training import setup
 from zs3fast.training.config import ONE_STAGE, TrainConfig
@@ -28,7 +30,7 @@ PAIR_METRICS = ("miou", "fb_iou")
 
 
 def validate(
-    config: TrainConfig, model: nn.Module, text: Tensor, env: DistEnv, log: RunLog, done: int
+    config: TrainConfig, model: ZeroShotModel, text: Tensor, env: DistEnv, log: RunLog, done: int
 ) -> dict[str, float]:
     """Score the model on the validation split, each image in one of the processes, and draw its first pictures.
 
@@ -38,7 +40,7 @@ def validate(
     limit = config.validation.limit
     shown = whole_model(model).to(env.device)
     try:
-        if config.method == "clsclip":
+        if isinstance(shown, ClsCLIP):
             report = _pairs(shown, text, dataset, limit)
         else:
             names, dtype = whole_names(dataset.class_names), next(shown.parameters()).dtype  # scored as it is
@@ -56,7 +58,7 @@ def validate(
     return values
 
 
-def _pairs(model: nn.Module, text: Tensor, dataset: SegmentationDataset, limit: int | None) -> Report:
+def _pairs(model: ClsCLIP, text: Tensor, dataset: SegmentationDataset, limit: int | None) -> Report:
     return evaluate_pairs(PairSegmenter(model, text), dataset, test_pairs(dataset, dataset.unseen), limit=limit)
 
 

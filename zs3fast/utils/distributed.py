@@ -7,11 +7,15 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # FSDP and DTensor are imported where a model may be sharded: one process that evaluates needs neither.
 
@@ -95,22 +99,24 @@ def parallelize(step: nn.Module, parallel: str, env: DistEnv, unused: bool = Fal
             processes round alike before and after a resume.
     """
     if parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         if not dist.is_initialized():
             raise ValueError("parallel: fsdp shards over processes; start the run with torchrun")
-        mesh = dist.init_device_mesh(env.device.type, (env.world,))
-        for block in encoder_blocks(step.model):
+        mesh = init_device_mesh(env.device.type, (env.world,))
+        for block in encoder_blocks(step.get_submodule("model")):
             fully_shard(block, mesh=mesh)
             if hasattr(block, "context"):  # keys and values of prompts are asked for outside forward
                 register_fsdp_forward_method(block, "context")
-        return fully_shard(step, mesh=mesh)
+        fully_shard(step, mesh=mesh)
+        return step
     if env.world == 1:
         return step
     devices = [env.device] if env.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its former name
-    options = {buffers: False, "find_unused_parameters": unused or env.world > 2}
+    options: dict[str, Any] = {buffers: False, "find_unused_parameters": unused or env.world > 2}
     return DistributedDataParallel(step, device_ids=devices, **options)
 
 
@@ -118,17 +124,19 @@ def accumulating(step: nn.Module, more: bool) -> AbstractContextManager[None]:
     """Where one micro-batch runs: gradients are exchanged unless more are to come in this iteration."""
     if isinstance(step, DistributedDataParallel):
         return step.no_sync() if more else nullcontext()
-    if hasattr(step, "set_requires_gradient_sync"):  # FSDP2
-        step.set_requires_gradient_sync(not more)
+    synchronise = getattr(step, "set_requires_gradient_sync", None)  # of FSDP2
+    if synchronise is not None:
+        synchronise(not more)
     return nullcontext()
 
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of the image encoder; none of a ResNet."""
-    return list(model.encoder.transformer.resblocks) if hasattr(model.encoder, "transformer") else []
+    transformer = getattr(model.encoder, "transformer", None)
+    return [] if transformer is None else list(transformer.resblocks)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a process holds only a part of it."""
     from torch.distributed.tensor import DTensor
 

@@ -110,12 +110,18 @@ def class_sums(labels: np.ndarray, count: int, scores: np.ndarray | None = None)
     return pixels, sums
 
 
+def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = map(int, colour)
+    return red, green, blue
+
+
 def _rows(labels: np.ndarray, class_names: Sequence[str]) -> list[tuple[tuple[int, int, int] | None, str, str]]:
     """(colour, name, share) of what is present, largest first; unlabelled pixels last, without a colour."""
     counts = class_sums(labels, len(class_names))[0]
     colours = palette(len(class_names))
     present = sorted((c for c in range(len(class_names)) if counts[c]), key=lambda c: -counts[c])
-    rows = [(tuple(map(int, colours[c])), class_names[c], _share(counts[c], labels.size)) for c in present]
+    rows: list[tuple[tuple[int, int, int] | None, str, str]]
+    rows = [(_rgb(colours[c]), class_names[c], _share(counts[c], labels.size)) for c in present]
     unlabelled = labels.size - int(counts.sum())
     return rows + ([(None, "unlabelled", _share(unlabelled, labels.size))] if unlabelled else [])
 

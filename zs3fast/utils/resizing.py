@@ -65,6 +65,7 @@ def _weighted(values: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     for place, weight in zip(places, weights, strict=True):
         part = values.index_select(0, place).to(weight.dtype).mul_(weight[:, None, None])
         total = part if total is None else total.add_(part)
+    assert total is not None  # every pixel has a tap
     return total
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import create_model
 from zs3fast.utils.checkpoint_io import (
     compare,
@@ -53,7 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra_tensors: dict[str
         safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(model.config)})
 
 
-def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Tensor]]:
+def load(path: str | os.PathLike[str]) -> tuple[ZeroShotModel, dict[str, Tensor]]:
     """Read a file written by `save`: the model in eval mode, and the extra tensors that travelled along.
 
     A file that builds on a packed CLIP beside it (`packing.save_on_base`) gives the text tower of that CLIP along.

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import create_model
 from zs3fast.utils.checkpoint_io import compare, read_state_dict, report, sketch, strict_load, unwrap_state_dict
 from zs3fast.utils.errors import CheckpointError
@@ -53,7 +54,7 @@ def load_official(
     image_size: int | None = None,
     start_layer: int = 8,
     **options: Any,
-) -> nn.Module:
+) -> ZeroShotModel:
     """A model in eval mode with the weights, and the meaning, of an official checkpoint.
 
     Args:
@@ -97,8 +98,8 @@ def load_official(
 
 
 def _load(
-    build: Callable[[], nn.Module], state: dict[str, Tensor], source: str, dead: Callable[[str], bool]
-) -> nn.Module:
+    build: Callable[[], ZeroShotModel], state: dict[str, Tensor], source: str, dead: Callable[[str], bool]
+) -> ZeroShotModel:
     """Every weight of the model from its official key; keys that are neither used nor `dead` are an error."""
     plan = sketch(build, state.values(), source)
     names = official_keys(plan)
@@ -114,7 +115,7 @@ def _load(
     return model.eval()
 
 
-def official_keys(model: nn.Module) -> dict[str, str]:
+def official_keys(model: ZeroShotModel) -> dict[str, str]:
     """Our parameter names -> the official ones of the same tensors."""
     rename = {
         "zegclip": _zegclip_key,
@@ -200,7 +201,8 @@ def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None
 
     deep = state.get("backbone.deep_prompt_embeddings")
     shallow = state.get("backbone.prompt_embeddings")
-    if deep is None and shallow is None:
+    prompts = shallow if deep is None else deep
+    if prompts is None:
         raise CheckpointError(f"{source}: {_described(method)} has no prompt embeddings")
     depth = 0 if deep is None else deep.shape[0] * (-1 if shallow is None else 1)
     decoder = re.escape(_DECODER[method])
@@ -208,7 +210,7 @@ def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None
     sizes: dict[str, Any] = {
         **tower,
         "quick_gelu": True,
-        "num_prompts": (shallow if deep is None else deep).shape[1],
+        "num_prompts": prompts.shape[1],
         "prompt_depth": depth,
         "decoder_width": shape(_DECODER[method] + "layers.0.linear1.weight")[0],
     }

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zs3fast.encoders.open_clip_weights import load_tower_state
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import list_models
 from zs3fast.utils.checkpoint_io import read_safetensors
 from zs3fast.utils.errors import CheckpointError
@@ -51,7 +52,7 @@ def packed_models(folder: Path) -> dict[str, Path]:
 
 
 def save_on_base(
-    model: nn.Module, path: str | os.PathLike[str], base: str | os.PathLike[str], names: Iterable[str], key: str
+    model: ZeroShotModel, path: str | os.PathLike[str], base: str | os.PathLike[str], names: Iterable[str], key: str
 ) -> None:
     """Write the named weights of a model in half precision; the others are those of the packed CLIP beside the file.
 
@@ -80,7 +81,7 @@ def read_base(path: Path) -> dict[str, Tensor]:
     return unpack_clip(packed)
 
 
-def put_base(model: nn.Module, clip: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+def put_base(model: ZeroShotModel, clip: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """Load the image tower of a CLIP (`read_base`) into a model's encoder; the weights of its text tower."""
     visual = {k.removeprefix(_VISUAL): v for k, v in clip.items() if k.startswith(_VISUAL)}
     load_tower_state(model.encoder, visual, source)

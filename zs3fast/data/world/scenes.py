@@ -66,7 +66,8 @@ class Scene:
     @cached_property
     def concepts(self) -> tuple[Concept, ...]:
         """The words of every part, by its number in the part map: grounds, then things."""
-        return tuple(part.concept for part in (*self.grounds, *self.things))
+        parts: tuple[Ground | Thing, ...] = (*self.grounds, *self.things)
+        return tuple(part.concept for part in parts)
 
 
 def random_scene(
@@ -103,7 +104,7 @@ def arrange(
         grounds=tuple(_random_ground(rng, concept) for concept in grounds),
         slope=(float(np.cos(turn)), float(np.sin(turn))),
         cuts=cuts[: len(grounds) - 1],
-        bends=(*map(int, rng.integers(0, PERIOD, 2)), rng.uniform(2, 9)),
+        bends=_random_bends(rng),
         things=_random_things(rng, size, things),
     )
 
@@ -131,6 +132,11 @@ def part_map(scene: Scene) -> np.ndarray:
 def _drawn(rng: np.random.Generator, concepts: Sequence[Concept], count: tuple[int, int]) -> list[Concept]:
     number = rng.integers(*count, endpoint=True)
     return [concepts[i] for i in rng.choice(len(concepts), number, replace=False)]
+
+
+def _random_bends(rng: np.random.Generator) -> tuple[int, int, float]:
+    y, x = map(int, rng.integers(0, PERIOD, 2))
+    return y, x, rng.uniform(2, 9)
 
 
 def _random_ground(rng: np.random.Generator, concept: Concept) -> Ground:
@@ -172,7 +178,8 @@ def _random_things(rng: np.random.Generator, size: tuple[int, int], concepts: Se
 
 def _tone(rng: np.random.Generator) -> tuple[float, float, float]:
     """Factors on red, green and blue: a common one of brightness, and little else."""
-    return tuple(map(float, rng.uniform(0.9, 1.08) * rng.uniform(0.96, 1.04, 3)))
+    red, green, blue = map(float, rng.uniform(0.9, 1.08) * rng.uniform(0.96, 1.04, 3))
+    return red, green, blue
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -203,6 +210,7 @@ def _paint_grounds(scene: Scene, parts: np.ndarray, depth: np.ndarray | None) ->
         tile = tiles(ground.concept[1])[ground.variant]
         own = _window(tile[:, ::-1] if ground.mirrored else tile, ground.offset, scene.size)
         value = own if value is None else np.where(parts == number, own, value)
+    assert value is not None  # every scene has a ground
     shade = _window(light(), scene.bends[:2], scene.size)
     if depth is not None:
         shade = shade - (38 * np.maximum(0, 1 - depth / 3)).astype(np.int16)

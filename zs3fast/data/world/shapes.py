@@ -37,9 +37,9 @@ def pattern_weight(pattern: str, x: np.ndarray, y: np.ndarray, period: float, ph
         return out
     wave_x = np.sin(turn * x + np.float32(2 * np.pi * phase[0]))
     if pattern == "checkered":
-        out: np.ndarray = np.clip(0.5 + 1.6 * sharp * wave_x * wave_y, 0, 1)
+        out = np.clip(0.5 + 1.6 * sharp * wave_x * wave_y, 0, 1)
         return out
-    out: np.ndarray = np.clip(0.5 + sharp * (wave_x + wave_y - 0.75), 0, 1)  # dotted
+    out = np.clip(0.5 + sharp * (wave_x + wave_y - 0.75), 0, 1)  # dotted
     return out
 
 

@@ -54,7 +54,8 @@ class MaskedDecoder(nn.Module):
         and class embeddings [B, Nq, E], not normalised."""
         memories, positions, resized = [], [], []
         for level, embedding in zip(maps, self.level_embed.weight):
-            size = tuple(level.shape[2:])
+            height, width = level.shape[2:]
+            size = height, width
             memories.append(level.flatten(2).transpose(1, 2) + embedding)
             positions.append(sine_positions(size, level.shape[1], level))
             resized.append(F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False))

@@ -158,8 +158,10 @@ def _converted(generator: FreeSegGenerator, state: dict[str, Tensor]) -> dict[st
         if not name.startswith("backbone."):
             ours[name] = state[official]
         elif name.endswith(".weight"):
-            norm = [state[official.removesuffix("weight") + part] for part in NORM]
-            ours[name], ours[name.removesuffix("weight") + "bias"] = fold_norm(state[official], *norm)
+            scale, shift, mean, variance = (state[official.removesuffix("weight") + part] for part in NORM)
+            ours[name], ours[name.removesuffix("weight") + "bias"] = fold_norm(
+                state[official], scale, shift, mean, variance
+            )
     return ours
 
 

@@ -62,8 +62,9 @@ class FreeSegProposer:
         Raises:
             GeneratorWeightsError: unreadable, or with missing, unexpected or misshapen weights (all named).
         """
-        sizes = {"heads": heads, "groups": groups, "multi_grid": multi_grid, "res5_dilation": res5_dilation}
-        generator = load_generator(checkpoint, **sizes).to(device)
+        generator = load_generator(
+            checkpoint, heads=heads, groups=groups, multi_grid=multi_grid, res5_dilation=res5_dilation
+        ).to(device)
         return cls(generator, short_side=short_side, long_side=long_side, divisor=divisor)
 
     @torch.no_grad()
