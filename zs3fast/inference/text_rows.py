@@ -69,8 +69,10 @@ class TextRows:
         if not isinstance(config["clip"], str) and pretrained is None:
             raise ValueError("text_encoder: expected one, since this model's CLIP has no name to find a tower by")
         # A file may not say which activation its weights want; the image tower has it from whoever knew.
-        quick = {} if pretrained is None else {"quick_gelu": config.get("quick_gelu")}
-        return TextEncoder.from_open_clip(config["clip"], pretrained or "openai", tokenizer=self.tokenizer, **quick)
+        quick_gelu = None if pretrained is None else config.get("quick_gelu")
+        return TextEncoder.from_open_clip(
+            config["clip"], pretrained or "openai", tokenizer=self.tokenizer, quick_gelu=quick_gelu
+        )
 
     def embeddings(self, entries: tuple[ClassEntry, ...]) -> Tensor:
         """[C, D] on the model's device; the same tensor for as long as the list is among the last few."""
