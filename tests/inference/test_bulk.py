@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from zs3fast.cli import app
 from zs3fast.inference.segmenter import Segmenter
 
 pytest.importorskip("ray", reason="the extra [ray] is absent")
@@ -126,6 +128,7 @@ def test_inputs_that_are_no_good(tmp_path: Path) -> None:
     assert "half.parquet" in refused(tmp_path / "half.parquet")
     write_images(tmp_path / "images", range(1))
     assert "got both" in refused(tmp_path / "images", tmp_path / "one.parquet")
+    assert "foo://bucket" in refused("foo://bucket")
     assert "one file system" in refused(tmp_path / "images", "memory://x")
 
 
@@ -311,6 +314,25 @@ def test_help_without_ray() -> None:
     assert shown.returncode == 0 and "--shard-rows" in shown.stdout, shown.stderr
     failed = subprocess.run([*run, "in", "out"], capture_output=True, text=True, timeout=100)
     assert failed.returncode == 2 and "zs3fast[ray]" in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+def test_what_the_command_says_of_bad_input(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", range(1))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    inside, out = str(tmp_path / "in"), str(tmp_path / "out")
+    for arguments, said in (
+        ([str(tmp_path / "absent"), out], "nothing is at"),
+        ([inside, str(tmp_path / "mine")], "holds others"),
+        ([inside, out, "--labels", "gif"], "--labels"),
+        ([inside, out, "--method", "maskclip"], "got both"),
+        ([inside, out, "--dataset", "voc20"], "expected one class list"),
+        ([inside, out, "--num-gpus", "-1"], "--num-gpus"),
+    ):
+        result = CliRunner().invoke(app, ["bulk", *arguments, "-w", "zs3fast-tiny", "-c", CLASSES])
+        assert result.exit_code in (1, 2) and said in result.output, result.output
+        assert len(result.output.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "mine"], "nothing is written"
 
 
 def children_named(pid: int, name: str) -> list[int]:

@@ -280,6 +280,7 @@ class _Worker:
         *,
         options: BulkOptions,
     ):
+        torch.set_num_threads(max(1, int(options.num_cpus)))
         model, tower = ray.get(parts)
         self.segmenter = _segmenter(model, tower, classes, how)
         self.shards, self.options = shards, options
@@ -353,6 +354,7 @@ def _ray_started(options: BulkOptions) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send statistics of the machine to its makers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends a run comes as an exception too
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if options.address is not None:
         try:
@@ -365,10 +367,10 @@ def _ray_started(options: BulkOptions) -> Iterator[None]:
             raise ValueError(f"num_gpus: {options.actors} x {options.num_gpus} are asked for, this machine has {gpus}")
         # Ray's CPUs are its book-keeping: actors may take all cores, and readers, which mostly wait, still get a turn.
         cpus = max(os.cpu_count() or 1, int(np.ceil(options.actors * options.num_cpus)) + 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -125,15 +125,19 @@ def find_source(inputs: Sequence[str]) -> Source:
 def _file_system(url: str, what: str) -> tuple[Any, str]:
     try:
         fs, path = url_to_fs(url)
-    except ImportError as error:  # a file system whose package is not there
-        raise ImportError(f"{what}: {url} cannot be opened ({error})") from None
+    except (ImportError, ValueError) as error:  # a file system whose package is not there, or no file system
+        raise type(error)(f"{what}: {url} cannot be opened ({error})") from None
     return fs, path
 
 
 def _address(fs: Any, path: str) -> str:
     """An image's id: its path or URL; bytes of a name that are not UTF-8 are spelt out, as Parquet holds none."""
     address = path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
-    return address.encode("utf-8", "backslashreplace").decode()
+    try:
+        address.encode()
+    except UnicodeEncodeError:
+        return address.encode("utf-8", "backslashreplace").decode()
+    return address
 
 
 def _files(fs: Any, path: str, given: str) -> list[str]:
