@@ -25,6 +25,7 @@ from torch import nn
 
 from zs3fast.inference.options import SegmenterOptions
 from zs3fast.inference.segmenter import Segmenter
+from zs3fast.models.base import ZeroShotModel
 from zs3fast.utils.console import first_line
 from zs3fast.utils.options import one_of
 
@@ -294,7 +295,7 @@ class _Worker:
         return pa.table({"shard": [path], "rows": pa.array([len(rows)], pa.int64())})
 
 
-def _segmenter(model: nn.Module, tower: Any, classes: Any, how: SegmenterOptions) -> Segmenter:
+def _segmenter(model: ZeroShotModel, tower: Any, classes: Any, how: SegmenterOptions) -> Segmenter:
     if how.device != "cpu":
         tower = tower.to(how.device)
     return Segmenter(model, text_encoder=tower, class_names=classes, options=how)
