@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zs3fast
+import zs3fast.weights
 from tests.goldens_data import relative
 from tests.tiny import CLIP, NUM_CLASSES, SEEN, tiny_inputs, tiny_labels, tiny_model
 from zs3fast.encoders.clip_vit import quick_gelu
