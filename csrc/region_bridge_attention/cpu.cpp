@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "checks.h"
@@ -92,8 +93,13 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Ten
   auto lse = at::empty({problem.batch, problem.heads, problem.queries}, q.options());
   if (problem.batch == 0) return {output.to(q_in.scalar_type()), lse};
 
-  const auto [block, block_lse] = at::_scaled_dot_product_flash_attention_for_cpu(
+  auto [block, block_lse] = at::_scaled_dot_product_flash_attention_for_cpu(
       problem.q_block(q), problem.k_block(k), problem.k_block(v), 0.0, false, {}, scale);
+  const auto lost = problem.q_block(q).sum(-1).isnan();  // torch's kernel makes rows of 0 of them
+  if (lost.any().item<bool>()) {
+    block.masked_fill_(lost.unsqueeze(-1), NAN);
+    block_lse.masked_fill_(lost, NAN);
+  }
   problem.copy_untouched(output, block);
   problem.q_block(lse).copy_(block_lse);
   const auto& kernel = kernels();
