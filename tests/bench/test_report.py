@@ -88,7 +88,7 @@ def test_a_missing_results_file_is_an_error(tmp_path):
 
 
 def test_kept_results_are_whole():
-    for path in harness.RESULTS.glob("*/*.json"):
+    for path in harness.RESULTS.glob("*-*/*.json"):
         rows = json.loads(path.read_text())["rows"]
         assert rows, path
         assert {r["commit"] for r in rows}, path
