@@ -221,7 +221,7 @@ def test_it_opens_by_name():
     assert np.array_equal(opened.read_labels(7), WorldDataset("test").read_labels(7))
     with pytest.raises(ValueError, match="root, fold: world has neither, expected None, got data"):
         open_dataset("world", "data", "test")
-    with pytest.raises(ValueError, match="name: expected one of ade150, .*, world, got 'worlds'"):
+    with pytest.raises(ValueError, match="name: expected one of ade150, .*, world, or a YAML file .*, got 'worlds'"):
         open_dataset("worlds", None, "test")
     with pytest.raises(ValueError, match="root: expected the folder of voc20"):
         open_dataset("voc20", None, "train")

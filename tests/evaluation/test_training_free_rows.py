@@ -61,7 +61,7 @@ def test_a_row_needs_method_protocol_and_dataset(place, weights) -> None:
     assert (settings["method"], settings["protocol"], settings["prob_thd"]) == ("sclip", "sclip", 0.1)
     assert (settings["logit_scale"], settings["area_thd"], settings["merge"]) == (65.0, 0.1, "max")
     model = create_model("sclip", clip=CLIP, pretrained=str(weights))
-    seg = Segmenter(model, templates="single", protocol=window_protocol("sclip", "voc21"))
+    seg = Segmenter(model, templates="single", dtype="float32", protocol=window_protocol("sclip", "voc21"))  # as eval
     images, table = open_dataset("voc21", place, "val"), np.zeros((21, 21), int)
     for index in range(2):
         sample = images[index]

@@ -54,8 +54,8 @@ def test_one_stage_outputs(method: str, path: Path, grad: bool) -> None:
 
 
 @one_stage
-def test_one_stage_losses_and_gradients(method: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    test_goldens.test_losses_and_gradients(method, path, monkeypatch)
+def test_one_stage_losses_and_gradients(method: str, path: Path) -> None:
+    test_goldens.test_losses_and_gradients(method, path)
 
 
 @maft

@@ -9,7 +9,7 @@ from pathlib import Path
 from zs3fast.data.datasets import SegmentationDataset
 from zs3fast.data.folds import fold_classes
 from zs3fast.data.presence import images_per_class
-from zs3fast.data.registered import registered, registered_source
+from zs3fast.data.registered import is_file_name, registered, registered_source
 from zs3fast.data.sources import FOLDED, PAINTED, SOURCES, SPLITS
 from zs3fast.text import unseen_classes
 from zs3fast.utils.options import did_you_mean
@@ -48,20 +48,20 @@ def open_dataset(
     """
     if name == PAINTED:
         return _open_world(root, split, fold)
-    if split not in SPLITS:
-        raise ValueError(f"split: expected train or val, got {split!r}")
-    own = registered_source(name, root, split)
+    own = registered_source(name, root, split) if split in SPLITS else None
     if own is not None:
         if fold is not None:
             raise ValueError(f"fold: {name} has none, got {fold}")
         source, place = own
         return _with_files(SegmentationDataset(name, split, source, place, None, _unseen_of), check_files)
-    if name not in SOURCES:
+    if name not in SOURCES and name not in registered() and not is_file_name(name):
         known = (*SOURCES, *registered(), PAINTED)
         raise ValueError(
             f"name: expected one of {', '.join(known)}, or a YAML file that describes a dataset, got {name!r}"
             f"{did_you_mean(name, known)}"
         )
+    if split not in SPLITS:
+        raise ValueError(f"split: expected train or val, got {split!r}")
     if fold is not None or name in FOLDED:
         fold_classes(name, fold)
     if root is None:
