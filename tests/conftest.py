@@ -10,6 +10,7 @@ import torch
 
 from tests import interpreter
 
+os.environ["COLUMNS"] = "200"  # what is printed is not cut, whichever test makes the console first
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
