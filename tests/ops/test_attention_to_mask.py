@@ -419,3 +419,14 @@ def test_a_backend_that_cannot_says_why():
     for backend in ("cpp", "triton"):
         with use_backend(backend), pytest.raises(RuntimeError, match=f"backend '{backend}' cannot take this request"):
             attention_to_mask(q, k, v, 1.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_nan_that_dropout_drops_stays(backend: str) -> None:
+    """A NaN in a query makes its row NaN, whichever of its probabilities are dropped."""
+    q, k, v = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8)
+    q[0, 1, 2, 5] = float("nan")
+    for seed in range(8):  # of the one probability of the row, some seeds drop it
+        with use_backend(backend):
+            out, _ = attention_to_mask(q, k, v, 0.3, dropout_p=0.5, seed=seed)
+        assert out[0, 1, 2].isnan().all() and int(out.isnan().sum()) == 8

@@ -387,3 +387,18 @@ X = torch.zeros(2, 2, 27, 8)
 def test_mistakes(q, k, v, changed, error, message):
     with pytest.raises(error, match="^region_bridge_attention: " + re.escape(message)):
         region_bridge_attention(q, k, v, **(GOOD | changed))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_nan_in_a_query_reaches_its_row(backend: str) -> None:
+    """torch's own kernel, which does the dense part, makes a row of zeros of it."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 3 + 4 + 1, 16, generator=generator).unbind(0)
+    for row in (0, 2, 4, 7):  # class token, prompt, patch, region
+        poisoned = q.clone()
+        poisoned[1, 2, row, 3] = float("nan")
+        with use_backend(backend):
+            out = region_bridge_attention(poisoned, k, v, num_prefix=3, grid=(2, 2), regions=(1, 1), scale=0.25)
+        expected = torch.zeros(2, 3, 8, 16, dtype=torch.bool)
+        expected[1, 2, row] = True
+        assert torch.equal(out.isnan(), expected), row

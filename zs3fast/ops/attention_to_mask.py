@@ -92,7 +92,7 @@ def _reference_with_lse(
         if dropout_p > 0:
             assert seed is not None
             keep = dropout_keep(_four(scores), dropout_p, seed)
-            probabilities = torch.where(keep, probabilities / (1 - dropout_p), 0)
+            probabilities = probabilities / (1 - dropout_p) * keep  # what is dropped keeps its NaN
         output = probabilities @ v
     return output, masks, scores.to(accumulator(q.dtype)).logsumexp(-1)
 
