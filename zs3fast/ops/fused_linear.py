@@ -7,9 +7,9 @@ that nothing of the weights is copied, packed or kept twice, where oneDNN packs 
 x is turned over once a call, 64 rows at a time. Sums stay in float32 until the last step; plain torch rounds after
 each. float32 by AVX-512's multiply-adds, bfloat16 by `vdpbf16ps` or AMX's tiles.
 
-Two cores of a Zen 5, R = 1025, GFLOP/s over the four layers of a ViT-B/16 block, one run: float32 480 to 515 by this
-kernel, 490 to 515 by oneDNN on weights packed before, 220 to 230 by torch's F.linear (MKL); bfloat16 988 to 1043,
-1023 to 1042 and 955 to 973. Activation and residual cost 1 to 3 %, as steps of their own they are passes over memory.
+Two cores of a Zen 5, R = 1025, GFLOP/s over the four layers of a ViT-B/16 block: this kernel alone float32 480 to 515,
+bfloat16 988 to 1043; in another run oneDNN on weights packed before about 510 and 1035, torch's F.linear (MKL) 220 to
+230 and 955 to 973. Activation and residual are part of the pass; as steps of their own they are passes over memory.
 
 `auto` takes the kernel on Zen 5, where it was measured, and for bfloat16 with AMX, where it has not run.
 """
