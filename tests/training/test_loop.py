@@ -136,7 +136,7 @@ def test_killed_at_any_moment_resumes_to_the_same_weights(reference: RunResult, 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_fall(method: str, tmp_path: Path) -> None:
-    config = tiny_run.config(tmp_path, method, iterations=16, checkpoint={"every": 16}, optimizer={"lr": 2e-2})
+    config = tiny_run.config(tmp_path, method, iterations=40, checkpoint={"every": 40}, optimizer={"lr": 1e-2})
     train(config)
     found = losses(config.folder)
     assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
