@@ -228,7 +228,8 @@ def row(
     Without a timing (memory was measured and nothing else) there are 0 rounds and the times are None.
     """
     peak = timing.peak_bytes if peak_bytes is None and timing is not None else peak_bytes
-    times = {f"p{p}_ms": None if timing is None else round(timing.percentile(p) * 1e3, 4) for p in (20, 50, 80, 99)}
+    # Digits, not decimals: a tiny size takes microseconds.
+    times = {f"p{p}_ms": None if timing is None else _digits(timing.percentile(p) * 1e3) for p in (20, 50, 80, 99)}
     return {
         "name": name,
         "backend": backend,
@@ -241,6 +242,10 @@ def row(
         **extra,
         **(environment(device) if described is None else described),
     }
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def results_path(name: str, device: str | torch.device = "cpu") -> Path:

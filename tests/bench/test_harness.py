@@ -82,6 +82,12 @@ def test_rows_say_what_was_measured_on_what(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["op.json"]  # no temporary file left
 
 
+@pytest.mark.parametrize("seconds", [3.0471234e-6, 3.0471234e-3, 30.471234])
+def test_rows_keep_digits_of_any_time(seconds):
+    row = harness.row("op", "cpp", "tiny", Timing([seconds]))
+    assert row["p50_ms"] == pytest.approx(seconds * 1e3, rel=1e-5)
+
+
 def test_device_slug_is_a_folder_name():
     slug = harness.device_slug()
     assert slug and slug == slug.lower() and all(c.isalnum() or c == "-" for c in slug)
