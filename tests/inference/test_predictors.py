@@ -257,7 +257,7 @@ def test_a_device_that_resizes_gets_pictures_as_they_are(method, monkeypatch) ->
 
 @pytest.mark.parametrize(("method", "options"), [("clsclip", {}), ("maft", {"proposer": Regions()})])
 def test_methods_without_windows_run_one_by_one_and_uncompiled(method, options) -> None:
-    with pytest.raises(ValueError, match=f"batch_size: {method} takes pictures one by one, got 2"):
+    with pytest.raises(ValueError, match=f"batch_size: expected 1, as {method} takes images one by one, got 2"):
         segmenter(method, text_rows(5), **options).stream([], batch_size=2)
     with pytest.raises(ValueError, match=f"compile: expected a method that works in windows, got {method}"):
         segmenter(method, text_rows(5), **options, compile=True)

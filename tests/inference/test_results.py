@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def test_a_second_class_list_does_not_run_the_encoder_again(method: str) -> None
         np.testing.assert_array_equal(got.scores, one.scores)
         np.testing.assert_array_equal(got.image, photo())
     assert once >= 1 and len(calls) == once and len(proposed) == (method == "maft")
-    with pytest.raises(ValueError, match="image: it was encoded by another Segmenter"):
+    with pytest.raises(ValueError, match="image: expected one that this Segmenter's `encode` gave"):
         segmenter(method)(encoded, LISTS[0])
 
 
@@ -102,6 +104,25 @@ def test_encoded_images_stream_beside_others() -> None:
         for seed, result in enumerate(results):
             one = seg(photo(seed, (64, 64)) if seed == 2 else photo(seed), LISTS[0])
             np.testing.assert_allclose(result.scores, one.scores, atol=2e-6)
+
+
+def test_an_encoded_image_that_comes_twice_has_details_twice() -> None:
+    seg = segmenter("zegclip")
+    encoded = seg.encode(photo())
+    results = [result for _, result in seg.stream([encoded, encoded], LISTS[0], details=True, batch_size=2)]
+    np.testing.assert_array_equal(results[0].class_scores(), results[1].class_scores())
+
+
+def test_nothing_keeps_a_segmenter_that_nobody_holds() -> None:
+    seg = segmenter("zegclip")
+    seg(photo(), LISTS[0])
+    gone = weakref.ref(seg)
+    gc.disable()  # a cycle would hold the weights on the device until it is collected
+    try:
+        del seg
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_several_images_bytes_and_files(tmp_path: Path) -> None:
@@ -195,7 +216,7 @@ def test_a_model_is_never_converted_in_place(own: bool) -> None:
 
 
 def test_the_automatic_type_is_for_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    import zs3fast.inference.segmenter as module
+    import zs3fast.inference.dtypes as module
 
     monkeypatch.setattr(module, "auto_dtype", lambda device: torch.bfloat16)
     rows = {"text_embeddings": torch.eye(7, 32), "class_names": [*"abcdefg"]}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import zs3fast
 from tests.tiny_clip import CONFIG, text_state, tiny_clip
 from zs3fast import ops, weights
+from zs3fast.inference import plan
 from zs3fast.inference.predictors import MAX_WINDOWS, prepare
 from zs3fast.inference.segmenter import Segmenter
 from zs3fast.ops import _extension
@@ -159,8 +160,8 @@ def test_order_given_is_kept():
 
 def seen_of(seg, classes, **options):
     """The seen indices a call would use."""
-    entries = seg._entries(classes)
-    return seg._seen(entries, entries, options.get("seen"))
+    entries = seg._plan.entries(classes)
+    return plan.seen_of(seg.model, entries, entries, options.get("seen"))
 
 
 def test_which_classes_count_as_seen():

@@ -1,13 +1,18 @@
-"""The floating-point type a model runs fastest in on a device, without a visible price in labels: `dtype="auto"`."""
+"""The device and floating-point type a model runs in; `dtype="auto"`: the fastest without a visible price in labels."""
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from zs3fast.inference.options import SegmenterOptions
+from zs3fast.models.base import ZeroShotModel
+
+_LARGE = 10_000_000  # parameters from which half the bytes are worth their rounding
 BF16_CAPABILITY = (8, 0)  # the first GPUs whose tensor cores multiply bfloat16
 
 # CPUs without AMX on which bfloat16 products were measured faster than float32's (docs/performance.md): vendor and
@@ -34,6 +39,26 @@ def auto_dtype(device: str | torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and _cpu_multiplies_bf16_fast()
     return torch.bfloat16 if fast else torch.float32
+
+
+def suited(model: ZeroShotModel, options: SegmenterOptions, own: bool = False) -> ZeroShotModel:
+    """The model on the device and in the type of the options, in eval mode; a copy where it must change, if not `own`.
+
+    The automatic type is for large float32 models: whoever has chosen a type keeps it, and small ones gain nothing.
+    """
+    like = next(model.parameters())
+    device = like.device if options.device is None else torch.device(options.device)
+    dtype = options.torch_dtype
+    if dtype is None and like.dtype == torch.float32 and options.quantize is None:
+        if sum(parameter.numel() for parameter in model.parameters()) >= _LARGE:
+            dtype = auto_dtype(device)
+    changes = dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point())
+    moves = like.device != torch.empty(0, device=device).device
+    if (changes or moves) and not own:
+        model = copy.deepcopy(model)
+    if changes or moves:
+        model = model.to(device=device, dtype=dtype)
+    return model.eval()
 
 
 @cache

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zs3fast import ops
 from zs3fast.encoders.navigated import ImagePrefix
-from zs3fast.inference.compiled import Logits
+from zs3fast.inference.compiled import CompiledModel, Logits
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.base import FeatureModel, SegmentationModel, ZeroShotModel
@@ -77,10 +77,16 @@ class Prediction:
 class Predictor:
     """Answers requests about pictures with a model.
 
-    together: whether pictures share the model's batches.
+    together: whether images share the model's batches.
     """
 
     together = False
+    model: ZeroShotModel
+
+    @property
+    def templates(self) -> str | Sequence[str]:
+        """The sentences class names are put in unless told: those the model was trained with."""
+        return self.model.templates or ("single" if self.model.config.get("num_classes") == 20 else "multi")
 
     @property
     def names_apart(self) -> bool:
@@ -100,8 +106,12 @@ class Predictor:
         raise NotImplementedError
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
-        """A prediction a picture; they all have the same classes."""
+        """A prediction an image; they all have the same classes."""
         return [self.predict(request) for request in requests]
+
+    def compile(self) -> None:
+        """Run the model through torch.compile from now on; a ValueError where its inputs have too many shapes."""
+        raise ValueError(f"compile: expected a method that works in windows, got {self.model.method}")
 
 
 class InWindows(Predictor):
@@ -121,6 +131,9 @@ class InWindows(Predictor):
     def __init__(self, model: FeatureModel, batch: int):
         self.model, self.batch = model, batch
         self.run = model
+
+    def compile(self) -> None:
+        self.run = CompiledModel(self.model)
 
     def left_to_device(self, pixels: np.ndarray, size: tuple[int, int], antialias: bool) -> Tensor:
         """The picture as it is where the model's device resizes it, else resized."""
@@ -249,6 +262,8 @@ def split_windows(outputs: Sequence[Any], counts: Sequence[int]) -> list[tuple[T
 class Squash(Predictor):
     """ClsCLIP's: the whole picture squashed to `image_size`, one mask a class, the best class a pixel."""
 
+    model: ClsCLIP
+
     def __init__(self, model: ClsCLIP):
         self.model = model
 
@@ -293,6 +308,7 @@ class Zooming(Predictor):
     """
 
     def __init__(self, model: ClsCLIP, boxes: BoxProposer, no_box: str = "whole_image"):
+        self.model = model
         self.plus, self.boxes = ClsCLIPPlus(model, no_box=no_box), boxes
 
     def encode(self, pixels: np.ndarray, source: str | None) -> BoxProposals:
@@ -319,6 +335,8 @@ class Proposing(Predictor):
         crops: "mask", "crop" or "mask_crop": classify every proposal by a CLIP pass of its own instead, the baseline of
             the paper.  crop_form: see `zs3fast.proposals.sub_images`.
     """
+
+    model: MAFT
 
     def __init__(self, model: MAFT, proposer: MaskProposer, crops: str | None = None, crop_form: str = "zegformer"):
         if crops is not None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -15,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zs3fast.inference.compiled import CompiledModel
-from zs3fast.inference.dtypes import auto_dtype
+from zs3fast.encoders.quantize import quantize_encoder
+from zs3fast.inference.dtypes import suited
 from zs3fast.inference.loading import (
     TINY,
     TINY_DEFAULT,
@@ -27,38 +24,22 @@ from zs3fast.inference.loading import (
     read_weights,
 )
 from zs3fast.inference.options import SegmenterOptions
-from zs3fast.inference.plan import Classes, Plan, check_min_score, competitors, seen_of
-from zs3fast.inference.predictors import InWindows, Prediction, Request, predictor_for
-from zs3fast.inference.streaming import default_workers, overlapped
+from zs3fast.inference.plan import CallOptions, Classes, Planner, class_list
+from zs3fast.inference.predictors import predictor_for
+from zs3fast.inference.running import EncodedImage, ReadImage, Runner, read
 from zs3fast.inference.text_rows import TextRows
 from zs3fast.models.base import ZeroShotModel
-from zs3fast.text import parse_classes, resolve_templates, whole_names
-from zs3fast.text.vocabulary import ClassEntry
+from zs3fast.text import resolve_templates
 from zs3fast.types import Segmentation
-from zs3fast.utils.images import read_image
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from zs3fast.text import TextEncoder
     from zs3fast.text.encoder import Tokenizer
 
 __all__ = ["TINY", "TINY_DEFAULT", "EncodedImage", "Segmenter", "find_weights", "is_converted", "read_official"]
 logger = logging.getLogger("zs3fast")
-
-_LARGE = 10_000_000  # parameters from which half the bytes are worth their rounding
-_Read = tuple[np.ndarray, str | None, Any]  # an image's pixels [H, W, 3], its path, what a model knows of it
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """An image that a Segmenter has run its encoder on, to be asked about any number of class lists.
-
-    image: uint8 [H, W, 3].  source: its path, or None.  features: what the method keeps of it.  segmenter: its maker.
-    """
-
-    image: np.ndarray
-    source: str | None
-    features: Any
-    segmenter: Segmenter
 
 
 class Segmenter:
@@ -109,31 +90,22 @@ class Segmenter:
         if text_encoder is not None and text_embeddings is not None:
             raise ValueError("text_embeddings: give these or a text_encoder, not both")
         self.options = options
-        self.model = _suited(from_clip(seen=[]), options, own=True) if model is None else _suited(model, options)
+        self.model = suited(from_clip(seen=[]), options, own=True) if model is None else suited(model, options)
         self._predictor = predictor_for(
             self.model, options.window_batch, options.proposer, options.crops, options.boxes, options.protocol
         )
         if options.quantize is not None:
-            from zs3fast.encoders.quantize import quantize_encoder
-
             quantize_encoder(self.model, options.quantize)
         if options.compile:
-            self._compile()
-        published = self.model.templates or ("single" if self.model.config.get("num_classes") == 20 else "multi")
-        published = getattr(self._predictor, "templates", published)
+            self._predictor.compile()
+        published = self._predictor.templates
         self.templates = resolve_templates(published if options.templates is None else options.templates)
-        vocabulary = self.model.config.get("class_names")
-        names = whole_names(vocabulary) if class_names is None and vocabulary is not None else class_names
-        self.classes = None if names is None else parse_classes(names, "class_names")
+        self.classes = class_list(self.model, class_names)
+        apart = self._predictor.names_apart
         self._texts = TextRows(
-            self.model,
-            self.templates,
-            self._predictor.names_apart,
-            tokenizer,
-            text_encoder,
-            text_embeddings,
-            self.classes,
+            self.model, self.templates, apart, tokenizer, text_encoder, text_embeddings, self.classes
         )
+        self._plan, self._runner = Planner(self._texts), Runner(self._predictor)
         Image.init()  # Pillow's formats, which two threads that find them unregistered could miss
 
     @classmethod
@@ -166,7 +138,7 @@ class Segmenter:
         with_text = text_encoder is None and text_embeddings is None
         model, tower = read_weights(find_weights(name_or_path), dict(official or {}), with_text, options.device)
         return cls(
-            _suited(model, options, own=True),
+            suited(model, options, own=True),
             tokenizer,
             text_encoder=tower or text_encoder,
             text_embeddings=text_embeddings,
@@ -198,7 +170,7 @@ class Segmenter:
         self.model.to(device)
         self._texts.moved(device)
         if self.options.compile:
-            self._compile()
+            self._predictor.compile()
         return self
 
     def encode(self, image: Any) -> EncodedImage:
@@ -217,11 +189,8 @@ class Segmenter:
         image: list[Any] | tuple[Any, ...],
         classes: Classes | None = ...,
         *,
-        seen: Iterable[str | int] | None = ...,
-        min_score: float | None = ...,
-        background: str | Sequence[str] = ...,
-        details: bool = ...,
         source: None = ...,
+        **how: Unpack[CallOptions],
     ) -> list[Segmentation]: ...
     @overload
     def __call__(
@@ -229,11 +198,8 @@ class Segmenter:
         image: Any,
         classes: Classes | None = ...,
         *,
-        seen: Iterable[str | int] | None = ...,
-        min_score: float | None = ...,
-        background: str | Sequence[str] = ...,
-        details: bool = ...,
         source: str | os.PathLike[str] | None = ...,
+        **how: Unpack[CallOptions],
     ) -> Segmentation: ...
 
     def __call__(
@@ -265,15 +231,11 @@ class Segmenter:
             labels and scores at the image's own size, names in the order given.
         """
         plan = self._plan(classes, seen, min_score, background, details)
-        if isinstance(image, (list, tuple)):
-            if source is not None:
-                raise ValueError("source: is for one image, expected None with several")
-            return [result for _, result in self._stream(image, plan)]
-        pixels, own, features = self._read(image)
-        read = (pixels, own if source is None else os.fspath(source), features)
-        with torch.no_grad():
-            (prediction,) = self._predictor([_request(plan, read)])
-        return _segmentation(plan, read, prediction.labels.cpu().numpy(), prediction.scores.cpu().numpy(), prediction)
+        if not isinstance(image, (list, tuple)):
+            return self._runner.one(plan, self._read(image, source))
+        if source is not None:
+            raise ValueError(f"source: is for one image, expected None with several, got {source}")
+        return [result for _, result in self._runner.stream(plan, image, self._read)]
 
     def stream(
         self,
@@ -307,43 +269,8 @@ class Segmenter:
             Yields (image as it was given, Segmentation) in order; with one image at a time and uncompiled, equal to a
             call's bit for bit. Leaving early ends the threads.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        if workers is not None and workers < 0:
-            raise ValueError(f"workers: expected 0 or more threads, got {workers}")
-        if batch_size > 1 and not self._predictor.together:
-            raise ValueError(f"batch_size: {self.model.method} takes pictures one by one, got {batch_size}")
         plan = self._plan(classes, seen, min_score, background, details)
-        return self._stream(images, plan, batch_size, workers, failed)
-
-    def _stream(
-        self,
-        images: Iterable[Any],
-        plan: Plan,
-        batch_size: int = 1,
-        workers: int | None = None,
-        failed: Callable[[Any, Exception], None] | None = None,
-    ) -> Generator[tuple[Any, Segmentation], None, None]:
-        kept: dict[int, Prediction] = {}  # details stay on this side of the copies
-
-        def prepare(image: Any) -> tuple[_Read, Tensor | None]:
-            read = self._read(image)
-            return read, self._predictor.prepare(read[0]) if read[2] is None else None
-
-        @torch.no_grad()
-        def compute(items: list[tuple[_Read, Tensor | None]]) -> list[tuple[Tensor, ...]]:
-            predictions = self._predictor([_request(plan, read, prepared) for read, prepared in items])
-            if plan.details:
-                kept.update((id(read[0]), prediction) for (read, _), prediction in zip(items, predictions, strict=True))
-            return [(prediction.labels, prediction.scores) for prediction in predictions]
-
-        def finish(read: _Read, labels: np.ndarray, scores: np.ndarray) -> Segmentation:
-            return _segmentation(plan, read, labels, scores, kept.pop(id(read[0]), None))
-
-        workers = default_workers(self.device) if workers is None else workers
-        return overlapped(
-            images, prepare, compute, finish, device=self.device, workers=workers, batch_size=batch_size, failed=failed
-        )
+        return self._runner.stream(plan, images, self._read, batch_size, workers, failed)
 
     @torch.no_grad()
     def embed(self, classes: Classes | None = None) -> Tensor:
@@ -354,7 +281,7 @@ class Segmenter:
         Returns:
             a row a class, or where names compete apart (`names_apart`) a row a name.
         """
-        return self._texts.embeddings(tuple(self._entries(classes))).clone()  # the kept rows are shared
+        return self._texts.embeddings(tuple(self._plan.entries(classes))).clone()  # the kept rows are shared
 
     def check(
         self,
@@ -367,85 +294,5 @@ class Segmenter:
         """Raise now what a call with these arguments would, and encode its names, before any image is read."""
         self._plan(classes, seen, min_score, background)
 
-    @torch.no_grad()
-    def _plan(
-        self,
-        classes: Classes | None,
-        seen: Iterable[str | int] | None,
-        min_score: float | None,
-        background: str | Sequence[str],
-        details: bool = False,
-    ) -> Plan:
-        check_min_score(min_score)
-        entries = self._entries(classes)
-        competing, rejected = competitors(entries, background)
-        text, is_seen = self._texts.embeddings(competing), self._seen(entries, competing, seen)
-        lowest = self.model.min_score if min_score is None else min_score
-        return Plan(tuple(entry[0] for entry in entries), competing, text, is_seen, rejected, lowest, details)
-
-    def _entries(self, classes: Classes | None) -> list[ClassEntry]:
-        if classes is not None:
-            return parse_classes(classes)
-        if self.classes is None:
-            raise ValueError("classes: expected class names, since neither model nor segmenter has a list of its own")
-        return list(self.classes)
-
-    def _seen(
-        self, given: list[ClassEntry], competing: Sequence[ClassEntry], seen: Iterable[str | int] | None
-    ) -> list[int] | None:
-        return seen_of(self.model, given, competing, seen)
-
-    def _read(self, image: Any) -> _Read:
-        if not isinstance(image, EncodedImage):
-            return *read_image(image), None
-        if image.segmenter is not self:
-            raise ValueError("image: it was encoded by another Segmenter, expected one that this one's `encode` gave")
-        return image.image, image.source, image.features
-
-    def _compile(self) -> None:
-        if not isinstance(self._predictor, InWindows):
-            raise ValueError(f"compile: expected a method that works in windows, got {self.model.method}")
-        self._predictor.run = CompiledModel(self.model)
-
-
-def _suited(model: ZeroShotModel, options: SegmenterOptions, own: bool = False) -> ZeroShotModel:
-    """The model on the device and in the type of the options, in eval mode; a copy where it must change, if not `own`.
-
-    The automatic type is for large float32 models: whoever has chosen a type keeps it, and small ones gain nothing.
-    """
-    like = next(model.parameters())
-    device = like.device if options.device is None else torch.device(options.device)
-    dtype = options.torch_dtype
-    if dtype is None and like.dtype == torch.float32 and options.quantize is None:
-        if sum(parameter.numel() for parameter in model.parameters()) >= _LARGE:
-            dtype = auto_dtype(device)
-    changes = dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point())
-    moves = like.device != torch.empty(0, device=device).device
-    if (changes or moves) and not own:
-        model = copy.deepcopy(model)
-    if changes or moves:
-        model = model.to(device=device, dtype=dtype)
-    return model.eval()
-
-
-def _request(plan: Plan, read: _Read, prepared: Tensor | None = None) -> Request:
-    pixels, source, features = read
-    return Request(pixels, plan.text, plan.competing, plan.seen, source, prepared, features, plan.details)
-
-
-def _segmentation(
-    plan: Plan, read: _Read, labels: np.ndarray, scores: np.ndarray, prediction: Prediction | None
-) -> Segmentation:
-    """The result from the winners' labels and scores, without what the plan leaves unlabelled."""
-    pixels, source, _ = read
-    labels = labels.astype(np.int32)
-    if plan.rejected:
-        labels[np.isin(labels, plan.rejected)] = -1
-    if plan.min_score is not None:
-        labels[~(scores >= plan.min_score)] = -1
-    nan_pixels = int(np.isnan(scores).sum())
-    if nan_pixels:
-        what = source or "the image"
-        warnings.warn(f"{nan_pixels} pixels of {what} have no score (nan): check the weights", stacklevel=3)
-    details = None if prediction is None else prediction.details
-    return Segmentation(labels, plan.class_names, scores, pixels, nan_pixels, source, details)
+    def _read(self, image: Any, source: str | os.PathLike[str] | None = None) -> ReadImage:
+        return read(image, self, source)
