@@ -79,7 +79,7 @@ def test_a_wheel_has_one_metadata_and_no_sources(tmp_path):
     assert {name.split("/")[0] for name in names} == {"zs3fast", f"zs3fast-{zs3fast.__version__}.dist-info"}
     assert not [name for name in names if name.startswith(("tests/", "bench/", "csrc/"))]
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "zs3fast = zs3fast.cli:app" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "zs3fast = zs3fast.__main__:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_without_a_compiler_the_package_installs_and_says_so(tmp_path):

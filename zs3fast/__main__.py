@@ -1,19 +1,48 @@
-"""`python -m zs3fast` is the `zs3fast` command."""
+"""`zs3fast`, and `python -m zs3fast`: the command, which an interrupt ends with 130 and one word whenever it comes."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from types import FrameType
+from typing import Any
 
 
 def main() -> None:
-    """The command; an interrupt while its libraries are imported ends it like one later on."""
-    try:
-        from zs3fast.cli import app
+    """Run the command line; never returns."""
+    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell's background jobs do not
+    if listens:
+        signal.signal(signal.SIGINT, _leave)
+    from zs3fast.cli import run
 
-        app(prog_name="zs3fast")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.unraisablehook = _interrupt_again
+    if listens:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = run()
+    sys.stdout.flush()
+    if listens:
+        signal.signal(signal.SIGINT, _leave)
+    exec("pass")  # Python kills itself at the end if an interrupt once struck in an `exec`; the next one forgets it
+    sys.exit(code)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End at once: before the command has begun, or after it has ended, there is nothing to tidy up.
+
+    Libraries turn a KeyboardInterrupt that strikes while they load into other errors, or lose it.
+    """
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+def _interrupt_again(lost: Any) -> None:
+    """An interrupt that struck where Python lets no error out (a finaliser, a callback of C) strikes once more."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]).start()  # at once, it would be lost here too
+    else:
+        sys.__unraisablehook__(lost)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,17 @@ from typer.core import TyperGroup
 from zs3fast._version import __version__
 from zs3fast.inference.results import distinct_stems, find_images, in_words, warnings_by_image, write_result
 from zs3fast.utils import cli_options as options
-from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, progress_bar, stderr, stdout
+from zs3fast.utils.console import (
+    INTERRUPTED,
+    RUN_ERROR,
+    USAGE_ERROR,
+    by_interrupt,
+    first_line,
+    one_line_errors,
+    progress_bar,
+    stderr,
+    stdout,
+)
 
 if TYPE_CHECKING:
     from typer._click.core import Command, Context
@@ -509,6 +519,20 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def run() -> int | str | None:
+    """The command line of this process; what it ends with."""
+    try:
+        app(prog_name="zs3fast")
+    except SystemExit as end:
+        return end.code
+    except BaseException as error:
+        if not by_interrupt(error):
+            raise
+        stderr.print("[yellow]interrupted[/]")
+        return INTERRUPTED
+    return 0
 
 
 def _announce() -> None:

@@ -114,7 +114,7 @@ def one_line_errors(code: int) -> Iterator[None]:
     except typer.Exit:  # a RuntimeError too: an inner block has said all
         raise
     except BaseException as error:
-        if _by_interrupt(error):
+        if by_interrupt(error):
             stderr.print("[yellow]interrupted[/]")
             raise typer.Exit(INTERRUPTED) from None
         if not isinstance(error, USER_ERRORS):
@@ -168,7 +168,7 @@ def first_line(error: BaseException) -> str:
     return line
 
 
-def _by_interrupt(error: BaseException | None) -> bool:
+def by_interrupt(error: BaseException | None) -> bool:
     """Whether an interrupt is behind an error: extension modules turn one that strikes while they load into others."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
