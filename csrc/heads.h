@@ -15,6 +15,12 @@ inline at::Tensor rows_of(const at::Tensor& x, int64_t pad = 1) {
   return wide.size(3) == 1 || wide.stride(3) == 1 ? wide : wide.contiguous();
 }
 
+// The same in a type that the kernel reads as it is, without padding.
+inline at::Tensor rows_in(const at::Tensor& x, at::ScalarType type) {
+  const auto y = x.to(type);
+  return y.size(3) == 1 || y.stride(3) == 1 ? y : y.contiguous();
+}
+
 // [B, heads, rows, dh] lying in memory as [B, rows, heads, dh]: what the next linear layer reads without a copy.
 inline at::Tensor empty_heads(const at::Tensor& like, int64_t dh) {
   return at::empty({like.size(0), like.size(2), like.size(1), dh}, like.options()).transpose(1, 2);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "encoder_attention/cpu.h"
 #include "encoder_attention/kernel.h"
 #include "isa.h"
 
@@ -40,6 +41,19 @@ std::vector<const Kernel*> kernels(bool bf16) {
 #endif
   able.push_back(&kernel_baseline);
   return able;
+}
+
+void run(const Kernel& kernel, const Problem& f) {
+  at::parallel_for(0, kernel.tasks(f), 1, [&](int64_t begin, int64_t end) { kernel.run(f, begin, end); });
+}
+
+const Kernel& named(std::string_view name, bool bf16) {
+  std::string known;
+  for (const Kernel* kernel : kernels(bf16)) {
+    if (name.empty() || name == kernel->name) return *kernel;
+    known += (known.empty() ? "" : ", ") + std::string(kernel->name);
+  }
+  TORCH_CHECK(false, "encoder_attention: kernel must be one of ", known, " here, got ", name);
 }
 
 // What there is to know of a tensor [B, tokens, heads, dh].
@@ -85,7 +99,7 @@ at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& q_in, const at::Ten
   }
   f.k[1] = tokens_of(k);
   f.v[1] = tokens_of(v);
-  at::parallel_for(0, kernel.tasks(f), 1, [&](int64_t begin, int64_t end) { kernel.run(f, begin, end); });
+  run(kernel, f);
   return output.to(type);
 }
 
@@ -107,12 +121,7 @@ at::Tensor by_name(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
     check(*context_k, "context_k", q, 1, context_k->size(1));
     check(*context_v, "context_v", q, 1, context_k->size(1));
   }
-  std::string known;
-  for (const Kernel* kernel : kernels(q.scalar_type() == at::kBFloat16)) {
-    if (name.empty() || name == kernel->name) return by_kernel(*kernel, q, k, v, context_k, context_v, scale);
-    known += (known.empty() ? "" : ", ") + std::string(kernel->name);
-  }
-  TORCH_CHECK(false, "encoder_attention: kernel must be one of ", known, " here, got ", name);
+  return by_kernel(named(name, q.scalar_type() == at::kBFloat16), q, k, v, context_k, context_v, scale);
 }
 
 at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -128,6 +137,29 @@ std::vector<std::string> names(bool bf16) {
 }
 
 }  // namespace
+
+Tokens heads_first(const at::Tensor& x) {
+  return {x.data_ptr(), x.size(0) == 1 ? 0 : x.stride(0), x.stride(2), x.stride(1), x.size(2)};
+}
+
+void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& output, float* lse,
+            int64_t lse_stride, double scale, std::string_view name) {
+  const bool bf16 = q.scalar_type() == at::kBFloat16;
+  Problem f;
+  f.element = bf16 ? Element::bfloat16 : Element::float32;
+  f.batches = q.size(0);
+  f.heads = q.size(1);
+  f.dh = q.size(3);
+  f.scale = static_cast<float>(scale);
+  f.q = heads_first(q);
+  f.k[1] = heads_first(k);
+  f.v[1] = heads_first(v);
+  f.output = heads_first(output);
+  f.lse = lse;
+  f.lse_stride = lse_stride;
+  run(named(name, bf16), f);
+}
+
 }  // namespace zs3fast::encoder_attention
 
 TORCH_LIBRARY_IMPL(zs3fast_cpp, CPU, m) {

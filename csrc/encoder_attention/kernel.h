@@ -26,7 +26,8 @@ struct Problem {
   float scale = 1.0f;
   Tokens q, output;
   Tokens k[2], v[2];     // runs of keys, one after the other; a run of none has a count of 0
-  float* lse = nullptr;  // [B, heads, queries], or null
+  float* lse = nullptr;    // [B, heads, queries], or null
+  int64_t lse_stride = 0;  // between heads
 };
 
 // One build an instruction set, each in its own translation unit.

@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 
+#include "bfloat16.h"
 #include "carver.h"
 #include "encoder_attention/kernel.h"
 #include "simd.h"
@@ -44,27 +45,6 @@ inline Float exp2(Float x) {
 #else
   return exponential(x * 0.693147181f);
 #endif
-}
-
-inline float widen(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-inline float widen(float x) { return x; }
-inline uint16_t narrow(float x) {  // to the nearest, ties to even; NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-template <class T>
-inline void put(T* to, float x) {
-  if constexpr (sizeof(T) == 2)
-    *to = narrow(x);
-  else
-    *to = x;
 }
 
 // Products of packed float32: of float32 inputs, and of bfloat16 ones that were widened.
@@ -237,7 +217,7 @@ void run_typed(const Problem& f, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < rows; ++i) {
       const float inverse = 1.0f / x.sum[i];
       for (int64_t d = 0; d < f.dh; ++d) put(out + i * f.output.token + d, x.o[d * kQueries + i] * inverse);
-      if (f.lse) f.lse[head * f.q.count + start + i] = x.largest[i] * std::fabs(f.scale) + std::log(x.sum[i]);
+      if (f.lse) f.lse[head * f.lse_stride + start + i] = x.largest[i] * std::fabs(f.scale) + std::log(x.sum[i]);
     }
   }
   Products::end();

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "avx512.h"
+#include "bfloat16.h"
 #include "fused_linear/kernel.h"
 
 namespace zs3fast::fused_linear {
@@ -44,13 +45,6 @@ inline __m512 widen16(const uint16_t* x, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
 }
 inline __m512 widen16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
 inline void store16(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 #if defined(__AVX512BF16__)
 inline void store16(uint16_t* to, __m512 x) {

@@ -1,18 +1,18 @@
-// region_bridge_attention, CPU: torch's flash attention over prefix and patches, then what the regions add (kernel.h).
+// region_bridge_attention, CPU: encoder_attention's kernels over prefix and patches, then what the regions add (kernel.h).
 //
-// The backward pass of the prefix and patch rows is torch's too: given the final log-sum-exp and the final output, its
+// The backward pass of the prefix and patch rows is torch's: given the final log-sum-exp and the final output, its
 // probabilities and its corrections are those of the whole row.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <cmath>
+#include <string_view>
 #include <tuple>
 
 #include "checks.h"
+#include "encoder_attention/cpu.h"
 #include "heads.h"
 #include "isa.h"
 #include "region_bridge_attention/kernel.h"
@@ -42,7 +42,7 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_
 
 template <class T>
 Rows<T> head(const at::Tensor& x, int64_t b, int64_t h) {
-  return {x.data_ptr<float>() + b * x.stride(0) + h * x.stride(1), x.stride(2)};
+  return {static_cast<T*>(x.data_ptr()) + b * x.stride(0) + h * x.stride(1), x.stride(2)};
 }
 
 struct Problem {
@@ -77,43 +77,50 @@ struct Problem {
   template <class Task>
   void for_each_region(const Task& task) const {
     at::parallel_for(0, batch * regions * heads, 1, [&](int64_t begin, int64_t end) {
-      ScratchArena scratch = ScratchArena::of_floats(layout.wh * layout.ww + 1);
+      ScratchArena scratch = ScratchArena::of_floats(layout.wh * layout.ww + 1 + layout.dh);
       for (int64_t i = begin; i < end; ++i) task(scratch.floats(), i / heads / regions, i % heads, i / heads % regions);
     });
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+template <class T>
+void add_regions(const Problem& problem, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                 const at::Tensor& output, float* lse, void (*forward)(const Forward<T>&, int64_t, float*)) {
+  problem.for_each_region([&](float* scratch, int64_t b, int64_t h, int64_t region) {
+    const Forward<T> f{problem.layout,
+                       head<const T>(q, b, h),
+                       head<const T>(k, b, h),
+                       head<const T>(v, b, h),
+                       head<T>(output, b, h),
+                       lse + (b * problem.heads + h) * problem.queries};
+    forward(f, region, scratch);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> by_name(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
                                            int64_t num_prefix, at::IntArrayRef grid, at::IntArrayRef regions,
-                                           double scale) {
+                                           double scale, std::string_view name) {
   check(q_in, k_in, v_in, num_prefix, grid, regions);
-  const auto q = rows_of(q_in), k = rows_of(k_in), v = rows_of(v_in);
+  const auto type = encoder_attention::computed_in(q_in.scalar_type());
+  const auto q = rows_in(q_in, type), k = rows_in(k_in, type), v = rows_in(v_in, type);
   const Problem problem(q, k, num_prefix, grid, regions, scale);
-  auto output = empty_heads(q);
-  auto lse = at::empty({problem.batch, problem.heads, problem.queries}, q.options());
+  const auto output = empty_heads(q);
+  const auto lse = at::empty({problem.batch, problem.heads, problem.queries}, q.options().dtype(at::kFloat));
   if (problem.batch == 0) return {output.to(q_in.scalar_type()), lse};
 
-  auto [block, block_lse] = at::_scaled_dot_product_flash_attention_for_cpu(
-      problem.q_block(q), problem.k_block(k), problem.k_block(v), 0.0, false, {}, scale);
-  const auto lost = problem.q_block(q).sum(-1).isnan();  // torch's kernel makes rows of 0 of them
-  if (lost.any().item<bool>()) {
-    block.masked_fill_(lost.unsqueeze(-1), NAN);
-    block_lse.masked_fill_(lost, NAN);
-  }
-  problem.copy_untouched(output, block);
-  problem.q_block(lse).copy_(block_lse);
-  const auto& kernel = kernels();
-  problem.for_each_region([&, &block = block](float* scratch, int64_t b, int64_t h, int64_t region) {
-    const Forward f{problem.layout,
-                    head<const float>(q, b, h),
-                    head<const float>(k, b, h),
-                    head<const float>(v, b, h),
-                    head<const float>(block, b, h),
-                    head<float>(output, b, h),
-                    lse.data_ptr<float>() + (b * problem.heads + h) * problem.queries};
-    kernel.forward(f, region, scratch);
-  });
+  encoder_attention::attend(problem.q_block(q), problem.k_block(k), problem.k_block(v), problem.q_block(output),
+                            lse.data_ptr<float>(), problem.queries, scale, name);
+  if (type == at::kFloat)
+    add_regions<float>(problem, q, k, v, output, lse.data_ptr<float>(), kernels().forward);
+  else
+    add_regions<uint16_t>(problem, q, k, v, output, lse.data_ptr<float>(), kernels().forward_bf16);
   return {output.to(q_in.scalar_type()), lse};
+}
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                           int64_t num_prefix, at::IntArrayRef grid, at::IntArrayRef regions,
+                                           double scale) {
+  return by_name(q, k, v, num_prefix, grid, regions, scale, "");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output_in, const at::Tensor& q_in,
@@ -165,5 +172,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
 
 TORCH_LIBRARY_IMPL(zs3fast_cpp, CPU, m) {
   m.impl("region_bridge_attention", zs3fast::region_bridge_attention::forward);
+  m.impl("region_bridge_attention_by", zs3fast::region_bridge_attention::by_name);
   m.impl("region_bridge_attention_backward", zs3fast::region_bridge_attention::backward);
 }

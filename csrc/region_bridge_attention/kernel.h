@@ -24,12 +24,12 @@ struct Layout {
   float scale;
 };
 
+template <class T>  // float, or bfloat16 as uint16_t
 struct Forward {
   Layout layout;
-  Rows<const float> q, k, v;
-  Rows<const float> block;  // attention over prefix and patches
-  Rows<float> output;
-  float* lse;  // of the block, later of the whole rows
+  Rows<const T> q, k, v;
+  Rows<T> output;  // prefix and patches: attention over prefix and patches, later the whole
+  float* lse;      // the same
 };
 
 struct Backward {
@@ -42,7 +42,9 @@ struct Backward {
 
 // One build an instruction set, each in its own translation unit.
 struct Kernels {
-  void (*forward)(const Forward&, int64_t region, float* scores);  // `scores` has room for a window and one more
+  // `scratch` has room for a window, one more and dh
+  void (*forward)(const Forward<float>&, int64_t region, float* scratch);
+  void (*forward_bf16)(const Forward<uint16_t>&, int64_t region, float* scratch);
   void (*backward)(const Backward&, int64_t region);
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from bench.harness import peak_resident_bytes, reset_peak_resident, resident_bytes
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import _dispatch, _extension, region_bridge_attention, use_backend
+from zs3fast.ops.encoder_attention import kernels
 from zs3fast.ops.region_bridge_attention import reference, region_bridge_mask, region_of_patch
 
 op = torch.ops.zs3fast.region_bridge_attention
@@ -103,6 +105,22 @@ def test_half_types(backend, dtype):
         assert device_of(backend) == "cpu" and dtype == torch.bfloat16, reasons
         pytest.skip("; ".join(reasons))
     check(backend, tensors, grad, layout)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", [SMALL[0], SMALL[3], LARGE[2], LARGE[5]], ids=ids)
+def test_every_kernel_of_the_block(shape, dtype):
+    """Prefix and patches by each kernel of encoder_attention: outputs, and the log-sum-exp the regions are added to."""
+    (q, k, v), _, layout = make(shape, dtype, skip=True)
+    places = (layout["num_prefix"], layout["grid"], layout["regions"], -0.7 * q.shape[-1] ** -0.5)
+    for name in kernels(dtype):
+        output, lse = torch.ops.zs3fast_cpp.region_bridge_attention_by(q, k, v, *places, name)
+        steps = partial(reference, num_prefix=places[0], grid=places[1], regions=places[2], scale=places[3])
+        assert_within_budget(name, output, partial(steps, skip_prompts=True), q, k, v)
+        with use_backend("reference"):
+            wide = op(q.double(), k.double(), v.double(), *places)[1]
+        torch.testing.assert_close(lse.double(), wide, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -252,6 +252,9 @@ def _wgmma_objections(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> list[s
 
 
 _LAYOUT = "SymInt num_prefix, SymInt[2] grid, SymInt[2] regions, float scale"
+torch.library.define(  # by a kernel of encoder_attention's, for tests
+    f"zs3fast_cpp::{OP}_by", f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}, str kernel) -> (Tensor output, Tensor lse)"
+)
 register_op(
     OP,
     schema=f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor output, Tensor lse)",
