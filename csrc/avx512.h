@@ -82,5 +82,25 @@ inline __m512 exp2_512(__m512 x) {
   return _mm512_scalef_ps(p, x);  // p 2^floor(x)
 }
 
+// 16 elements, or those of the mask: float32 in registers, float32 or bfloat16 in memory.
+inline __m512 widen16(const uint16_t* x, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+inline __m512 widen16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+inline void store16(float* to, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, x); }
+inline void store16(uint16_t* to, __m512 x, __mmask16 mask) {
+#if defined(__AVX512BF16__)
+  const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));  // NaN stays one
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+#endif
+  _mm256_mask_storeu_epi16(to, mask, narrow);
+}
+inline __mmask16 first16(int64_t count) { return count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1); }
+
 }  // namespace
 }  // namespace zs3fast

@@ -4,16 +4,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "bfloat16.h"
 #include "carver.h"
 #include "encoder_attention/kernel.h"
 #include "simd.h"
+#include "workspace.h"
 
 #if defined(__AVX512F__)
 #include "avx512.h"
@@ -68,6 +66,14 @@ struct FloatProducts {
   // Q^T [width, kQueries]
   template <class T>
   static void pack_queries(const T* q, int64_t stride, int64_t count, int64_t dh, int64_t, bool negate, float* packed) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == sizeof(float)) {
+      pack_columns(q, stride * static_cast<int64_t>(sizeof(T)), count, dh, reinterpret_cast<uint32_t*>(packed));
+      if (negate)
+        for (int64_t i = 0; i < dh * kQueries; ++i) packed[i] = -packed[i];
+      return;
+    }
+#endif
     for (int64_t d = 0; d < dh; ++d) {
       for (int64_t i = 0; i < count; ++i) packed[d * kQueries + i] = negate ? -widen(q[i * stride + d]) : widen(q[i * stride + d]);
       for (int64_t i = count; i < kQueries; ++i) packed[d * kQueries + i] = 0.0f;
@@ -86,16 +92,6 @@ struct FloatProducts {
     if (both) store(p + (row + 1) * kQueries + column, second);
   }
   static const float* at_key(const float* v, int64_t key, int64_t width, int64_t) { return v + key * width; }
-};
-
-struct Aligned {
-  explicit Aligned(int64_t bytes)
-      : data(static_cast<unsigned char*>(std::aligned_alloc(64, static_cast<size_t>(up(bytes, 64))))) {
-    if (!data) throw std::bad_alloc();
-  }
-  ~Aligned() { std::free(data); }
-  Aligned(const Aligned&) = delete;
-  unsigned char* data;
 };
 
 // What one thread works in.
@@ -172,6 +168,31 @@ void softmax_block(const Scratch<Products>& x, int64_t keys, int64_t padded, int
   }
 }
 
+// o [dh, kQueries] over its sums -> out [rows, dh]
+template <class T>
+void write_output(const float* o, const float* sum, T* out, int64_t stride, int64_t rows, int64_t dh) {
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < rows; i += 16) {
+    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(sum + i));
+    for (int64_t d = 0; d < dh; d += 16) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int64_t n = 0; n < 16; ++n)
+        r[n] = d + n < dh ? _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(o + (d + n) * kQueries + i), inverse))
+                          : _mm512_setzero_si512();
+      transpose16(r);
+      for (int64_t n = 0; n < 16 && i + n < rows; ++n)
+        store16(out + (i + n) * stride + d, _mm512_castsi512_ps(r[n]), first16(dh - d));
+    }
+  }
+#else
+  for (int64_t i = 0; i < rows; ++i) {
+    const float inverse = 1.0f / sum[i];
+    for (int64_t d = 0; d < dh; ++d) put(out + i * stride + d, o[d * kQueries + i] * inverse);
+  }
+#endif
+}
+
 template <class Products, class T>
 void run_typed(const Problem& f, int64_t begin, int64_t end) {
   using Packed = typename Products::Packed;
@@ -181,8 +202,7 @@ void run_typed(const Problem& f, int64_t begin, int64_t end) {
   const int64_t keys = counts[0] + counts[1];
   Carver measure(nullptr);
   Scratch<Products>::carve(measure, keys, width);
-  Aligned memory(measure.used());
-  Carver carver(memory.data);
+  Carver carver(workspace(measure.used()));
   const auto x = Scratch<Products>::carve(carver, keys, width);
   const float c = std::fabs(f.scale) * kLog2e;
 
@@ -214,11 +234,9 @@ void run_typed(const Problem& f, int64_t begin, int64_t end) {
         first = false;
       }
     T* out = static_cast<T*>(f.output.data) + b * f.output.batch + h * f.output.head + start * f.output.token;
-    for (int64_t i = 0; i < rows; ++i) {
-      const float inverse = 1.0f / x.sum[i];
-      for (int64_t d = 0; d < f.dh; ++d) put(out + i * f.output.token + d, x.o[d * kQueries + i] * inverse);
-      if (f.lse) f.lse[head * f.lse_stride + start + i] = x.largest[i] * std::fabs(f.scale) + std::log(x.sum[i]);
-    }
+    write_output(x.o, x.sum, out, f.output.token, rows, f.dh);
+    for (int64_t i = 0; f.lse && i < rows; ++i)
+      f.lse[head * f.lse_stride + start + i] = x.largest[i] * std::fabs(f.scale) + std::log(x.sum[i]);
   }
   Products::end();
 }

@@ -36,14 +36,21 @@ struct PairProducts {
       std::memset(packed_k + i * width + dh, 0, rest);
     }
     std::memset(packed_k + count * width, 0, static_cast<size_t>((padded - count) * width) * sizeof(uint16_t));
-    for (int64_t i = 0; i < padded; i += 2) {
-      const T* a = i < count ? v + i * v_stride : nullptr;
-      const T* b = i + 1 < count ? v + (i + 1) * v_stride : nullptr;
-      for (int64_t d = 0; d < width; ++d) {
-        const uint32_t low = a && d < dh ? a[d] : 0, high = b && d < dh ? b[d] : 0, pair = low | high << 16;
-        std::memcpy(packed_v + d * keys + i, &pair, sizeof pair);
+    for (int64_t i = 0; i < padded; i += 32)
+      for (int64_t d = 0; d < width; d += 16) {  // 16 pairs of keys by 16 columns, turned over
+        const __mmask16 mask = d < dh ? first16(dh - d) : 0;
+        const auto row = [&](int64_t key) {
+          return key < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + key * v_stride + d))
+                             : _mm512_setzero_si512();
+        };
+        __m512i r[16];
+#pragma GCC unroll 16
+        for (int64_t n = 0; n < 16; ++n)
+          r[n] = _mm512_or_si512(row(i + 2 * n), _mm512_slli_epi32(row(i + 2 * n + 1), 16));
+        transpose16(r);
+#pragma GCC unroll 16
+        for (int64_t n = 0; n < 16; ++n) _mm512_store_si512(packed_v + (d + n) * keys + i, r[n]);
       }
-    }
   }
   template <class T>
   static void pack_queries(const T* q, int64_t stride, int64_t count, int64_t dh, int64_t width, bool negate,

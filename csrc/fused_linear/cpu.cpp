@@ -4,12 +4,14 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "cpu_features.h"
 #include "fused_linear/kernel.h"
 #include "isa.h"
+#include "workspace.h"
 
 namespace zs3fast::fused_linear {
 namespace {
@@ -45,6 +47,16 @@ at::Tensor rows_of(const at::Tensor& x) {
   return flat.stride(1) == 1 || flat.size(1) == 1 ? flat : flat.contiguous();
 }
 
+// The problem of `step` rows from one on.
+Problem rows_of(Problem f, int64_t first, int64_t step, int64_t size) {
+  const auto at = [&](const void* x, int64_t stride) { return static_cast<const char*>(x) + first * stride * size; };
+  f.x = at(f.x, f.x_stride);
+  if (f.residual) f.residual = at(f.residual, f.residual_stride);
+  f.out = const_cast<char*>(at(f.out, f.out_stride));
+  f.rows = std::min(step, f.rows - first);
+  return f;
+}
+
 at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& x_in, const at::Tensor& weight_in,
                      const std::optional<at::Tensor>& bias_in, const std::optional<at::Tensor>& residual_in,
                      int64_t activation) {
@@ -56,9 +68,7 @@ at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& x_in, const at::Ten
   at::Tensor bias, residual;
   if (bias_in) bias = bias_in->contiguous();
   if (residual_in) residual = rows_of(*residual_in);
-  const auto packed = at::empty({blocks(x.size(0)), kRows, x.size(1)}, x.options());
-
-  const Problem f{x.size(0),
+  Problem whole{x.size(0),
                   weight.size(0),
                   x.size(1),
                   x.data_ptr(),
@@ -71,10 +81,18 @@ at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& x_in, const at::Ten
                   residual_in ? residual.stride(0) : 0,
                   weight.size(0),
                   static_cast<Activation>(activation),
-                  packed.data_ptr()};
-  const int64_t count = blocks(f.rows);
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { kernel.pack(f, begin, end); });
-  at::parallel_for(0, count * panels(f.outputs), 1, [&](int64_t begin, int64_t end) { kernel.run(f, begin, end); });
+                  nullptr};
+  // so many rows at a time that they fit the memory that the thread keeps, in parts of one size
+  const int64_t block = kRows * std::max<int64_t>(x.size(1), 1) * x.element_size(), all = blocks(x.size(0));
+  const int64_t most = std::max<int64_t>(kKeptBytes / block, 1), parts = (all + most - 1) / most;
+  const int64_t step = (all + parts - 1) / parts;
+  whole.packed = workspace(step * block);
+  for (int64_t first = 0; first < all; first += step) {
+    const int64_t count = std::min(step, all - first);
+    const Problem f = rows_of(whole, first * kRows, step * kRows, x.element_size());
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { kernel.pack(f, begin, end); });
+    at::parallel_for(0, count * panels(f.outputs), 1, [&](int64_t begin, int64_t end) { kernel.run(f, begin, end); });
+  }
   return out;
 }
 
@@ -90,7 +108,7 @@ at::Tensor by_name(const at::Tensor& x, const at::Tensor& weight, const std::opt
               "fused_linear: weight must have sides of multiples of 32, got ", weight.sizes());
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && same(*bias)),
               "fused_linear: bias must be [", weight.size(0), "] of x's type");
-  TORCH_CHECK(0 <= activation && activation <= 2, "fused_linear: activation must be 0, 1 or 2, got ", activation);
+  TORCH_CHECK(0 <= activation && activation <= 3, "fused_linear: activation must be 0 to 3, got ", activation);
   if (residual) {
     auto sizes = x.sizes().vec();
     sizes.back() = weight.size(0);

@@ -1,5 +1,5 @@
 // By AMX.
-#include "fused_linear/kernel_impl.h"
+#include "fused_linear/loops.h"
 #include "tiles.h"
 #include "tiles_hardware.h"
 

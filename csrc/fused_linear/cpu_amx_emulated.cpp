@@ -1,5 +1,5 @@
 // By tiles in software, for tests.
-#include "fused_linear/kernel_impl.h"
+#include "fused_linear/loops.h"
 #include "tiles.h"
 #include "tiles_software.h"
 

@@ -1,5 +1,5 @@
 // float32, by multiply-adds.
-#include "fused_linear/kernel_impl.h"
+#include "fused_linear/loops.h"
 #include "simd.h"
 
 namespace zs3fast::fused_linear {

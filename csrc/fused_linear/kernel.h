@@ -11,7 +11,7 @@
 
 namespace zs3fast::fused_linear {
 
-enum class Activation : int64_t { none = 0, quick_gelu = 1, gelu = 2 };
+enum class Activation : int64_t { none = 0, quick_gelu = 1, gelu = 2, relu = 3 };
 
 struct Problem {
   int64_t rows, outputs, depth;  // x [rows, depth], W [outputs, depth]: depth and outputs are multiples of 32

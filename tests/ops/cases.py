@@ -217,7 +217,7 @@ def _fused_linear(d: Draw) -> Request:
         "x": d.tensor(*rows, width),
         "weight": d.tensor(out, width),
         "bias": d.tensor(out) if d.flip() else None,
-        "activation": d.random.choice(("none", "quick_gelu", "gelu")),
+        "activation": d.random.choice(("none", "quick_gelu", "gelu", "relu")),
         "residual": d.tensor(*rows, out) if d.flip() else None,
     }
 

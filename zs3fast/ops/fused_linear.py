@@ -29,7 +29,7 @@ from zs3fast.ops import _dispatch, _flops, _matmul
 from zs3fast.ops._register import Gradients, register_op
 
 OP = "fused_linear"
-ACTIVATIONS = ("none", "quick_gelu", "gelu")
+ACTIVATIONS = ("none", "quick_gelu", "gelu", "relu")
 QUICK_GELU_SLOPE = 1.702
 
 
@@ -38,7 +38,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "quick_gelu": quick_gelu, "gelu": F.gelu}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
 
 
 def reference(
@@ -60,7 +60,8 @@ def fused_linear(
     Args:
         x:          [..., in]. No rows give an empty result.
         weight:     [out, in].  bias: [out] or None.
-        activation: "none", "quick_gelu": x sigmoid(1.702 x), or "gelu": x (1 + erf(x / sqrt 2)) / 2.
+        activation: "none", "quick_gelu": x sigmoid(1.702 x), "gelu": x (1 + erf(x / sqrt 2)) / 2, or
+                    "relu".
         residual:   [..., out] to add, or None.
     Returns:
         [..., out]. Differentiable in all tensors. NaN in x makes its row NaN; in weight or bias, the column.
@@ -151,6 +152,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ACTIVATIONS[ctx.activation] == "quick_gelu":
             s = torch.sigmoid(QUICK_GELU_SLOPE * z)
             slope = s * (1 + QUICK_GELU_SLOPE * z * (1 - s))
+        elif ACTIVATIONS[ctx.activation] == "relu":
+            slope = (z > 0).to(z.dtype)
         else:
             slope = 0.5 * (1 + torch.erf(z * 2**-0.5)) + z * torch.exp(-0.5 * z * z) * (2 * torch.pi) ** -0.5
         rows = rows * slope

@@ -36,21 +36,12 @@ inline __m512 activate(__m512 x) {
     const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
     const __m512 twice = _mm512_mask_mov_ps(_mm512_sub_ps(all(2.0f), tail), negative, tail);
     return _mm512_mul_ps(_mm512_mul_ps(x, all(0.5f)), twice);
+  } else if constexpr (A == Activation::relu) {
+    return _mm512_max_ps(_mm512_setzero_ps(), x);  // in this order NaN stays NaN
   } else {
     return x;
   }
 }
-
-inline __m512 widen16(const uint16_t* x, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
-}
-inline __m512 widen16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
-inline void store16(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
-#if defined(__AVX512BF16__)
-inline void store16(uint16_t* to, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
-}
-#endif
 
 // sums [outputs, kBlock] -> out: bias and activation while a vector is 16 rows of one output, then turned over.
 template <Activation A, class T>
@@ -71,7 +62,7 @@ void finish(const Problem& f, float* sums, int64_t first, int64_t outputs, int64
         const int64_t at = row + i + n, column = first + j;
         if (f.residual)
           x = _mm512_add_ps(x, widen16(static_cast<const T*>(f.residual) + at * f.residual_stride + column, 0xFFFF));
-        store16(static_cast<T*>(f.out) + at * f.out_stride + column, x);
+        store16(static_cast<T*>(f.out) + at * f.out_stride + column, x, 0xFFFF);
       }
     }
 }
@@ -107,6 +98,9 @@ void run_tasks(const Problem& f, int64_t begin, int64_t end) {
         break;
       case Activation::gelu:
         finish<Activation::gelu, T>(f, sums.get(), first, outputs, block * kRows, rows);
+        break;
+      case Activation::relu:
+        finish<Activation::relu, T>(f, sums.get(), first, outputs, block * kRows, rows);
         break;
       default: finish<Activation::none, T>(f, sums.get(), first, outputs, block * kRows, rows);
     }

@@ -1,0 +1,14 @@
+// Memory that a thread keeps between calls: fresh memory comes from the system page by page, each zeroed and mapped anew,
+// which took a tenth of a call.
+#pragma once
+
+#include <cstdint>
+
+namespace zs3fast {
+
+constexpr int64_t kKeptBytes = int64_t{16} << 20;  // what is larger goes with the next call that needs less
+
+// At least `bytes`, aligned to cache lines, not initialised; this thread's until it asks again.
+unsigned char* workspace(int64_t bytes);
+
+}  // namespace zs3fast
