@@ -199,16 +199,31 @@ def test_errors(change: dict, error: type[Exception], message: str) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+def test_more_rows_than_are_packed_at_a_time(dtype: torch.dtype) -> None:
+    """16 MiB are kept for packed rows: 8192 columns in float32 make that 512 of them."""
+    if not kernels(dtype):
+        pytest.skip("no kernel on this machine")
+    inputs = make(((1100,), 32, 8192), dtype)
+    for contiguous in (True, False):
+        x, weight, bias, residual = inputs
+        if not contiguous:
+            x, residual = (torch.cat([t, t], 1)[:, : t.shape[1]] for t in (x, residual))
+        got = torch.ops.zs3fast_cpp.fused_linear_by(x, weight, bias, residual, 0, kernels(dtype)[0])
+        assert_within_budget(str(contiguous), got, steps, *inputs, "none")
+
+
+@needs_cpp
 def test_below_the_public_function_shapes_are_checked_too() -> None:
     x, weight, bias, residual = make(((4,), 64, 32), torch.float32)
     run = torch.ops.zs3fast_cpp.fused_linear
     for wrong in (
         (x[:, :16], weight, bias, residual, 0),
         (x, weight[:60], bias[:60], residual[:, :60], 0),
-        (x, weight, bias[:3], residual, 0),
+        (x, weight, bias[:4], residual, 0),
         (x, weight, bias, residual[:2], 0),
         (x, weight.bfloat16(), bias, residual, 0),
-        (x, weight, bias, residual, 3),
+        (x, weight, bias, residual, 4),
         (x.double(), weight.double(), bias.double(), residual.double(), 0),
     ):
         with pytest.raises(RuntimeError, match="fused_linear"):

@@ -38,7 +38,12 @@ def quick_gelu(x: Tensor) -> Tensor:
     return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 def reference(
