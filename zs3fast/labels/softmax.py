@@ -6,8 +6,8 @@
     labels = argmax_c p_c,   scores = max_c p_c
 
 A class may have several names, of which its best one counts. Since p_c rises with the largest z_q of the class, the
-label is the class of argmax_q z_q. All steps are linear but the last, so the image is done in bands of rows, or in
-groups of names where `refine` needs to see all rows: nothing is stored at Q x H x W.
+label is the class of argmax_q z_q. All steps are linear but the last, so the image is done in bands of rows, or with
+`refine`, which looks around, in tiles of some names: nothing is stored at Q x H x W.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.labels.refinement import Pamr
+from zs3fast.labels.refinement import Pamr, Region, groups
+from zs3fast.labels.resizing import between, taps
 
 BAND_BYTES = 64 << 20
 Refine = Callable[[Tensor], Tensor]
@@ -93,7 +94,9 @@ def softmax_labels(
         lost = small_classes(labels, int(classes.max()) + 1, rule.area_thd)
         if bool(lost.any()):
             labels, scores = _race(logits, size, frame, rule, refine, classes, lost, band_bytes)
-    return labels.masked_fill(scores < rule.prob_thd, 0), scores
+    if rule.prob_thd:
+        labels.masked_fill_(scores < rule.prob_thd, 0)
+    return labels, scores
 
 
 def softmax_scores(
@@ -103,8 +106,8 @@ def softmax_scores(
     rule = rule or Rule()
     classes = _classes(rule, logits)
     p = torch.empty(logits.shape[1], *size, dtype=_widened(logits).dtype, device=logits.device)
-    for rows, names, z in _pieces(logits, size, frame, refine, classes, BAND_BYTES):
-        p[names, rows] = z * rule.scale
+    for region, names, z in _pieces(logits, size, frame, refine, classes, BAND_BYTES):
+        p[(names, *region)] = z * rule.scale
     p = _by_class(p.softmax(0), classes)
     if rule.over_classes:
         p = p / p.sum(0)
@@ -132,7 +135,8 @@ def _race(
     band_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """Labels and scores [H, W], before `prob_thd`; classes in `lost` [C] cannot win."""
-    if isinstance(refine, Pamr) and not rule.over_classes and frame.padded_size in (None, frame.crop_size):
+    by_name = not rule.over_classes or int(classes[-1]) + 1 == len(classes)
+    if isinstance(refine, Pamr) and by_name and frame.padded_size in (None, frame.crop_size):
         excluded = [] if lost is None else lost[classes].nonzero().flatten().tolist()
         names, scores = refine.best_names(
             logits,
@@ -143,24 +147,28 @@ def _race(
             scale=rule.scale,
             excluded=excluded,
         )
-        return classes[names.long()].int(), scores
+        if int(classes[-1]) + 1 < len(classes):
+            of = classes.int()
+            for row in names:  # one at a time: an index of the whole image would be twice its size
+                row.copy_(of[row.long()])
+        return names, scores
     wide = _widened(logits)
     best = wide.new_full(size, -torch.inf)
     total = wide.new_full(size, -torch.inf)  # log of the softmax's denominator
     labels = torch.zeros(size, dtype=torch.int32, device=logits.device)
-    for rows, part, z in _pieces(wide, size, frame, refine, classes, band_bytes):
+    for region, part, z in _pieces(wide, size, frame, refine, classes, band_bytes):
         z, of = z * rule.scale, classes[part]
         if rule.over_classes:
             z, first = _by_class(z, of - of[0]), int(of[0])
             of = torch.arange(first, first + len(z), device=z.device)
-        total[rows] = torch.logaddexp(total[rows], z.logsumexp(0))
+        total[region] = torch.logaddexp(total[region], z.logsumexp(0))
         if lost is not None:
             z = z.masked_fill(lost[of][:, None, None], -torch.inf)
         top = z.max(0)
-        wins = ~(top.values <= best[rows])  # so written, NaN wins
-        best[rows] = torch.where(wins, top.values, best[rows])
-        labels[rows] = torch.where(wins, of[top.indices].int(), labels[rows])
-    return labels, (best - total).exp()
+        wins = ~(top.values <= best[region])  # so written, NaN wins
+        best[region] = torch.where(wins, top.values, best[region])
+        labels[region] = torch.where(wins, of[top.indices].int(), labels[region])
+    return labels, best.sub_(total).exp_()
 
 
 def _classes(rule: Rule, logits: Tensor) -> Tensor:
@@ -186,34 +194,40 @@ def _by_class(z: Tensor, classes: Tensor) -> Tensor:
 
 def _pieces(
     logits: Tensor, size: tuple[int, int], frame: Frame, refine: Refine | None, classes: Tensor, band_bytes: int
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows, names, z [names, rows, W]): bands of all names, or whole maps of names, classes kept together."""
+) -> Iterator[tuple[Region, slice, Tensor]]:
+    """((rows, columns), names, z of these): bands of all names, or tiles of some names, classes kept together."""
     logits = _widened(logits)
     (height, width), count = size, logits.shape[1]
-    canvas = frame.canvas_size
-    row_bytes = logits.element_size() * (width + canvas[1] * max(canvas[0] / height, 1))  # of one name
+    canvas, every_column = frame.canvas_size, slice(0, width)
     if refine is None:
+        row_bytes = logits.element_size() * (width + canvas[1] * max(canvas[0] / height, 1))  # of one name
         rows = max(int(band_bytes / (row_bytes * count)), 1)
         for start in range(0, height, rows):
             band = slice(start, min(start + rows, height))
-            yield band, slice(0, count), _resized(logits, size, band, frame)
+            yield (band, every_column), slice(0, count), _resized(logits, size, band, frame)
         return
-    most = max(int(band_bytes / (row_bytes * height)), 1)
+    most = next(groups(count, canvas[0] * canvas[1], size)).stop
     ends = (classes.bincount().cumsum(0)).tolist()  # where each class's names end
     start = 0
     while start < count:
         fitting = [end for end in ends if start < end <= start + most]
         end = fitting[-1] if fitting else next(end for end in ends if end > start)
-        whole = slice(0, height)
-        yield whole, slice(start, end), refine(_resized(logits[:, start:end], size, whole, frame))
+        names = slice(start, end)
+        maps = _canvas_rows(logits[:, names], (0, canvas[0]), frame)
+        if isinstance(refine, Pamr):
+            for region, z in refine.tiles(maps, size):
+                yield region, names, z
+        else:
+            whole = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+            yield (slice(0, height), every_column), names, refine(whole)
         start = end
 
 
 def _resized(logits: Tensor, size: tuple[int, int], band: slice, frame: Frame) -> Tensor:
     """Rows `band` [C, rows, W] of the canvas resized to `size`."""
-    low, high, part = (tap[band] for tap in _taps(frame.canvas_size[0], size[0]))
+    low, high, part = (tap[band] for tap in taps(frame.canvas_size[0], size[0]))
     rows = _canvas_rows(logits, (int(low[0]), int(high[-1]) + 1), frame)
-    rows = _between(rows, low - low[0], high - low[0], part)
+    rows = between(rows, 1, low - low[0], high - low[0], part)
     return F.interpolate(rows[None], (len(low), size[1]), mode="bilinear", align_corners=False)[0]
 
 
@@ -221,31 +235,18 @@ def _canvas_rows(logits: Tensor, rows: tuple[int, int], frame: Frame) -> Tensor:
     """Rows [C, rows, width] of the canvas: the mean over windows of their upsampled logits."""
     (first, end), (height, width), (above, before) = rows, frame.crop_size, frame.margin
     padded = frame.padded_size or frame.crop_size
-    zoom = _taps(logits.shape[2], padded[0])
+    zoom = taps(logits.shape[2], padded[0])
     total = logits.new_zeros(logits.shape[1], end - first, frame.canvas_size[1])
     cover = logits.new_zeros(end - first, frame.canvas_size[1])
     for window, (y, x) in zip(logits, frame.windows, strict=True):
         top, bottom = max(y, first), min(y + height, end)
         if top >= bottom:
             continue
-        strip = _between(window, *(tap[top - y + above : bottom - y + above] for tap in zoom))
+        strip = between(window, 1, *(tap[top - y + above : bottom - y + above] for tap in zoom))
         strip = F.interpolate(strip[None], (bottom - top, padded[1]), mode="bilinear", align_corners=False)[0]
         total[:, top - first : bottom - first, x : x + width] += strip[..., before : before + width]
         cover[top - first : bottom - first, x : x + width] += 1
     return total.div_(cover)
-
-
-def _taps(old: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For `new` rows resized bilinearly from `old`: the row below, the row above, and how far towards the second."""
-    where = ((torch.arange(new, dtype=torch.float64) + 0.5) * old / new - 0.5).clamp_min(0)
-    low = where.long().clamp_max(old - 1)
-    return low, (low + 1).clamp_max(old - 1), (where - low).float()
-
-
-def _between(x: Tensor, low: Tensor, high: Tensor, part: Tensor) -> Tensor:
-    """Rows [C, r, w] between rows `low` and `high` of x [C, h, w]."""
-    low, high, part = low.to(x.device), high.to(x.device), part.to(x)[:, None]
-    return x[:, low] * (1 - part) + x[:, high] * part
 
 
 def _widened(logits: Tensor) -> Tensor:
