@@ -31,6 +31,7 @@ from zs3fast.utils.console import (
     stderr,
     stdout,
 )
+from zs3fast.utils.constants import REFINE_STEPS
 
 if TYPE_CHECKING:
     from typer._click.core import Command, Context
@@ -90,11 +91,24 @@ _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": F
 class _LazyGroup(TyperGroup):
     """Shows the commands of other rooms by their first lines, and imports one when it is called."""
 
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _with_steps(args))
+
     def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, Command | None, list[str]]:
         name = args[0] if args else ""
         if name in ELSEWHERE:
             self.commands[name] = load_command(name)
         return super().resolve_command(ctx, args)
+
+
+def _with_steps(args: list[str]) -> list[str]:
+    """The command line with the published number behind each --refine that has none; Typer has no such options."""
+    out: list[str] = []
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        out.append(arg)
+        if arg == "--refine" and not following.lstrip("-").isdecimal():
+            out.append(str(REFINE_STEPS))
+    return out
 
 
 def load_command(name: str) -> Command:
@@ -152,6 +166,8 @@ def segment(
     quick_gelu: options.QuickGelu = None,
     untrained: options.Untrained = False,
     attention: options.Attention = None,
+    protocol: options.Protocol = None,
+    refine: options.Refine = None,
     output: options.Output = Path("zs3fast_out"),
     min_score: options.MinScore = None,
     background: options.Background = "",
@@ -177,6 +193,7 @@ def segment(
         images = find_images(inputs)
         entries = _class_list(classes, classes_file, dataset)
         settings = {"templates": templates, "crops": crops, "compile": compile_, "quantize": quantize, "dtype": dtype}
+        settings |= {"protocol": protocol, "refine": refine}
         proposals = {"proposer": proposer, "boxes": boxes}
         source = {"method": method, "clip": clip, "pretrained": pretrained, "attention": attention}
         segmenter = _segmenter(
@@ -387,7 +404,7 @@ def _segmenter(
     if method is None and attention is None:
         stderr.print(
             f"[yellow]note[/]: {model.method} segments, which needs no training, on the weights "
-            f"{escape(str(model.config['pretrained']))} of CLIP, by its published protocol; --method takes another"
+            f"{escape(str(model.config['pretrained']))} of CLIP, {_in_short(segmenter)}; --method takes another"
         )
     if source["untrained"]:
         what = "the decoder's" if source["pretrained"] else "all"
@@ -396,6 +413,14 @@ def _segmenter(
             "shows that the parts work"
         )
     return segmenter
+
+
+def _in_short(segmenter: Segmenter) -> str:
+    """How a method without training goes over an image."""
+    options = segmenter.options
+    protocol, steps = options.protocol or segmenter.model.published_windows, options.refine_steps
+    how = "by its published protocol" if protocol == segmenter.model.method else f"by the protocol of {protocol}"
+    return f"{how}, " + (f"refined by {steps} steps" if steps else "not refined (--refine)")
 
 
 def _note_strange_words(weights: str, entries: list[ClassEntry] | None) -> None:

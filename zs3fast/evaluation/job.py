@@ -76,6 +76,7 @@ def prepare(options: EvalOptions) -> Job:
         text_embeddings=rows,
         templates=o.templates,
         protocol=steps,
+        refine=o.refine,
         proposer=None if o.proposer is None else load_mask_proposer(o.proposer, device),
         crops=o.crops,
         device=device,
@@ -96,6 +97,8 @@ def prepare(options: EvalOptions) -> Job:
     if steps is not None:
         settings |= {"protocol": o.protocol, **asdict(steps)}
         del settings["templates"]  # which may be others; the sentences stand under text
+    elif o.refine is not None:
+        settings["refine"] = o.refine
     if o.attention is not None:
         settings["attention"] = o.attention
     if o.quantize is not None:
@@ -131,8 +134,6 @@ def _check(o: EvalOptions) -> None:
                 )
     elif o.pretrained is None:
         raise ValueError("weights: expected a weight file, or a method and pretrained weights of CLIP's own")
-    if o.refine is not None and o.protocol is None:
-        raise ValueError(f"refine: goes with a protocol, got {o.refine} without one")
 
 
 def noted(report: Report, published: int | None) -> Report:
@@ -183,10 +184,10 @@ def _pair_segmenter(
 ) -> PairSegmenter | ZoomingPairSegmenter:
     """ClsCLIP, or with boxes ClsCLIP+."""
     if o.boxes is None:
-        return PairSegmenter(model, rows, o.threshold)
+        return PairSegmenter(model, rows, o.threshold, refine=o.refine or 0)
     names = [entry[0] for entry in classes]
     boxes = load_box_proposer(o.boxes, o.device or "cpu")
-    return ZoomingPairSegmenter(model, rows, names, boxes, o.no_box, o.threshold)
+    return ZoomingPairSegmenter(model, rows, names, boxes, o.no_box, o.threshold, refine=o.refine or 0)
 
 
 def _fold_notes(model: ZeroShotModel, images: SegmentationDataset) -> tuple[str, ...]:
@@ -221,7 +222,7 @@ def _pair_job(
     if o.eval_size == "input":
         label_size = (model.image_size, model.image_size)
         settings["eval_size"] = o.eval_size
-        scored = PairSegmenter(model, rows, o.threshold, label_size)
+        scored = PairSegmenter(model, rows, o.threshold, label_size, refine=o.refine or 0)
     pairs = test_pairs(images, images.unseen, episodes="all" if o.episodes == "all" else int(o.episodes))
 
     def shown(image: np.ndarray, item: ItemScore) -> np.ndarray:

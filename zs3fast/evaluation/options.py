@@ -36,7 +36,12 @@ class EvalOptions:
         typer.Option(help="Sizes, windows, names and thresholds as published: sclip, clearclip, naclip, rcs, scclip."),
     ] = None
     refine: Annotated[
-        int | None, typer.Option(min=0, help="Steps of refinement (PAMR); left out: as the protocol has it.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Steps of refinement (PAMR), of any method; without a number 10. Left out: as the protocol has it, "
+            "none for trained methods.",
+        ),
     ] = None
     data: Annotated[
         Path | None, typer.Option(help="Root of the dataset: VOCdevkit/VOC2012, coco_stuff164k, ...; world has none.")

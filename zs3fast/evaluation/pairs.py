@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zs3fast.labels.refinement import Pamr
+
 if TYPE_CHECKING:
     from zs3fast.models.clsclip import ClsCLIP
     from zs3fast.proposals import BoxProposer
@@ -28,6 +30,7 @@ class PairSegmenter:
         text_embeddings: [C, D], a row for each class of the dataset.
         threshold: between 0 and 1; the protocols keep it at 0.5.
         size: (H, W) of the masks; None: the picture's.
+        refine: steps of refinement of the scores, see `zs3fast.labels.refinement`; 0: none.
     """
 
     def __init__(
@@ -36,13 +39,14 @@ class PairSegmenter:
         text_embeddings: Tensor,
         threshold: float = 0.5,
         size: tuple[int, int] | None = None,
+        refine: int = 0,
     ):
         if not 0 < threshold < 1:
             raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
         self.model = model.eval()
         self.like = next(model.parameters())
         self.text_embeddings = text_embeddings.to(self.like.device)
-        self.threshold, self.size = threshold, size
+        self.threshold, self.size, self.refine = threshold, size, refine
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
@@ -52,15 +56,14 @@ class PairSegmenter:
         model, size = self.model, self.size or image.shape[:2]
         pixels = squash(image, model.image_size, model.pixel_mean, model.pixel_std).to(self.like)
         out = model(pixels[None], self.text_embeddings[list(classes)])
-        result: Tensor = model.class_scores(out, size)[0] > self.threshold
-        return result
+        return _refined(model.class_scores(out, size)[0], pixels, self.refine) > self.threshold
 
 
 class ZoomingPairSegmenter:
     """Masks of the classes asked for by ClsCLIP+: the OR over the boxes that a detector finds for each class.
 
     Args:
-        model, text_embeddings, threshold: as for `PairSegmenter`.
+        model, text_embeddings, threshold, refine: as for `PairSegmenter`.
         class_names: a word for each row of `text_embeddings`, to find its boxes by.
         boxes: finds boxes in a picture.
         no_box: what a class without boxes gets: "whole_image", plain ClsCLIP; "empty", nothing.
@@ -74,12 +77,13 @@ class ZoomingPairSegmenter:
         boxes: BoxProposer,
         no_box: str = "whole_image",
         threshold: float = 0.5,
+        refine: int = 0,
     ):
         from zs3fast.models.clsclip_plus import ClsCLIPPlus
 
         plain = PairSegmenter(model, text_embeddings, threshold)
         self.plus = ClsCLIPPlus(plain.model, no_box=no_box)
-        self.text_embeddings, self.threshold = plain.text_embeddings, threshold
+        self.text_embeddings, self.threshold, self.refine = plain.text_embeddings, threshold, refine
         self.class_names, self.boxes = list(class_names), boxes
 
     def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
@@ -90,7 +94,13 @@ class ZoomingPairSegmenter:
         found = self.boxes(image, None if path is None else os.fspath(path)).to(device)
         pixels = normalise(image, model.pixel_mean, model.pixel_std).to(device)
         words = [self.class_names[c] for c in classes]
-        return self.plus.predict_masks(pixels, self.text_embeddings[list(classes)], found, words, self.threshold)
+        scores = self.plus.class_scores(pixels, self.text_embeddings[list(classes)], found, words)
+        return _refined(scores, pixels, self.refine) > self.threshold
+
+
+def _refined(scores: Tensor, image: Tensor, steps: int) -> Tensor:
+    """Scores [P, H, W] after refinement beside a normalised image [3, h, w]."""
+    return Pamr(image.float(), steps)(scores) if steps else scores
 
 
 def group_by_image(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, dict[int, int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -58,6 +59,10 @@ class AveragedWindows(InWindows):
     def templates(self) -> str:
         """The templates of the protocol."""
         return self.protocol.templates
+
+    def refined(self, steps: int) -> None:
+        """Refine similarities by so many steps from now on, whatever the protocol has."""
+        self.protocol = replace(self.protocol, refine=steps)
 
     @property
     def names_apart(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zs3fast.encoders.quantize import KINDS
+from zs3fast.ops.refine_maps import STEPS
 from zs3fast.utils.options import did_you_mean, one_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class SegmenterOptions:
     protocol: of a training-free method: "sclip", "naclip", "clearclip", "scclip", "rcs" or "maskclip" as published
         (sizes, windows, templates; see `zs3fast.inference.window_protocols`), or a `WindowProtocol`. None: short
         side and windows of the model's `image_size`.
+    refine: steps of pixel-adaptive refinement (PAMR, see `zs3fast.ops.refine_maps`) of every class's map at the image's
+        size; True: 10, the published ones; 0 or False: none. What is refined is the similarity before the softmax of
+        methods without training, and the calibrated score of all others, beside the image as the model sees it. None:
+        as the protocol has it (NACLIP's: 10), and none for trained methods.
     """
 
     templates: str | Sequence[str] | None = None
@@ -52,6 +57,7 @@ class SegmenterOptions:
     compile: bool = False
     quantize: str | None = None
     protocol: str | WindowProtocol | None = None
+    refine: int | None = None
 
     def __post_init__(self) -> None:
         if self.window_batch < 1:
@@ -62,6 +68,15 @@ class SegmenterOptions:
             raise ValueError(f"dtype: expected one of {names}, got {self.dtype!r}")
         if self.quantize is not None:
             one_of("quantize", self.quantize, KINDS)
+        if self.refine is not None and not isinstance(self.refine, int):
+            raise TypeError(f"refine: expected a number of steps, got {self.refine!r}")
+        if self.refine is not None and self.refine < 0:
+            raise ValueError(f"refine: expected 0 or more steps, got {self.refine}")
+
+    @property
+    def refine_steps(self) -> int | None:
+        """Steps of refinement; None: as the protocol has it."""
+        return STEPS if self.refine is True else None if self.refine is None else int(self.refine)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

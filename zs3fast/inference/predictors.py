@@ -8,6 +8,7 @@ needs no model is `prepare`, which any thread may call ahead of time.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,7 @@ from zs3fast import ops
 from zs3fast.encoders.navigated import ImagePrefix
 from zs3fast.inference.compiled import CompiledModel, Logits
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
+from zs3fast.labels.refinement import Pamr, refined_labels
 from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.base import FeatureModel, SegmentationModel, ZeroShotModel
 from zs3fast.models.clsclip import ClsCLIP
@@ -78,9 +80,11 @@ class Predictor:
     """Answers requests about pictures with a model.
 
     together: whether images share the model's batches.
+    refine: steps of refinement of the maps that labels come from, see `zs3fast.labels.refinement`; 0: none.
     """
 
     together = False
+    refine = 0
     model: ZeroShotModel
 
     @property
@@ -108,6 +112,10 @@ class Predictor:
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
         """A prediction an image; they all have the same classes."""
         return [self.predict(request) for request in requests]
+
+    def refined(self, steps: int) -> None:
+        """Refine maps by so many steps from now on."""
+        self.refine = steps
 
     def compile(self) -> None:
         """Run the model through torch.compile from now on; a ValueError where its inputs have too many shapes."""
@@ -220,17 +228,39 @@ class Windows(InWindows):
     def _compare(self, masks: Tensor, trusty: Tensor | None, request: Request, **frame: Any) -> Prediction:
         """Labels and scores of the picture from the logits of its windows, which lie in `frame`."""
         calibration = self.model.calibration(masks, trusty, request.seen or ())
-        result = ops.masks_to_labels(
-            masks, request.pixels.shape[:2], dtype=_label_type(request), return_details=True, **calibration, **frame
-        )
+        size, refine = request.pixels.shape[:2], None
+        if self.refine:
+            refine = Pamr(self._canvas(request).float(), self.refine)
         details = None
         if request.details:
-            details = _window_details(masks, trusty, calibration, frame)
+            details = _window_details(masks, trusty, calibration, frame, refine)
+        if refine is not None:
+            maps, pixels = scores_of_windows(masks, calibration, frame), math.prod(frame["canvas_size"])
+            return _prediction(*refined_labels(maps, masks.shape[1], pixels, size, refine), request, details)
+        result = ops.masks_to_labels(
+            masks, size, dtype=_label_type(request), return_details=True, **calibration, **frame
+        )
         return _prediction(result.labels[0], result.scores[0], request, details)
 
 
+def scores_of_windows(masks: Tensor, calibration: dict[str, Any], frame: dict[str, Any]) -> Callable[[slice], Tensor]:
+    """Some classes' calibrated scores [q, H', W'] on the canvas, from the logits [n, C, h, w] of its windows."""
+
+    def scores(classes: slice) -> Tensor:
+        seen = [c - classes.start for c in calibration["seen"] if classes.start <= c < classes.stop]
+        some = {**calibration, "seen": seen}
+        return reference_scores(masks[:, classes], frame["canvas_size"], **some, **frame)[0]
+
+    return scores
+
+
+def _refined(scores: Tensor, refine: Pamr | None) -> Tensor:
+    """Scores [C, H, W] on the host, refined if need be."""
+    return scores if refine is None else Pamr(refine.image[0].cpu(), refine.steps)(scores)
+
+
 def _window_details(
-    masks: Tensor, trusty: Tensor | None, calibration: dict[str, Any], frame: dict[str, Any]
+    masks: Tensor, trusty: Tensor | None, calibration: dict[str, Any], frame: dict[str, Any], refine: Pamr | None
 ) -> Details:
     """What a picture's labels came from, by the definition of scores."""
     masks, trusty = masks.cpu(), None if trusty is None else trusty.cpu()
@@ -242,7 +272,7 @@ def _window_details(
         return reference_scores(trusty, size, **frame)[0, 0]
 
     return Details(
-        scores=lambda size: reference_scores(masks, size, **settings, **frame)[0],
+        scores=lambda size: _refined(reference_scores(masks, size, **settings, **frame)[0], refine),
         windows=WindowLogits(
             masks, tuple((y, x) for y, x in frame["windows"]), frame["crop_size"], frame["canvas_size"], trusty
         ),
@@ -280,11 +310,17 @@ class Squash(Predictor):
     def predict(self, request: Request) -> Prediction:
         prefix = self._prefix(request.pixels, request.prepared) if request.encoded is None else request.encoded
         out, size = self.model.decode(prefix, request.text), request.pixels.shape[:2]
-        result = ops.masks_to_labels(out.mask_logits, size, dtype=_label_type(request), return_details=True)
-        details = None
+        refine, details = None, None
+        if self.refine:
+            refine = Pamr(self._squash(request.pixels).to(request.text.device), self.refine)
         if request.details:
             masks = SegmentationOutput(out.mask_logits.cpu(), out.global_token, out.patch_tokens)
-            details = Details(lambda size: self.model.class_scores(masks, size)[0])
+            details = Details(lambda size: _refined(self.model.class_scores(masks, size)[0], refine))
+        if refine is not None:
+            maps, pixels = out.mask_logits[0].float(), math.prod(out.mask_logits.shape[-2:])
+            found = refined_labels(maps.__getitem__, len(maps), pixels, size, refine, torch.sigmoid)
+            return _prediction(*found, request, details)
+        result = ops.masks_to_labels(out.mask_logits, size, dtype=_label_type(request), return_details=True)
         return _prediction(result.labels[0], result.scores[0], request, details)
 
     def encode(self, pixels: np.ndarray, source: str | None) -> ImagePrefix:
@@ -322,8 +358,15 @@ class Zooming(Predictor):
         found = self.boxes(request.pixels, request.source) if request.encoded is None else request.encoded
         if request.details:
             raise ValueError("details: ClsCLIP+ keeps none, expected details=False with boxes")
-        found = found.to(device)
-        labels, scores = self.plus.predict_labels(image, request.text, found, request.names, threshold=None)
+        boxes, size = found.to(device), request.pixels.shape[:2]
+        if self.refine:
+
+            def maps(classes: slice) -> Tensor:
+                return self.plus.class_scores(image, request.text[classes], boxes, request.names[classes])
+
+            refine = Pamr(image, self.refine)
+            return _prediction(*refined_labels(maps, len(request.text), math.prod(size), size, refine), request)
+        labels, scores = self.plus.predict_labels(image, request.text, boxes, request.names, threshold=None)
         return _prediction(labels, scores, request)
 
 
@@ -353,11 +396,16 @@ class Proposing(Predictor):
         assert encoded.proposals is not None and encoded.embeddings is not None
         proposals = scores_for_classes(encoded.proposals, request.names)
         out = model.decode(encoded.embeddings, request.text, proposals, encoded.grid, non_object=False)
-        labels, scores = model.label_details(out, size, seen=seen)
+        refine = Pamr(encoded.frame.pixels.to(request.text.device), self.refine) if self.refine else None
         details = None
         if request.details:
-            details = Details(lambda size: model.class_scores(out, size, seen=seen)[0].cpu())
-        prediction = _prediction(labels[0], scores[0], request, details)
+            details = Details(lambda size: _refined(model.class_scores(out, size, seen=seen)[0].cpu(), refine))
+        if refine is None:
+            labels, scores = (found[0] for found in model.label_details(out, size, seen=seen))
+        else:
+            maps, pixels = functools.partial(model.frame_scores, out, seen=seen), math.prod(encoded.frame.image_size)
+            labels, scores = refined_labels(maps, len(request.text), pixels, size, refine)
+        prediction = _prediction(labels, scores, request, details)
         # Pixels that no proposal covers, where all seen classes score -seen_offset and all others 0.
         nothing = 1e-6 - model.seen_offset if model.seen_offset and len(seen) == len(request.text) else 0.0
         labels = prediction.labels.masked_fill(prediction.scores <= nothing, -1)
@@ -415,12 +463,28 @@ def predictor_for(
     crops: str | None = None,
     boxes: BoxProposer | None = None,
     protocol: str | WindowProtocol | None = None,
+    refine: int | None = None,
 ) -> Predictor:
     """The predictor of a model's method.
 
     Args:
         protocol: of a training-free method, see `zs3fast.inference.window_protocols`; None: the model's own.
+        refine: steps of refinement; None: as the protocol has it, none for trained methods.
     """
+    predictor = _plain_predictor(model, window_batch, proposer, crops, boxes, protocol)
+    if refine is not None:
+        predictor.refined(refine)
+    return predictor
+
+
+def _plain_predictor(
+    model: ZeroShotModel,
+    window_batch: int,
+    proposer: MaskProposer | None,
+    crops: str | None,
+    boxes: BoxProposer | None,
+    protocol: str | WindowProtocol | None,
+) -> Predictor:
     takes = {"proposals": ("proposer", "crops"), "squash": ("boxes",)}.get(model.protocol, ())
     for name, value in (("proposer", proposer), ("crops", crops), ("boxes", boxes)):
         if value is not None and name not in takes:

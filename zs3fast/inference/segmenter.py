@@ -92,7 +92,13 @@ class Segmenter:
         self.options = options
         self.model = suited(from_clip(seen=[]), options, own=True) if model is None else suited(model, options)
         self._predictor = predictor_for(
-            self.model, options.window_batch, options.proposer, options.crops, options.boxes, options.protocol
+            self.model,
+            options.window_batch,
+            options.proposer,
+            options.crops,
+            options.boxes,
+            options.protocol,
+            options.refine_steps,
         )
         if options.quantize is not None:
             quantize_encoder(self.model, options.quantize)

@@ -248,6 +248,22 @@ class MAFT(ZeroShotModel):
         """
         return torch.cat([reference_scores(*args, size, **frame) for args, frame in self._fusion(out, seen)])
 
+    def frame_scores(
+        self, out: ProposalOutput, classes: slice, seen: Sequence[int] | None = None, chunk: int = 8
+    ) -> Tensor:
+        """`class_scores` [q, h, w] of some classes of the first image, on its frame: before they are resized.
+
+        Args:
+            chunk: proposals whose masks exist at the frame's size at once.
+        """
+        (weights, masks), frame = self._fusion(out, seen)[0]
+        total: Tensor | None = None
+        for part, share in zip(masks.split(chunk, 1), weights[..., classes].split(chunk, 1), strict=True):
+            scores = reference_scores(share, part, frame["image_size"], **frame)[0]
+            total = scores if total is None else total.add_(scores)
+        assert total is not None  # there is a proposal at least
+        return total
+
     def predict_labels(self, out: ProposalOutput, size: tuple[int, int], dtype: torch.dtype = torch.int64) -> Tensor:
         """Labels [B, H, W], always equal to `class_scores(out, size).argmax(1)`, without the scores."""
         labels = [ops.proposals_to_labels(*args, size, dtype=dtype, **frame) for args, frame in self._fusion(out)]

@@ -27,9 +27,10 @@ from torch import Tensor
 from zs3fast.ops import _dispatch, _flops
 from zs3fast.ops._checks import MAX_SIDE, check_float_tensor, check_number, check_size, is_int
 from zs3fast.ops._register import register_op
+from zs3fast.utils.constants import REFINE_STEPS
 
 OP = "refine_maps"
-STEPS, DILATIONS = 10, (8, 16)
+STEPS, DILATIONS = REFINE_STEPS, (8, 16)
 Size = Sequence[int]
 
 

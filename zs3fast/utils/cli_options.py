@@ -51,6 +51,21 @@ QuickGelu = Annotated[
 ]
 Untrained = Annotated[bool, typer.Option("--untrained", help="Run on random weights, to see that the parts work.")]
 Attention = Annotated[str | None, typer.Option(help="maskclip: attention of the last block, value or another's.")]
+Protocol = Annotated[
+    str | None,
+    typer.Option(
+        help="Sizes, windows, sentences and thresholds of a method without training, as published: sclip, clearclip, "
+        "naclip, rcs, scclip or maskclip. Left out: the method's own."
+    ),
+]
+Refine = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Steps of refinement (PAMR): near pixels of like colour share their scores; without a number 10, the "
+        "published ones. Left out: as the protocol has it, none for trained methods.",
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 MinScore = Annotated[float | None, typer.Option(help="Pixels that score lower stay unlabelled.")]
 Background = Annotated[
