@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": INFERENCE | {"data", "evaluation", "training", "tiny", "__init__", "_version"},
     "__init__": FOUNDATION | {"_version", "text", "data", "models", "weights", "inference"},
     "__main__": {"cli"},
+    "app": INFERENCE | {"data"},
     "compat": {"types", "utils", "ops", "labels", "models"},
     "_version": set(),
     "segmenter": {"inference"},  # former addresses that stay importable

@@ -83,6 +83,11 @@ ELSEWHERE = {
         "Segment any number of images on Ray into Parquet shards, each exactly once.",
         True,
     ),
+    "app": Elsewhere(
+        "zs3fast.app.command",
+        "app",
+        "Show a page for one photo at a time: drop it, type words, see which pixels are which.",
+    ),
     "data": Elsewhere("zs3fast.data.command", "data_check", "Datasets on disk.", True, "check"),
 }
 _STYLE: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}

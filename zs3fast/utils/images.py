@@ -71,6 +71,16 @@ def read_image(image: Any) -> tuple[np.ndarray, str | None]:
     )
 
 
+def image_header(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Format (as Pillow calls it) and size (H, W) that the bytes of an image file begin with; no pixel is decoded.
+
+    Raises:
+        ImageError (a ValueError): no image, or one whose size alone makes Pillow refuse it.
+    """
+    with _opened(io.BytesIO(data), "image: the data") as image:
+        return image.format or "unknown", (image.height, image.width)
+
+
 def read_image_file(path: Path, what: str = "image") -> tuple[np.ndarray, int]:
     """An image file as uint8 [H, W, 3] RGB, upright, and its EXIF orientation: 1, or what was undone, 2..8.
 

@@ -1,0 +1,45 @@
+"""`zs3fast app`: help without the extra, what is missing by name, numbers that are no good."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from zs3fast.cli import app
+
+WITHOUT = """
+import sys
+for name in ("gradio", "ray", "fastapi", "starlette"):
+    sys.modules[name] = None
+from zs3fast.cli import app
+app(sys.argv[1:])
+"""
+
+
+def run_without_extras(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_help_needs_no_extra_and_running_names_it() -> None:
+    shown = run_without_extras("app", "--help")
+    assert shown.returncode == 0 and "--max-upload" in shown.stdout, shown.stderr
+    ran = run_without_extras("app")
+    assert ran.returncode == 2 and ran.stderr == "error app needs gradio: pip install 'zs3fast[app]'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--weights", "no-such-file"], "no-such-file"),
+        (["--max-upload", "0"], "--max-upload: expected a number above 0, got 0"),
+        (["--max-classes", "-3"], "--max-classes: expected a number above 0, got -3"),
+        (["--dtype", "int3"], "--dtype: expected one of"),
+    ],
+)
+def test_arguments_that_are_no_good(arguments: list[str], said: str) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'zs3fast[app]'")
+    result = CliRunner().invoke(app, ["app", *arguments])
+    assert result.exit_code == 2 and said in result.output and len(result.output.splitlines()) == 1, result.output
