@@ -226,6 +226,18 @@ def test_words_are_changed_without_the_encoder_and_models_are_compared(shown: Sh
     page.close()
 
 
+def test_a_scene_brings_its_words(shown: Shown, tmp_path: Path) -> None:
+    page = shown.open()
+    page.wait_for_timeout(1000)
+    _, names = example_scenes(tmp_path)[4]
+    before = generation(page)
+    page.locator("#zs3-scenes button.thumbnail-item, #zs3-scenes .gallery-item button").nth(4).click()
+    changed(page, before)
+    page.wait_for_timeout(1000)
+    assert sorted(page.locator(".zs3-chip .zs3-name").all_inner_texts()) == sorted(names)
+    page.close()
+
+
 def test_names_are_never_html(shown: Shown) -> None:
     page = shown.open()
     page.wait_for_timeout(1000)

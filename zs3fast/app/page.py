@@ -54,6 +54,10 @@ def build(desk: Desk, folder: Path) -> gr.Blocks:
         chosen = [model] if other in (NO_OTHER, model) else [model, other]
         return view([(name, desk.segment(data, _joined(words), bool(background), name)) for name in chosen])
 
+    def example(event: gr.SelectData) -> tuple[str, list[str]]:
+        path, names = scenes[event.index]
+        return str(path), names
+
     def download(
         end: str, photo: Any, words: Any, background: Any, model: Any, threshold: Any, blend: Any, hidden: Any
     ) -> str:
@@ -101,6 +105,7 @@ def build(desk: Desk, folder: Path) -> gr.Blocks:
                     html_template=_file("viewer.html"),
                     css_template=_file("viewer.css"),
                     js_on_load=_file("viewer.js"),
+                    apply_default_css=False,
                     elem_id="zs3-viewer",
                 )
                 with gr.Row():
@@ -113,15 +118,19 @@ def build(desk: Desk, folder: Path) -> gr.Blocks:
                         end: gr.Button(name, size="sm", elem_id=f"zs3-save-{at}")
                         for at, (name, end) in enumerate(DOWNLOADS.items())
                     }
+                gallery = gr.Gallery(
+                    [str(path) for path, _ in scenes],
+                    label="Scenes the small models know",
+                    columns=len(scenes),
+                    height=120,
+                    allow_preview=False,
+                    object_fit="cover",
+                    interactive=False,
+                    buttons=[],
+                    elem_id="zs3-scenes",
+                )
                 file = gr.DownloadButton(visible="hidden", elem_id="zs3-file")
                 hidden = gr.Textbox(visible=False)
-        gr.Examples(
-            [[str(path), names] for path, names in scenes],
-            [image, words],
-            label="Painted scenes, which the small models know",
-            cache_examples=False,
-            api_visibility="private",
-        )
         asked: list[Any] = [image, words, background, model, other]
         changes = [box.change for box in asked]
         gr.on(
@@ -136,6 +145,14 @@ def build(desk: Desk, folder: Path) -> gr.Blocks:
         )
         words.input(_told(_tidy(desk)), words, words, queue=False, show_progress="hidden", api_visibility="private")
         lists.input(_told(class_names), lists, words, queue=False, show_progress="hidden", api_visibility="private")
+        gallery.select(
+            example,
+            None,
+            [image, words],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         gr.on([threshold.change, blend.change], None, [threshold, blend], js=_LOOK, api_visibility="private")
         for end, button in buttons.items():
             button.click(
