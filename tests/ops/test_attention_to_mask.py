@@ -9,10 +9,13 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import _dispatch, attention_to_mask, use_backend
-from zs3fast.ops.attention_to_mask import dropout_keep, philox4x32, reference
+from zs3fast.ops.attention_to_mask import _torch_attention, dropout_keep, philox4x32, reference
 
 SHAPES = [  # B, heads, C, N, dh
     (1, 8, 1, 900, 64),
@@ -430,3 +433,50 @@ def test_nan_that_dropout_drops_stays(backend: str) -> None:
         with use_backend(backend):
             out, _ = attention_to_mask(q, k, v, 0.3, dropout_p=0.5, seed=seed)
         assert out[0, 1, 2].isnan().all() and int(out.isnan().sum()) == 8
+
+
+@pytest.mark.parametrize("need_masks", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_what_a_gpu_runs_without_dropout(dtype, need_masks):
+    q, k, v = _inputs((2, 3, 37, 70, 16), dtype)
+    got = _torch_attention(q, k, v, 0.25, need_masks)
+    assert_within_budget(
+        "output, mask_logits", tuple(x for x in got if x is not None),
+        lambda *args: tuple(x for x in reference(*args, 0.25, need_masks=need_masks) if x is not None), q, k, v,
+    )  # fmt: skip
+    q[0, 1, 3, 2] = float("nan")
+    output, masks = _torch_attention(q, k, v, 0.25, need_masks)
+    assert output.isnan().any(-1).nonzero().tolist() == [[0, 1, 3]]
+    assert masks is None or masks.isnan().any(-1).nonzero().tolist() == [[0, 3]]
+
+
+def _on_a_gpu(dtype: torch.dtype, **options: object) -> tuple[bool, bool]:
+    """Whether a call on GPU tensors (without memory) asks torch for attention, and whether it asks our op."""
+    ours, torchs = [], []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ours.append(func.name().startswith("zs3fast::"))
+            return func(*args, **(kwargs or {}))
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            torchs.append(func is torch.nn.functional.scaled_dot_product_attention)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (torch.empty(2, 3, n, 64, dtype=dtype, device="cuda") for n in (37, 70, 70))
+        with Operators(), Functions():
+            output, masks = attention_to_mask(q, k, v, 0.125, **options)
+    assert output.shape == q.shape and output.device.type == "cuda"
+    assert (masks is None) == (not options.get("need_masks", True))
+    return any(torchs), any(ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_a_gpu_runs_the_kernels_for_dropout_alone(dtype):
+    assert _on_a_gpu(dtype, dropout_p=0.1, need_masks=False) == (False, True)
+    assert _on_a_gpu(dtype, need_masks=False) == (True, False)
+    assert _on_a_gpu(dtype) == (True, False)
+    with use_backend("triton"):
+        assert _on_a_gpu(dtype) == (False, True)

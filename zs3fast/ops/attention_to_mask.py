@@ -11,6 +11,9 @@ B = 1, heads = 8, dh = 64, C = 171, N = 1024 that is 0.36 GFLOP and 5.6 MB in fp
 
 Masks alone need no heads: mean_a(q_a . k_a) * scale = (q . k) * scale / heads over the full width, one plain matmul.
 
+On a GPU, without dropout, the attention is torch's own and the masks, where both are asked for (the models never do),
+are that matmul: nothing of ours would be faster. The kernels are for training, where dropout needs them.
+
 Dropout is defined by a formula, so every backend drops the same elements and the backward pass regenerates them: see
 `dropout_keep`.
 """
@@ -20,9 +23,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from zs3fast.ops import _flops, _matmul
+from zs3fast.ops import _dispatch, _flops, _matmul
 from zs3fast.ops._attention import (
     accumulator,
     as_heads,
@@ -147,9 +151,24 @@ def attention_to_mask(
         q, k = _matmul.autocast(q, k)
         return None, _masks_only(q, k, scale)
     q, k, v = _matmul.autocast(q, k, v)
+    if _leaves_to_torch(q, dropout_p):
+        return _torch_attention(q, k, v, scale, need_masks)
     seed_tensor = _seed_tensor(seed, q.device) if dropout_p > 0 else None
     output, masks, _ = torch.ops.zs3fast.attention_to_mask(q, k, v, scale, dropout_p, seed_tensor, need_masks)
     return output, masks if need_masks else None
+
+
+def _leaves_to_torch(q: Tensor, dropout_p: float) -> bool:
+    """Heads that are no multiple of 8 wide would make torch store the scores."""
+    on_gpu = q.device.type == "cuda" and _dispatch.requested_backend() == "auto"
+    return on_gpu and dropout_p == 0 and q.shape[-1] % 8 == 0 and q.numel() > 0
+
+
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, need_masks: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    output = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return output, _masks_only(q, k, scale) if need_masks else None
 
 
 def _masks_only(q: Tensor, k: Tensor, scale: float) -> Tensor:
