@@ -102,7 +102,7 @@ def work() -> list[Work]:
         Work("attention_to_mask", "C = 171, N = 1024, masks", launches._attention_to_mask(half, 64, dropout=0.0),
              {"": attention}),
         Work("attention_to_mask", "dropout", launches._attention_to_mask(half, 64, masks=False), {"": attention}),
-        Work("region_bridge_attention", "32 x 32, 16 regions", launches._region_bridge(half, 64), {"": attention}),
+        Work("region_bridge_attention", "32 x 32, 16 regions", launches._region_bridge(half, 64), {"bwd": attention}),
         Work("proposal_attention", "100 of 1600", launches._proposal_attention(half, 64), {"": attention}),
         Work("proposals_to_labels", "100 x 171", launches._proposals_to_labels(single, True, True, False, False),
              {"": ("MUFU.EX2", 0.25)}),

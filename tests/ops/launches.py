@@ -68,7 +68,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem of one op: `run(module)` calls its launchers. `tensor_cores`: whether its kernels multiply with them.
+    """A problem of one op: `run(module)` calls its launchers. `tensor_cores`: whether its kernels, but for one named
+    merge, multiply with them.
 
     `everywhere` cases stand for their op in the test suite; continuous integration compiles all of them.
     """

@@ -10,9 +10,10 @@ import torch
 
 from bench.harness import peak_resident_bytes, reset_peak_resident, resident_bytes
 from tests.ops.budget import assert_within_budget
+from zs3fast.kernels import region_bridge_attention as triton_kernels
 from zs3fast.ops import _dispatch, _extension, region_bridge_attention, use_backend
 from zs3fast.ops.encoder_attention import kernels
-from zs3fast.ops.region_bridge_attention import reference, region_bridge_mask, region_of_patch
+from zs3fast.ops.region_bridge_attention import _reference_run, reference, region_bridge_mask, region_of_patch
 
 op = torch.ops.zs3fast.region_bridge_attention
 op_backward = torch.ops.zs3fast.region_bridge_attention_backward
@@ -121,6 +122,39 @@ def test_every_kernel_of_the_block(shape, dtype):
         with use_backend("reference"):
             wide = op(q.double(), k.double(), v.double(), *places)[1]
         torch.testing.assert_close(lse.double(), wide, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", [s for s in SMALL if s[0]], ids=ids)
+def test_flash_attention_and_merged_regions(shape, dtype):
+    """What a GPU runs forward for half types; without matrices in the merge, the interpreter takes them all."""
+    for skip in (False, True):
+        tensors, _, layout = make(shape, dtype, device_of("triton"), skip=skip)
+        where = (*(layout[n] for n in ("num_prefix", "grid", "regions")), shape[2] ** -0.5)
+        _, want = _reference_run(*(x.double() for x in tensors), *where)
+        with use_backend("triton"):
+            if reasons := _dispatch.objections("region_bridge_attention", "triton", tensors[0].float()):
+                pytest.skip("; ".join(reasons))
+        output, lse = triton_kernels._empty_heads(tensors[0]), torch.empty_like(want, dtype=torch.float32)
+        triton_kernels._split(*tensors, output, lse, *where)
+        assert_within_budget("output", output, reference, *tensors, **layout)
+        torch.testing.assert_close(lse.double(), want, rtol=1e-5, atol=2e-5)
+
+
+def test_flash_attention_reads_whole_rows():
+    x = torch.empty(2, 50, 3, 2, 64, dtype=torch.float16)
+    q, k, _ = (t.transpose(1, 2) for t in x.unbind(2))
+    assert (
+        triton_kernels._aligned(q)
+        and triton_kernels._aligned(k[:, :, 1:])
+        and triton_kernels._aligned(k[:, :1].expand_as(k))
+    )
+    assert (
+        not triton_kernels._aligned(q.mT)
+        and not triton_kernels._aligned(q[..., 4:])
+        and not triton_kernels._aligned(q[..., ::2])
+    )
+    assert not triton_kernels._aligned(torch.empty(2, 2, 50, 20)[..., :16])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
