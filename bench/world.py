@@ -4,9 +4,10 @@
     python bench/world.py zegclip tagclip --seeds 0          # some variants, one seed
     python bench/world.py --readme docs/world.md               # write the table from the results file, measure nothing
 
-All share one CLIP (seed 0); a seed is that of the segmentation training: its weights, its order of scenes. Scores are
-of 200 test scenes no training has seen, on the zero-shot split, whatever a variant was trained on. What is in the
-results file is not measured again, and runs that are there are not trained again. All of it takes hours on two cores.
+All share one CLIP, the one in the package; a seed is that of the segmentation training: its weights, its order of
+scenes. Scores are of 200 test scenes no training has seen, on the zero-shot split, whatever a variant was trained on.
+What is in the results file is not measured again, and runs that are there are not trained again. All of it takes hours
+on two cores.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np  # noqa: E402
 from bench import harness  # noqa: E402
 from zs3fast.data.world import CLASS_NAMES, VERSION, WorldDataset  # noqa: E402
 from zs3fast.utils.files import replacing  # noqa: E402
+from zs3fast.utils.packed_clip import TINY_CLIP  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "world.json"
 BLOCK = re.compile(r"(<!-- world -->\n).*?(<!-- /world -->)", re.DOTALL)
@@ -101,16 +103,18 @@ VARIANTS = {
 }
 
 
-def run(name: str, seed: int, runs: Path, iterations: int | None) -> dict[str, Any]:
-    """Train (if need be) and score one variant with one seed."""
+def run(
+    name: str, seed: int, runs: Path, iterations: int | None, length: int = SCENES, clip: str = TINY_CLIP
+) -> dict[str, Any]:
+    """Train (if need be) and score one variant with one seed on the first `length` test scenes."""
     from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
 
     variant, start = VARIANTS[name], time.perf_counter()
-    scenes = WorldDataset("test", length=SCENES)
+    scenes = WorldDataset("test", length=length)
     if variant.method is None:
         segmenter = clip_alone(scenes, *(line.partition("=")[2] for line in variant.overrides))
     else:
-        segmenter = world_segmenter(trained(name, seed, runs, iterations), scenes)
+        segmenter = world_segmenter(trained(name, seed, runs, iterations, clip), scenes)
         if name == "closed-set":
             segmenter = type(segmenter)(
                 segmenter.model, text_embeddings=np.load(class_codes(runs)), class_names=scenes.class_names
@@ -121,18 +125,17 @@ def run(name: str, seed: int, runs: Path, iterations: int | None) -> dict[str, A
     return {"variant": name, "seed": seed, **values, "train_s": round(seconds, 1), "score_s": round(report.seconds, 1)}
 
 
-def trained(name: str, seed: int, runs: Path, iterations: int | None) -> Path:
+def trained(name: str, seed: int, runs: Path, iterations: int | None, clip: str = TINY_CLIP) -> Path:
     """The weight file of a variant's run."""
-    from tools.world.build import trained_clip, trained_model
+    from tools.world.build import trained_model
 
     variant = VARIANTS[name]
-    clip = trained_clip(runs)
     lines = [f"seed={seed}", f"name={name}", *variant.overrides]
     lines = [line.replace("CODES", f"'{class_codes(runs)}'") for line in lines]
     if iterations is not None:
         lines.append(f"iterations={iterations}")
     if variant.start is not None:
-        lines.append(f"init_from='{trained(variant.start, seed, runs, iterations)}'")
+        lines.append(f"init_from='{trained(variant.start, seed, runs, iterations, clip)}'")
     return trained_model(variant.method, runs, clip, name=f"world/{name}-{seed}", overrides=tuple(lines))
 
 
@@ -177,10 +180,15 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The results so far; of an earlier world, none."""
+def read(path: Path, length: int = SCENES) -> dict[str, Any]:
+    """The results so far; of an earlier world, none. ValueError for those of another number of scenes."""
     content = json.loads(path.read_text()) if path.is_file() else {}
-    return content if content.get("world") == VERSION else {"world": VERSION, "scenes": SCENES, "rows": []}
+    if content.get("world") != VERSION:
+        return {"world": VERSION, "scenes": length, "rows": []}
+    if content.get("scenes", length) != length:
+        held = content["scenes"]
+        raise ValueError(f"--scenes: {path} holds scores of {held} scenes, expected another file for {length}")
+    return content
 
 
 def fill(markdown: str, results: Path = RESULTS) -> str:
@@ -197,6 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--iterations", type=int, default=None, help="of every training (each setting's own)")
+    parser.add_argument("--scenes", type=int, default=SCENES, help=f"test scenes to score on ({SCENES})")
+    parser.add_argument("--clip", default=TINY_CLIP, help="the CLIP below all: the package's, or a file of contrastive")
     parser.add_argument("--json", type=Path, default=RESULTS, help="the results file")
     parser.add_argument("--readme", type=Path, default=None, help="write the table into this file and stop")
     args = parser.parse_args(argv)
@@ -208,16 +218,20 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(args.variants) - set(VARIANTS))
     if unknown:
         parser.error(f"unknown variants: {', '.join(unknown)}")
+    try:
+        read(args.json, args.scenes)
+    except ValueError as error:
+        parser.error(str(error))
     for seed in args.seeds:
         for name in args.variants or VARIANTS:
-            results = read(args.json)
+            results = read(args.json, args.scenes)
             if any((row["variant"], row["seed"]) == (name, seed) for row in results["rows"]):
                 continue
             if VARIANTS[name].method is None and seed != args.seeds[0]:
                 continue  # nothing is trained, nothing differs
-            row = run(name, seed, args.runs, args.iterations)
+            row = run(name, seed, args.runs, args.iterations, args.scenes, args.clip)
             print(json.dumps(row), flush=True)
-            results = read(args.json)
+            results = read(args.json, args.scenes)
             results["rows"].append({**row, "commit": harness.commit()})
             with replacing(args.json) as temporary:
                 temporary.write_text(json.dumps(results, indent=1) + "\n")

@@ -64,7 +64,7 @@ def trained_clip(runs: Path) -> Path:
 
 
 def trained_model(
-    method: str, runs: Path, clip: Path, *, name: str | None = None, overrides: tuple[str, ...] = ()
+    method: str, runs: Path, clip: Path | str, *, name: str | None = None, overrides: tuple[str, ...] = ()
 ) -> Path:
     """Weights of a run of `METHOD_world`, trained if they are not there yet.
 

@@ -17,8 +17,9 @@ from zs3fast.data import SegmentationDataset, open_dataset, test_pairs
 from zs3fast.data.datasets import ids_digest
 from zs3fast.encoders.quantize import KINDS, quantize_encoder
 from zs3fast.evaluation.evaluate import ItemScore, Report, evaluate, evaluate_pairs
+from zs3fast.evaluation.ground_truth import GROUND_TRUTH, TrueBoxes, TrueClasses, TrueRegions
 from zs3fast.evaluation.options import EvalOptions
-from zs3fast.evaluation.pairs import PairSegmenter, ZoomingPairSegmenter
+from zs3fast.evaluation.pairs import BoxPairSegmenter, PairSegmenter, ZoomingPairSegmenter
 from zs3fast.evaluation.protocols import PAIR_DATASETS, labeller, learned_setting, published_items, resolve_setting
 from zs3fast.evaluation.scores import DENOMINATORS
 from zs3fast.inference.loading import find_weights, is_converted
@@ -26,9 +27,10 @@ from zs3fast.inference.segmenter import Segmenter
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.clsclip import ClsCLIP
+from zs3fast.models.maft import MAFT
 from zs3fast.models.registry import create_model
 from zs3fast.models.tagclip import TagCLIP
-from zs3fast.proposals import load_box_proposer, load_mask_proposer
+from zs3fast.proposals import MaskProposer, load_box_proposer, load_mask_proposer
 from zs3fast.text import class_names, competing_names, datasets, load_text_embeddings, seen_classes
 from zs3fast.text.cache import tensor_digest
 from zs3fast.text.vocabulary import ClassEntry, same_name
@@ -77,7 +79,7 @@ def prepare(options: EvalOptions) -> Job:
         templates=o.templates,
         protocol=steps,
         refine=o.refine,
-        proposer=None if o.proposer is None else load_mask_proposer(o.proposer, device),
+        proposer=None if o.proposer is None else _mask_proposer(o.proposer, images, o, device),
         crops=o.crops,
         device=device,
     )
@@ -94,6 +96,8 @@ def prepare(options: EvalOptions) -> Job:
     }
     if o.crops is not None:
         settings["crops"] = o.crops
+    if o.upper_bound:
+        settings["upper_bound"] = True
     if steps is not None:
         settings |= {"protocol": o.protocol, **asdict(steps)}
         del settings["templates"]  # which may be others; the sentences stand under text
@@ -124,6 +128,10 @@ def _check(o: EvalOptions) -> None:
         raise ValueError(f"setting: a fold of {o.dataset} has one setting of its own, got {o.setting!r}")
     if o.episodes != "all" and not o.episodes.isdecimal():
         raise ValueError(f"episodes: expected all or a number, got {o.episodes!r}")
+    if o.boxes_as_masks and (o.boxes is None or o.refine):
+        raise ValueError("boxes_as_masks: goes with boxes and without refine, expected --boxes alone")
+    if o.upper_bound and (o.proposer is None or o.crops is not None):
+        raise ValueError("upper_bound: goes with a proposer and without crops, expected --proposer alone")
     if o.quantize is not None:
         one_of("quantize", o.quantize, KINDS)
     if o.weights is not None:
@@ -148,7 +156,11 @@ def noted(report: Report, published: int | None) -> Report:
         notes.append(f"scored {scored} {what}, the published test set has {published}: not comparable")
     if "eval_size" in report.settings:
         notes.append("scored at the network's input size, label maps shrunk to it, as few-shot code does")
-    if "boxes" in report.settings:
+    if report.settings.get("upper_bound"):
+        notes.append("upper bound: proposals are named by their IoU with the labels, no CLIP is asked")
+    if GROUND_TRUTH in (report.settings.get("proposer"), report.settings.get("boxes")):
+        notes.append("upper bound: the regions are the labels' own")
+    elif "boxes" in report.settings:
         notes.append("boxes come from a detector: if it was trained on the asked classes, this is not zero-shot")
     return replace(report, notes=tuple(notes))
 
@@ -158,12 +170,26 @@ def _label_job(
 ) -> Job:
     model = segmenter.model
     setting = resolve_setting(o.setting, images, model.config.get("class_names"), learned_setting(model))
-    if setting.name == "cross-dataset" and isinstance(model, TagCLIP) and model.trusty_token is not None:
-        model.trusty_token, model.trusty_weighting = None, "off"
-        setting = replace(setting, notes=(*setting.notes, "cross-dataset: the trusty token is left out, as published"))
+    if isinstance(model, TagCLIP) and model.trusty_token is not None and setting.name == "cross-dataset":
+        said = "the trusty token is kept in the class list, unlike published"
+        if not o.keep_trusty_token:
+            model.trusty_token, said = None, "the trusty token is left out, as published"
+        model.trusty_weighting = "off"  # which the argmax of one window would not notice: all classes are of one kind
+        setting = replace(setting, notes=(*setting.notes, f"cross-dataset: {said}"))
+    elif o.keep_trusty_token:
+        raise ValueError(
+            f"keep_trusty_token: is for a TagCLIP with its token, cross-dataset, got {model.method} {setting.name}"
+        )
+    if o.upper_bound:
+        if not isinstance(model, MAFT):
+            raise ValueError(f"upper_bound: is for maft, these weights are {model.method}'s")
+        model.ensemble, model.ensemble_form, model.seen_offset = 1.0, "freeseg", 0.0
+        setting = replace(setting, calibrated=tuple(range(images.num_classes)))
     label = labeller(segmenter, images.class_names, setting.calibrated, segmenter.classes)
     settings = {**settings, "text_sha256": tensor_digest(_text_rows(segmenter, rows))}
     settings |= {"setting": setting.name, "denominator": o.denominator}
+    if o.keep_trusty_token:
+        settings["keep_trusty_token"] = True
     how: dict[str, Any] = {"setting": setting, "denominator": o.denominator, "pass_paths": True, "settings": settings}
     return Job(
         dataset=images,
@@ -179,14 +205,21 @@ def _where(o: EvalOptions) -> dict[str, Any]:
     return {"limit": o.limit, "device": o.device, "workers": o.workers}
 
 
+def _mask_proposer(spec: str, images: SegmentationDataset, o: EvalOptions, device: str) -> MaskProposer:
+    found: MaskProposer = TrueRegions(images) if spec == GROUND_TRUTH else load_mask_proposer(spec, device)
+    return TrueClasses(images, found) if o.upper_bound else found
+
+
 def _pair_segmenter(
-    model: ClsCLIP, classes: Sequence[ClassEntry], rows: Tensor, o: EvalOptions
-) -> PairSegmenter | ZoomingPairSegmenter:
-    """ClsCLIP, or with boxes ClsCLIP+."""
+    model: ClsCLIP, classes: Sequence[ClassEntry], rows: Tensor, images: SegmentationDataset, o: EvalOptions
+) -> PairSegmenter | ZoomingPairSegmenter | BoxPairSegmenter:
+    """ClsCLIP, with boxes ClsCLIP+, or the boxes themselves."""
     if o.boxes is None:
         return PairSegmenter(model, rows, o.threshold, refine=o.refine or 0)
     names = [entry[0] for entry in classes]
-    boxes = load_box_proposer(o.boxes, o.device or "cpu")
+    boxes = TrueBoxes(images) if o.boxes == GROUND_TRUTH else load_box_proposer(o.boxes, o.device or "cpu")
+    if o.boxes_as_masks:
+        return BoxPairSegmenter(names, boxes)
     return ZoomingPairSegmenter(model, rows, names, boxes, o.no_box, o.threshold, refine=o.refine or 0)
 
 
@@ -213,11 +246,13 @@ def _pair_job(
     if not isinstance(model, ClsCLIP):
         raise ValueError(f"weights: {o.dataset} is for clsclip, these are {settings['method']}'s")
     rows = _text_rows(segmenter, rows)
-    masks = _pair_segmenter(model, _classes(segmenter), rows, o)
+    masks = _pair_segmenter(model, _classes(segmenter), rows, images, o)
     settings |= {"text_sha256": tensor_digest(rows), "fold": o.fold, "episodes": o.episodes, "threshold": o.threshold}
     if o.boxes is not None:
         settings |= {"method": "clsclip+", "boxes": o.boxes, "no_box": o.no_box}
-    scored: PairSegmenter | ZoomingPairSegmenter = masks
+    if o.boxes_as_masks:
+        settings |= {"method": "boxes as masks", "no_box": "empty"}
+    scored: PairSegmenter | ZoomingPairSegmenter | BoxPairSegmenter = masks
     label_size: tuple[int, int] | None = None
     if o.eval_size == "input":
         label_size = (model.image_size, model.image_size)

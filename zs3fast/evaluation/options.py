@@ -58,6 +58,12 @@ class EvalOptions:
         str | None,
         typer.Option(help="The dataset an official checkpoint was trained on, which tells seen from unseen."),
     ] = None
+    keep_trusty_token: Annotated[
+        bool,
+        typer.Option(
+            "--keep-trusty-token", help="TagCLIP, cross-dataset: keep the token in the class list, which papers drop."
+        ),
+    ] = False
     text_embeddings: Annotated[
         Path | None, typer.Option(help="Prepared .npy text embeddings, a row for each class of the dataset.")
     ] = None
@@ -67,16 +73,24 @@ class EvalOptions:
     proposer: Annotated[
         str | None,
         typer.Option(
-            help="Mask proposals for MAFT: mask2former:NAME, maskformer:NAME, sam:NAME, freeseg:FILE, files:PATH."
+            help="Mask proposals for MAFT: mask2former:NAME, maskformer:NAME, sam:NAME, freeseg:FILE, files:PATH, or "
+            "ground_truth, the labels' own regions."
         ),
     ] = None
+    upper_bound: Annotated[
+        bool, typer.Option("--upper-bound", help="Of MAFT: name proposals by their IoU with the labels, not by CLIP.")
+    ] = False
     crops: Annotated[str | None, typer.Option(help=CROPS_HELP)] = None
     boxes: Annotated[
         str | None,
         typer.Option(
-            help="Folds by ClsCLIP+, zooming into boxes: detr:NAME, rtdetr:NAME, yolos:NAME, files:PATH.json."
+            help="Folds by ClsCLIP+, zooming into boxes: detr:NAME, rtdetr:NAME, yolos:NAME, files:PATH.json, or "
+            "ground_truth, the labels' own boxes."
         ),
     ] = None
+    boxes_as_masks: Annotated[
+        bool, typer.Option("--boxes-as-masks", help="Of a fold: a class's boxes are its mask, ClsCLIP is not asked.")
+    ] = False
     no_box: Annotated[
         str, typer.Option(help="What a class without boxes gets: whole_image (plain ClsCLIP) or empty.")
     ] = "whole_image"

@@ -103,6 +103,30 @@ def _refined(scores: Tensor, image: Tensor, steps: int) -> Tensor:
     return Pamr(image.float(), steps)(scores) if steps else scores
 
 
+class BoxPairSegmenter:
+    """Masks of the classes asked for that are the detector's boxes themselves (ClsCLIP's table 6); none: empty.
+
+    Args:
+        class_names: a word for each class, to find its boxes by.
+        boxes: finds boxes in a picture.
+    """
+
+    def __init__(self, class_names: Sequence[str], boxes: BoxProposer):
+        self.class_names, self.boxes = list(class_names), boxes
+
+    def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
+        """Bool [P, H, W]: pixels whose centre lies in a box of the class."""
+        from zs3fast.proposals import boxes_for_class
+
+        found = self.boxes(image, None if path is None else os.fspath(path))
+        y, x = (torch.arange(side) + 0.5 for side in image.shape[:2])
+        masks = torch.zeros(len(classes), *image.shape[:2], dtype=torch.bool)
+        for mask, c in zip(masks, classes):
+            for x0, y0, x1, y1 in boxes_for_class(found, self.class_names[c]).boxes.tolist():
+                mask |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
+        return masks
+
+
 def group_by_image(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, dict[int, int]]]:
     """Pairs (image, class) as (image, {class: how often}), in the order in which images first occur.
 

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from zs3fast.data.world import WorldDataset
 from zs3fast.evaluation.evaluate import Report, evaluate
+from zs3fast.evaluation.ground_truth import TrueRegions
 from zs3fast.evaluation.protocols import labeller, resolve_setting
 from zs3fast.inference.segmenter import Segmenter, find_weights
-from zs3fast.proposals import from_labels
-from zs3fast.types import Proposals
 
 Label = Callable[..., np.ndarray]  # image uint8 [H, W, 3] and its path -> labels [H, W]
-
-
-class TrueRegions:
-    """A `MaskProposer` that knows the answer: the connected regions of a dataset's own labels, by the picture's name.
-
-    What MAFT says of them is an upper bound on what it would say of a proposer's regions.
-    """
-
-    def __init__(self, dataset: WorldDataset):
-        self.dataset = dataset
-        self._index = {dataset.image_path(i).name: i for i in range(len(dataset))}
-
-    def __call__(self, images: Sequence[np.ndarray], names: Sequence[str] | None = None) -> Proposals:
-        known = [] if names is None else [self._index.get(os.path.basename(name)) for name in names]
-        if len(known) != len(images) or None in known:
-            raise ValueError(f"names: expected a picture of {self.dataset.name} {self.dataset.split} each, got {names}")
-        return from_labels([self.dataset.read_labels(i) for i in known if i is not None], connected=True)
 
 
 def world_segmenter(weights: str | os.PathLike[str], scenes: WorldDataset) -> Segmenter:

@@ -36,7 +36,8 @@ class WeightCache:
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return compute()
         sources = list(sources)
-        if any(source.is_inference() for source in sources) or torch.is_autocast_enabled(sources[0].device.type):
+        kind = sources[0].device.type
+        if any(source.is_inference() for source in sources) or (kind != "meta" and torch.is_autocast_enabled(kind)):
             return compute()
         stamp = [(source._version, source.data_ptr(), source.device, source.dtype) for source in sources]
         kept = self._kept
