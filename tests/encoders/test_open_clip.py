@@ -74,8 +74,18 @@ def test_activation_follows_the_weights() -> None:
     ("clip", "message"),
     [
         ("ViT-B-61", r"clip: open_clip has no model 'ViT-B-61'; close names: .*ViT-B-16"),
-        ("RN50", r"clip: the image tower of RN50 is not a plain CLIP ViT \(layers \(a ResNet\)\)"),
-        ("ViT-B-16-SigLIP", r"not a plain CLIP ViT \(timm_model_name"),
+        (
+            "RN50",
+            r"clip: the image tower of RN50 is not a plain CLIP ViT \(layers: a ResNet\), expected one such as ViT",
+        ),
+        (
+            "ViT-B-16-SigLIP",
+            r"ViT-B-16-SigLIP is .* \(timm_model_name: timm's vit_base_patch16_siglip_224, without a class",
+        ),
+        ("ViT-SO400M-14-SigLIP2", r"not a plain CLIP ViT \(timm_model_name: .*, without a class token\), expected one"),
+        ("convnext_base", r"not a plain CLIP ViT \(timm_model_name: timm's convnext_base, of convolutions\)"),
+        ("EVA02-B-16", r"not a plain CLIP ViT \(timm_model_name: timm's eva02_base_patch16_clip_224\)"),
+        ("ViT-L-14-CLIPA", r"not a plain CLIP ViT \(no_ln_pre=True; pool_type='avg'; final_ln_after_pool=True\)"),
         ("coca_ViT-B-32", r"attentional_pool"),
         ({"embed_dim": 4}, "clip: the configuration lacks vision_cfg"),
     ],

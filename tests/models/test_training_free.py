@@ -256,3 +256,56 @@ def test_labels_and_probabilities_equal_the_official_code(golden: Golden, run: s
     assert relative(prediction.scores, scores.amax(0)) < 1e-5
     if run not in ("scclip", "scclip_bg"):  # whose class token dominates in these weights
         assert len(prediction.labels.unique()) > 1
+
+
+ARCHITECTURES = [
+    *(
+        "ViT-B-32",
+        "ViT-B-32-quickgelu",
+        "ViT-B-32-256",
+        "ViT-B-16-plus-240",
+        "ViT-L-14",
+        "ViT-L-14-336-quickgelu",
+        "ViT-L-16",
+    ),
+    *(
+        "ViT-H-14-378",
+        "ViT-g-14",
+        "ViT-bigG-14",
+        "ViT-S-32-alt",
+        "ViT-M-16",
+        "roberta-ViT-B-32",
+        "xlm-roberta-large-ViT-H-14",
+    ),
+]
+
+
+@pytest.mark.parametrize("method", ["scclip", "rcs", "sclip"])
+@pytest.mark.parametrize("clip", ARCHITECTURES)
+def test_any_plain_vit_of_open_clip_runs(clip: str, method: str) -> None:
+    """Patch sizes 14 to 32, heads of 64 to 88, 8 to 48 blocks, both activations: on the meta device, shapes alone."""
+    with torch.device("meta"), torch.no_grad():
+        model = zs3fast.create_model(method, clip=clip).eval()
+        config = model.encoder.config
+        height, width = 6 * config.patch_size, 7 * config.patch_size + 5
+        out = model(torch.empty(2, 3, height, width), torch.empty(4, config.embed_dim))
+    assert out.mask_logits.shape == (2, 4, 6, 7) and out.global_token.shape == (2, config.embed_dim)
+
+
+REFUSED = [
+    "RN50",
+    "convnext_base",
+    "EVA02-B-16",
+    "ViT-B-16-SigLIP",
+    "ViT-L-16-SigLIP2-256",
+    "ViTamin-S",
+    "coca_ViT-B-32",
+]
+
+
+@pytest.mark.parametrize("clip", REFUSED)
+def test_other_towers_are_refused_by_name(clip: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"clip: the image tower of {clip} is not a plain CLIP ViT .*expected one such as"
+    ):
+        zs3fast.create_model("scclip", clip=clip)

@@ -27,6 +27,15 @@ _UNSUPPORTED = {
 }
 
 
+# What timm's towers lack or are, by a word of their names.
+_LACKS = {
+    "siglip": "without a class token",
+    "_gap": "without a class token",
+    "vitamin": "without a class token",
+    "convnext": "of convolutions",
+}
+
+
 @dataclass(frozen=True)
 class ClipVisionConfig:
     """Sizes of a CLIP ViT. `image_size` is the one CLIP was trained at; `embed_dim` is the joint width D."""
@@ -43,6 +52,16 @@ class ClipVisionConfig:
     @property
     def grid(self) -> int:
         return self.image_size // self.patch_size
+
+
+def _oddness(key: str, value: Any) -> str:
+    """What an option of open_clip's makes of a tower, in words."""
+    if key == "layers":
+        return "layers: a ResNet"
+    if key != "timm_model_name":
+        return f"{key}={value!r}"
+    lacks = next((f", {what}" for word, what in _LACKS.items() if word in str(value).casefold()), "")
+    return f"timm_model_name: timm's {value}{lacks}"
 
 
 def vision_config(
@@ -63,9 +82,11 @@ def vision_config(
     name = clip if isinstance(clip, str) else "this configuration"
     odd = [key for key, plain in _UNSUPPORTED.items() if (vision.get(key) or plain) != plain]
     if not isinstance(vision.get("layers", 12), int):
-        odd.append("layers (a ResNet)")
+        odd.append("layers")
     if odd:
-        raise ValueError(f"clip: the image tower of {name} is not a plain CLIP ViT ({', '.join(odd)})")
+        what = "; ".join(_oddness(key, vision.get(key)) for key in odd)
+        expected = "expected one such as ViT-B-16 or ViT-L-14"
+        raise ValueError(f"clip: the image tower of {name} is not a plain CLIP ViT ({what}), {expected}")
     sizes = vision.get("image_size", 224), vision.get("patch_size", 16)
     if not all(isinstance(size, int) for size in sizes):
         raise ValueError(f"clip: image_size and patch_size of {name} must be single integers, got {sizes}")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zs3fast.encoders.clip_vit import Block
 from zs3fast.ops import self_similarity_attention
+from zs3fast.utils.precision import without_autocast
 
 NEIGHBOURS = 30
 SHARE = 0.05  # of the patches are anomalous
@@ -80,7 +81,7 @@ def outlier_scores(x: Tensor) -> Tensor:
     own distance where that takes its neighbour's.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         centred = x - x.mean(1, keepdim=True)  # distances stay, and are not lost in what all have in common
         squares = centred.square().sum(-1)
         nearest = []

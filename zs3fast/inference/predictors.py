@@ -565,7 +565,12 @@ def normalise(pixels: np.ndarray | Tensor, mean: Sequence[float], std: Sequence[
 
 def squash(pixels: np.ndarray | Tensor, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The normalised picture [3, image_size, image_size], its aspect ratio lost."""
-    return squash_images(normalise(pixels, mean, std)[None], image_size)[0]
+    levels = torch.as_tensor(pixels).permute(2, 0, 1)
+    channels = [  # one at a time: of a large image all in float are four times its bytes, and more
+        squash_images(_normalise(levels[c : c + 1].float(), mean[c : c + 1], std[c : c + 1])[None], image_size)[0]
+        for c in range(len(levels))
+    ]
+    return torch.cat(channels)
 
 
 def _channels_first(levels: Tensor) -> Tensor:

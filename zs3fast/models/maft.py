@@ -23,6 +23,7 @@ from zs3fast.proposals.masks import check_proposals, soft_masks
 from zs3fast.types import ProposalOutput, Proposals
 from zs3fast.utils.open_clip import clip_model_config
 from zs3fast.utils.options import one_of
+from zs3fast.utils.precision import without_autocast
 
 TEMPERATURE = 100.0
 
@@ -380,7 +381,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _similarity(embeddings: Tensor, text: Tensor) -> Tensor:
     """100 * cosine [..., C] of embeddings [..., D] and text [C, D], in float32 at least: half types would round it."""
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings.device):
         return TEMPERATURE * F.normalize(_wide(embeddings), dim=-1) @ F.normalize(_wide(text), dim=-1).t()
 
 

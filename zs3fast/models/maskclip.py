@@ -16,6 +16,7 @@ from zs3fast.encoders.open_clip_weights import load_clip_weights
 from zs3fast.models.base import FeatureModel
 from zs3fast.models.registry import register_model
 from zs3fast.types import ImageFeatures, SegmentationOutput
+from zs3fast.utils.precision import without_autocast
 
 
 @register_model("maskclip")
@@ -102,7 +103,7 @@ class MaskCLIP(FeatureModel):
             embedding of the image.
         """
         text = self.check_text(text_embeddings)
-        with torch.autocast(text.device.type, enabled=False):  # bfloat16 would round logits to steps of 1/8
+        with without_autocast(text.device):  # bfloat16 would round logits to steps of 1/8
             patches, text = _widened(features.patch_tokens), F.normalize(_widened(text), dim=-1)
             masks = self.logit_scale * (text @ patches.transpose(1, 2)).unflatten(-1, features.grid_size)
         return SegmentationOutput(masks, features.global_token, features.patch_tokens)

@@ -22,6 +22,7 @@ from torch import Tensor
 from zs3fast.ops import _dispatch, _flops
 from zs3fast.ops._checks import check_bool, check_float_tensor, check_size
 from zs3fast.ops._register import register_op
+from zs3fast.utils.precision import without_autocast
 
 OP = "proposals_to_labels"
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -50,7 +51,7 @@ def reference_scores(
         masks = _resize(masks, tuple(padded_size or masks.shape[-2:]), align_corners).sigmoid()
     height, width = image_size or masks.shape[-2:]
     masks = _resize(masks[..., :height, :width], tuple(size), False)
-    with torch.autocast(masks.device.type, enabled=False):
+    with without_autocast(masks.device):
         return torch.einsum("bqc,bqhw->bchw", class_weights.to(dtype), masks)
 
 
