@@ -21,6 +21,7 @@ BLOCK = re.compile(r"(?P<open><!-- bench:(?P<name>[\w./-]+) -->\n).*?(?P<close><
 COUNTS = {
     ("peak_mib", "activations"): {"peak_mib": "MiB an image"},
     ("largest_batch", "largest batch"): {"largest_batch": "images", "budget_gib": "in GiB", "peak_mib": "peak MiB"},
+    ("peak_mib", "bulk memory"): {"images": "images", "peak_mib": "peak MiB"},
     ("agreement", "scores"): {"pacc": "pAcc", "miou": "mIoU", "hiou": "hIoU", "agreement": "same labels, %"},
 }
 OURS = "zs3fast"

@@ -191,6 +191,28 @@ def test_warnings_of_threads_name_their_pictures(place, tiny):
         assert output.count(f"warning {name}.gif: {name}.gif holds 2 frames, only the first is used") == 1
 
 
+def test_torchrun_shares_the_images(place, tiny):
+    """Each image by one of three processes, results as those of one; one process talks of failures, at the end."""
+    for number in range(6):
+        save_photo(place / "in" / f"{number}.png", seed=number)
+    save_photo(place / "in" / "more" / "1.png", seed=9)  # whose results need another name on every process
+    (place / "in" / "7.png").write_bytes(b"broken")
+    arguments = ["segment", "in", "in/more", "--weights", tiny]
+    run(*arguments, "-o", "one", code=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "zs3fast"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments, "-o", "three"], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("7 of 8 pictures segmented") == 1 and done.stdout.count("-> three/") == 7, done
+    assert done.stderr.count("failed in/7.png") == 1
+    assert done.stderr.count("results are named 1-2") == 1
+    one, three = (sorted((place / name).iterdir()) for name in ("one", "three"))
+    assert [path.name for path in one] == [path.name for path in three] and len(one) == 21
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, three, strict=True))
+
+
 def test_a_result_that_cannot_be_written_is_one_failure(place, tiny, monkeypatch):
     for index in range(4):
         save_photo(place / "in" / f"{index}.png", seed=index)

@@ -8,6 +8,7 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
     from zs3fast.inference.segmenter import Segmenter
     from zs3fast.text.vocabulary import ClassEntry
     from zs3fast.types import Segmentation
+    from zs3fast.utils.distributed import DistEnv
 
 _EVERYDAY = "context59"  # what a method without a training vocabulary looks for, unless told
+_PATIENCE = timedelta(days=30)  # of a process that is done, for the others
 _SHORT_LIST = 8  # classes that hardly name everything in a photo
 
 
@@ -193,28 +196,39 @@ def segment(
 
     For each image three files are written: NAME_labels.png (class indices; 255 = unlabelled, 65535 for more than 255
     classes), NAME_overlay.png (the image under its colours, with a legend) and NAME.json (a summary).
+    Under `torchrun --nproc-per-node 4 -m zs3fast segment ...` every process takes its share of the images.
     """
-    with one_line_errors(USAGE_ERROR):
-        images = find_images(inputs)
-        entries = _class_list(classes, classes_file, dataset)
-        settings = {"templates": templates, "crops": crops, "compile": compile_, "quantize": quantize, "dtype": dtype}
-        settings |= {"protocol": protocol, "refine": refine}
-        proposals = {"proposer": proposer, "boxes": boxes}
-        source = {"method": method, "clip": clip, "pretrained": pretrained, "attention": attention}
-        segmenter = _segmenter(
-            entries,
-            weights,
-            trained_on,
-            text_embeddings,
-            device,
-            settings,
-            proposals,
-            {**source, "quick_gelu": quick_gelu, "untrained": untrained, "seed": seed},
-        )
+    from zs3fast.utils.distributed import dist_env
+
+    with one_line_errors(USAGE_ERROR), dist_env(device, _PATIENCE) as env:
+        with _heard(env.main):
+            images = env.agreed(find_images(inputs))
+            stems = distinct_stems(images)
+            entries = _class_list(classes, classes_file, dataset)
+            settings = {
+                "templates": templates,
+                "crops": crops,
+                "compile": compile_,
+                "quantize": quantize,
+                "dtype": dtype,
+            }
+            settings |= {"protocol": protocol, "refine": refine}
+            proposals = {"proposer": proposer, "boxes": boxes}
+            source = {"method": method, "clip": clip, "pretrained": pretrained, "attention": attention}
+            segmenter = _segmenter(
+                entries,
+                weights,
+                trained_on,
+                text_embeddings,
+                str(env.device),
+                settings,
+                proposals,
+                {**source, "quick_gelu": quick_gelu, "untrained": untrained, "seed": seed},
+            )
         drawn: dict[str, Any] = {} if legend and blend == 0.6 else {"legend": legend, "blend": blend}
         failures: dict[Path, Exception] = {}  # one bad image does not end the run
         results = segmenter.stream(
-            images,
+            images[env.rank :: env.world],
             min_score=min_score,
             background=background,
             batch_size=batch_size,
@@ -222,31 +236,49 @@ def segment(
             failed=failures.__setitem__,
         )
         output.mkdir(parents=True, exist_ok=True)
-    covered = _write_all(segmenter, images, results, failures, workers, output, drawn)
-    small = weights is not None and weights.startswith("zs3fast-tiny")  # which knows no photographs anyway
-    if covered is not None and min_score is None and not background and not small:
-        stderr.print(f"[yellow]note[/] {escape(covered)}")
-    for image in filter(failures.__contains__, images):
-        stderr.print(f"[red]failed[/] {escape(str(image))}: {escape(first_line(failures[image]))}")
-    done = len(images) - len(failures)
-    stdout.print(f"{done} of {len(images)} pictures segmented, results in {escape(str(output))}")
-    if failures:
-        raise typer.Exit(RUN_ERROR)
+        with one_line_errors(RUN_ERROR):
+            covered = _write_all(segmenter, stems, results, failures, workers, output, drawn, env)
+            ended = env.gathered(({image: first_line(error) for image, error in failures.items()}, covered))
+        failed = {image: reason for reasons, _ in ended for image, reason in reasons.items()}
+        if env.main:
+            covered = next((note for _, note in ended if note is not None), None)
+            small = weights is not None and weights.startswith("zs3fast-tiny")  # which knows no photographs anyway
+            if covered is not None and min_score is None and not background and not small:
+                stderr.print(f"[yellow]note[/] {escape(covered)}")
+            for image in filter(failed.__contains__, images):
+                stderr.print(f"[red]failed[/] {escape(str(image))}: {escape(failed[image])}")
+            done = len(images) - len(failed)
+            stdout.print(f"{done} of {len(images)} pictures segmented, results in {escape(str(output))}")
+        env.barrier()  # torchrun ends all processes where one ends with an error
+        if failed:
+            raise typer.Exit(RUN_ERROR)
+
+
+@contextmanager
+def _heard(yes: bool) -> Iterator[None]:
+    """Within the block, notes are printed only if `yes`: one process of a run says what all would."""
+    before, stderr.quiet = stderr.quiet, not yes
+    try:
+        yield
+    finally:
+        stderr.quiet = before
 
 
 def _write_all(
     segmenter: Segmenter,
-    images: list[Path],
+    stems: dict[Path, str],
     results: Any,
     failures: dict[Path, Exception],
     workers: int | None,
     output: Path,
     overlay: dict[str, Any],
+    env: DistEnv,
 ) -> str | None:
     """Write every result as it comes, threads doing it beside the model; a note where a short list covers an image."""
     from zs3fast.inference.streaming import ITEM_ERRORS, ahead, default_workers, working_on
 
-    stems, covered = distinct_stems(images), None
+    covered = None
+    share = len(range(env.rank, len(stems), env.world))
 
     def write(result: tuple[Path, Segmentation]) -> tuple[str, bool]:
         image, segmentation = result
@@ -257,12 +289,12 @@ def _write_all(
 
     workers = default_workers(segmenter.device) if workers is None else workers
     with (
-        progress_bar() as progress,
+        progress_bar(shown=env.main) as progress,
         warnings_by_image(),
         closing(results),
         closing(ahead(results, write, workers)) as all_,
     ):
-        task, written = progress.add_task("Segmenting", total=len(images)), 0
+        task, written = progress.add_task("Segmenting", total=share), 0
         for (image, segmentation), outcome in all_:
             try:
                 line, everything = outcome.result()

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.inference.test_bulk_tar import write_tar
 from zs3fast.cli import app
 from zs3fast.inference.segmenter import Segmenter
 
@@ -127,7 +128,20 @@ def test_inputs_that_are_no_good(tmp_path: Path) -> None:
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
     assert "half.parquet" in refused(tmp_path / "half.parquet")
     write_images(tmp_path / "images", range(1))
-    assert "got both" in refused(tmp_path / "images", tmp_path / "one.parquet")
+    assert "got images and Parquet files" in refused(tmp_path / "images", tmp_path / "one.parquet")
+    write_tar(tmp_path / "one.tar", {"a.png": b"x", "b.png": b"x"})
+    write_tar(tmp_path / "two.tar", {"c.png": b"x", "b.jpg": b"x"})
+    assert "got images and WebDataset shards" in refused(tmp_path / "images", tmp_path / "one.tar")
+    said = refused(tmp_path / "one.tar", tmp_path / "two.tar")
+    assert "'b' 2 times" in said and "one.tar" in said and "two.tar" in said
+    write_tar(tmp_path / "both.tar", {"a.png": b"x", "a.jpg": b"x"})
+    assert "both.tar: expected one image in a sample, 'a' has jpg and png" in refused(tmp_path / "both.tar")
+    write_tar(tmp_path / "text.tar", {"a.txt": b"x"})
+    assert "none of its 1 samples" in refused(tmp_path / "text.tar")
+    (tmp_path / "half.tar").write_bytes((tmp_path / "one.tar").read_bytes()[:1000])
+    assert "half.tar is no whole plain tar" in refused(tmp_path / "one.tar", tmp_path / "half.tar")
+    (tmp_path / "packed.tar.gz").write_bytes(b"")
+    assert "not compressed" in refused(tmp_path / "packed.tar.gz")
     assert "foo://bucket" in refused("foo://bucket")
     assert "one file system" in refused(tmp_path / "images", "memory://x")
 
@@ -223,17 +237,20 @@ def test_rows_are_what_the_segmenter_says(segmenter: Segmenter) -> None:
             assert expected.class_names[entry["index"]] == entry["name"]
 
 
-def test_a_gpu_that_fails_is_no_images_error(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_fails_is_no_images_error(segmenter: Segmenter) -> None:
     """Else every row after it would be one with an error, and none be tried again."""
     import torch
 
     def fail(*_: Any, **__: Any) -> Any:
         raise torch.AcceleratorError("device-side assert")
 
-    monkeypatch.setattr(segmenter, "_predictor", type("Broken", (), {"together": True, "prepare": fail})())
     rows = [{"id": "a", "bytes": image_bytes(0), "error": None}]
-    with pytest.raises(torch.AcceleratorError):
-        segment_rows(segmenter, rows, BulkOptions())
+    hook = segmenter.model.encoder.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(torch.AcceleratorError):
+            segment_rows(segmenter, rows, BulkOptions())
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize(
@@ -282,6 +299,43 @@ def test_a_folder_twice_with_more_in_it(
         bulk([str(tmp_path / "in")], str(out), other, "tiny", options)
 
 
+def test_webdataset_shards(segmenter: Segmenter, tmp_path: Path, local_ray: None) -> None:
+    """Ids are the keys; what lies beside an image, between images or has none; a second run goes on inside a shard."""
+    images = {f"a/{number:03}": image_bytes(number) for number in range(9)}
+    first: dict[str, bytes] = {}
+    for key, content in images.items():
+        first |= {f"{key}.png": content, f"{key}.json": b"{}" * (1 + 70000 * (key == "a/003")), f"{key}.seg.png": b"x"}
+    second = {"Grün 猫.png": image_bytes(20), "broken.png": b"x", "words.txt": b"x", os.fsdecode(b"\xff.png"): b"x"}
+    write_tar(tmp_path / "0.tar", first)
+    write_tar(tmp_path / "1.tar", second)
+    options, out = BulkOptions(shard_rows=4), tmp_path / "out"  # inside the folder that is read below
+    report = bulk([str(tmp_path / "*.tar")], str(out), segmenter, "tiny", options)
+    assert (report.done, report.failed, report.before) == (13, 3, 0)
+    rows = {row["id"]: row for row in rows_of(out)}
+    assert set(rows) == {*images, "Grün 猫", "broken", "words", "\\udcff"} and len(rows_of(out)) == 13
+    for key, content in {**images, "Grün 猫": second["Grün 猫.png"]}.items():
+        got = decode_labels(rows[key]["labels"], rows[key]["height"], rows[key]["width"])
+        assert (got == segmenter(content).labels).all()
+    assert rows["words"]["error"] == "no image among txt" and "Pillow" in rows["broken"]["error"]
+    lost = next(path for path in out.glob("shard-*") if "a/003" in pq.read_table(path).column("id").to_pylist())
+    before = {row["id"] for row in pq.read_table(lost).to_pylist()}
+    lost.unlink()
+    report = bulk([str(tmp_path)], str(out), segmenter, "tiny", options)
+    assert report.done == len(before) and sorted(row["id"] for row in rows_of(out)) == sorted(rows)
+
+
+def test_a_tar_that_has_changed(tmp_path: Path) -> None:
+    """Since its headers were read: rows with errors, never another image's bytes."""
+    path = write_tar(tmp_path / "x.tar", {f"{number}.png": image_bytes(number) for number in range(3)})
+    source = find_source([str(path)])
+    table = pa.Table.from_pylist(list(bulk_module._places(source)), bulk_module._PLACES)
+    read = bulk_module._read(table, source.fs)
+    assert read.column("bytes").to_pylist() == [image_bytes(number) for number in range(3)]
+    path.write_bytes(path.read_bytes()[:600])
+    read = bulk_module._read(table, source.fs)
+    assert read.column("bytes").null_count == 3 and all("bytes in the tar" in one for one in read["error"].to_pylist())
+
+
 @pytest.mark.slow
 def test_parquet_files(segmenter: Segmenter, tmp_path: Path, local_ray: None) -> None:
     """Ids that are numbers, bytes that are missing; a row that was done is left out of the second run."""
@@ -298,6 +352,56 @@ def test_parquet_files(segmenter: Segmenter, tmp_path: Path, local_ray: None) ->
     report = bulk(inputs, str(out), segmenter, "tiny", options)
     assert (report.done, report.before) == (gone, 6 - gone)
     assert sorted(row["id"] for row in rows_of(out)) == list("012345")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["s3fs", "pyarrow"])
+def test_buckets(package: str, segmenter: Segmenter, tmp_path: Path) -> None:
+    """Against a server that speaks S3; through pyarrow where s3fs is absent. A bucket that is not there is said."""
+    server_of = pytest.importorskip("moto.server", reason="moto[server] is absent").ThreadedMotoServer
+    pytest.importorskip("s3fs", reason="s3fs is absent")
+    import boto3
+
+    server = server_of(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    url = f"http://127.0.0.1:{port}"
+    named = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1", "endpoint_url": url}
+    absent = {"s3fs": "", "pyarrow": "sys.modules['s3fs'] = None; "}[package]
+    code = f"import sys; {absent}from zs3fast.__main__ import main; main()"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": url}
+        said = ["bulk", *arguments, "-w", "zs3fast-tiny", "-c", CLASSES, "--shard-rows", "2"]
+        return subprocess.run([sys.executable, "-c", code, *said], capture_output=True, text=True, env=environment)
+
+    try:
+        store = boto3.client("s3", **named)
+        store.create_bucket(Bucket=package)
+        for number in range(5):
+            store.put_object(Bucket=package, Key=f"in/ä {number}.png", Body=image_bytes(number))
+        write_tar(tmp_path / "x.tar", {f"{number}.png": image_bytes(number) for number in range(5)})
+        store.put_object(Bucket=package, Key="tars/x.tar", Body=(tmp_path / "x.tar").read_bytes())
+        for inputs, name in (("in/*.png", f"s3://{package}/in/ä {{}}.png"), ("tars", "{}")):
+            out = f"s3://{package}/out-{inputs[:2]}"
+            for before in ("", ", 5 were there"):
+                ended = run(f"s3://{package}/{inputs}", out)
+                assert ended.returncode == 0 and before in ended.stdout, ended
+            found = store.list_objects_v2(Bucket=package, Prefix=f"out-{inputs[:2]}/shard-")["Contents"]
+            shards = [store.get_object(Bucket=package, Key=one["Key"])["Body"].read() for one in found]
+            rows = [row for shard in shards for row in pq.read_table(io.BytesIO(shard)).to_pylist()]
+            assert sorted(row["id"] for row in rows) == [name.format(number) for number in range(5)]
+            for row in rows:
+                number = next(n for n in range(5) if row["id"] == name.format(n))
+                labels = decode_labels(row["labels"], row["height"], row["width"])
+                assert (labels == segmenter(image_bytes(number)).labels).all()
+        for arguments in (("s3://no-bucket/in", "out"), (f"s3://{package}/in", "s3://no-bucket/out")):
+            ended = run(*arguments)
+            assert ended.returncode in (1, 2) and "s3://no-bucket" in ended.stderr
+            assert len(ended.stderr.splitlines()) == 1
+    finally:
+        server.stop()
 
 
 def command(*arguments: Any) -> list[str]:
@@ -348,35 +452,43 @@ def children_named(pid: int, name: str) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-def test_killed_drivers_and_actors(tmp_path: Path) -> None:
-    """kill -9 at moments of all kinds, an actor or the driver by turns; then one run to the end: each id once."""
-    count, out = 400, tmp_path / "out"
-    write_images(tmp_path / "in", range(count))
-    run = command(tmp_path / "in", out, "--shard-rows", 8)
+@pytest.mark.parametrize(
+    ("images", "kills"), [(60, 2), pytest.param(2000, 20, marks=pytest.mark.slow)], ids=["2 kills", "20 kills"]
+)
+def test_killed_drivers_and_actors(images: int, kills: int, tmp_path: Path) -> None:
+    """kill -9 of an actor, then of the driver, at moments of all kinds; then one run to the end: each id once."""
+    out = tmp_path / "out"
+    write_images(tmp_path / "in", range(images))
+    run = command(tmp_path / "in", out, "--shard-rows", 4)
     moments = np.random.default_rng(0)
-    kills = 0
-    for attempt in range(6):
+    killed = attempts = 0
+    while killed < kills:
+        attempts += 1
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        have = len(list(out.glob("shard-*")))
-        while process.poll() is None and len(list(out.glob("shard-*"))) <= have:
-            time.sleep(0.05)
-        time.sleep(moments.uniform(0, 0.5))
-        if process.poll() is None and attempt % 2:
-            for pid in children_named(process.pid, "MapWorker")[:1]:
-                os.kill(pid, signal.SIGKILL)
-                kills += 1
-            time.sleep(moments.uniform(0, 3))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
+        have = shards_in(out)
+        if attempts % 4:  # while shards are written
+            while process.poll() is None and shards_in(out) <= have:
+                time.sleep(0.02)
+            time.sleep(moments.uniform(0, 0.3))
+        else:  # while all of it starts
+            time.sleep(moments.uniform(0, 10))
+        for pid in children_named(process.pid, "MapWorker")[:1]:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+            time.sleep(moments.uniform(0, 1))
+        assert process.poll() is None, "it was done before it could be killed: take more images"
+        process.kill()
+        killed += 1
         process.wait()
-    assert kills > 3
-    done = subprocess.run(run, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     ids = [row["id"] for row in rows_of(out)]
-    assert len(ids) == count and set(ids) == set(find_source([str(tmp_path / "in")]).ids)
+    assert len(ids) == images and set(ids) == set(find_source([str(tmp_path / "in")]).ids)
     assert {path.name for path in out.iterdir() if not path.name.startswith("shard-")} == {MANIFEST}
+
+
+def shards_in(folder: Path) -> int:
+    return len(list(folder.glob("shard-*")))
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ except ModuleNotFoundError as error:
 
 _READERS = 8  # files a task asks for at once: latency, not work
 _READ_ROWS = 32  # rows a reading task hands on at a time
+_GAP = 1 << 16  # bytes between images of a tar that are read and dropped rather than asked around
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class BulkReport:
 
 
 def bulk(
-    inputs: Sequence[str],
+    inputs: Sequence[str] | Source,
     output: str,
     segmenter: Segmenter,
     name: str,
@@ -104,7 +105,8 @@ def bulk(
     """Segment every image of `inputs` that has no row in `output` yet.
 
     Args:
-        inputs: images, folders, globs or URLs of these; or Parquet files with columns id and bytes.
+        inputs: images, folders, globs or URLs of these; or Parquet files with columns id and bytes, or WebDataset
+            shards (tars). What lies in `output` is left out. Or what `find_source` found of these.
         output: a folder or its URL. It is refused where another model, class list or protocol began it.
         segmenter: the model and its classes, in float32 on the CPU and not quantized; it stays on the driver, actors
             have copies of their own, in the type that `options` asks for.
@@ -115,7 +117,7 @@ def bulk(
         RuntimeError: Ray gave up; what is finished stays, and the same call goes on from there.
     """
     options = options or BulkOptions()
-    source = find_source(inputs)
+    source = inputs if isinstance(inputs, Source) else find_source(inputs, output)
     segmenter.check(min_score=options.min_score, background=options.background)
     told = _told(segmenter, name, options)
     shards = Shards(output, options.labels)
@@ -213,14 +215,11 @@ def _receipts(
 
 def _dataset(source: Source, have: set[str], options: BulkOptions) -> Any:
     """Rows (id, bytes, error) that are missing, read by tasks."""
-    if source.ids_by_file is None:
-        left = [(one, path) for one, path in zip(source.ids, source.paths, strict=True) if one not in have]
-        tables = [
-            pa.table({"id": [one for one, _ in part], "path": [os.fsencode(path) for _, path in part]})
-            for part in (left[at : at + options.shard_rows] for at in range(0, len(left), options.shard_rows))
-        ]
+    if source.ids_by_file is None or source.samples is not None:
+        left = [row for row in _places(source) if row["id"] not in have]
+        parts = [left[at : at + options.shard_rows] for at in range(0, len(left), options.shard_rows)]
         read: Any = _read  # Ray's type of a function has no room for further arguments
-        return ray.data.from_arrow(tables).map_batches(
+        return ray.data.from_arrow([pa.Table.from_pylist(part, _PLACES) for part in parts]).map_batches(
             read, fn_args=(source.fs,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5
         )
     pairs = zip(source.paths, source.ids_by_file, strict=True)
@@ -234,18 +233,57 @@ def _dataset(source: Source, have: set[str], options: BulkOptions) -> Any:
     )
 
 
-def _read(table: Any, fs: Any) -> Any:
-    """Bytes of the files of a batch; one that cannot be read has an error in their place."""
+# Where a row's image lies: bytes start to end of a file, or all of it; or why there is none.
+_PLACES = pa.schema(
+    [("id", pa.string()), ("path", pa.binary()), ("start", pa.int64()), ("end", pa.int64()), ("error", pa.string())]
+)
 
-    def one(path: bytes) -> tuple[bytes | None, str | None]:
+
+def _places(source: Source) -> Iterator[dict[str, Any]]:
+    if source.samples is None or source.ids_by_file is None:
+        for one, path in zip(source.ids, source.paths, strict=True):
+            yield {"id": one, "path": os.fsencode(path)}
+        return
+    paths = (path for path, ids in zip(source.paths, source.ids_by_file, strict=True) for _ in ids)
+    for one, path, sample in zip(source.ids, paths, source.samples, strict=True):
+        place = {"start": sample.start, "end": sample.end} if sample.problem is None else {"error": sample.problem}
+        yield {"id": one, "path": os.fsencode(path), **place}
+
+
+def _read(table: Any, fs: Any) -> Any:
+    """Bytes of a batch's images; one that cannot be read has an error in their place."""
+    rows = table.to_pylist()
+
+    def stretch(rows: list[dict[str, Any]]) -> list[tuple[bytes | None, str | None]]:
+        start, end = rows[0]["start"], rows[-1]["end"]
         try:
-            return fs.cat_file(os.fsdecode(path)), None
-        except (OSError, ValueError, RuntimeError) as error:
-            return None, first_line(error)
+            data = fs.cat_file(os.fsdecode(rows[0]["path"]), start=start, end=end)
+        except Exception as error:  # every store's package has a family of errors of its own
+            return [(None, first_line(error))] * len(rows)
+        if start is None:
+            return [(data, None)]
+        if len(data) != end - start:  # another file by now
+            return [(None, f"expected {end} bytes in the tar, got {start + len(data)}")] * len(rows)
+        return [(data[row["start"] - start : row["end"] - start], None) for row in rows]
 
     with ThreadPoolExecutor(_READERS) as pool:
-        read = list(pool.map(one, table.column("path").to_pylist()))
-    return _rows(table.column("id"), [data for data, _ in read], [error for _, error in read])
+        read = [one for part in pool.map(stretch, _stretches(rows)) for one in part]
+    found = dict(zip([row["id"] for row in rows if row["error"] is None], read, strict=True))
+    both = [found.get(row["id"], (None, row["error"])) for row in rows]
+    return _rows(table.column("id"), [data for data, _ in both], [error for _, error in both])
+
+
+def _stretches(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows that one request reads: images of a tar that lie next to each other, but for what is small."""
+    out: list[list[dict[str, Any]]] = []
+    for row in (row for row in rows if row["error"] is None):
+        last = out[-1][-1] if out else None
+        same = last is not None and row["start"] is not None and last["path"] == row["path"]
+        if last is not None and same and 0 <= row["start"] - last["end"] <= _GAP:
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return out
 
 
 def _without(table: Any, known: Any) -> Any:

@@ -19,8 +19,8 @@ def bulk(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Images, folders (with those in them), globs, URLs (s3://...), or Parquet files with columns id and "
-            "bytes.",
+            help="Images, folders (with those in them), globs, URLs (s3://...); Parquet files with columns id and "
+            "bytes; or WebDataset shards (.tar).",
         ),
     ],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or URL for the Parquet shards.")],
@@ -89,7 +89,7 @@ def bulk(
             quantize=quantize,
             address=address,
         )
-        find_source(inputs)  # what is not there is said before weights load
+        found = find_source(inputs, output)  # what is not there is said before weights load
         chosen = SegmenterOptions(templates=templates, dtype="float32", device="cpu")  # actors choose theirs
         if weights is not None:
             name = Path(find_weights(weights)).stem
@@ -102,7 +102,7 @@ def bulk(
     with one_line_errors(RUN_ERROR), progress_bar() as bar:
         task = bar.add_task("Segmenting", total=None)
         report = work.bulk(
-            inputs, output, segmenter, name, run, lambda done, of: bar.update(task, completed=done, total=of)
+            found, output, segmenter, name, run, lambda done, of: bar.update(task, completed=done, total=of)
         )
     before = f", {report.before} were there" if report.before else ""
     broken = f"; {report.failed} hold an error" if report.failed else ""

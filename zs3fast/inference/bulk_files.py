@@ -8,20 +8,26 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as arrow_fs
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from pycocotools import mask as coco
 
+from zs3fast.inference.bulk_tar import Sample, samples
+from zs3fast.utils.console import first_line
 from zs3fast.utils.files import replacing
 from zs3fast.utils.images import image_suffixes
 
@@ -79,22 +85,32 @@ def decode_labels(labels: Any, height: int, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Source:
-    """What a run is given. fs: where it lies.  paths: of images, or of Parquet files.  ids: of every row, each once.
+    """What a run is given. fs: where it lies.  paths: of images, Parquet files or tars.  ids: of every row, each once.
 
-    ids_by_file: for Parquet, the ids of each file; for images None, an image's id is its address.
+    ids_by_file: for Parquet and tars, the ids of each file; for images None, an image's id is its address.
+    samples: for tars, where each id's image lies; for others None.
     """
 
     fs: Any
     paths: list[str]
     ids: list[str]
-    ids_by_file: list[list[str]] | None
+    ids_by_file: list[list[str]] | None = None
+    samples: list[Sample] | None = None
 
 
-def find_source(inputs: Sequence[str]) -> Source:
-    """The images of files, folders (with the folders in them) and globs, or the rows of Parquet files.
+_KINDS = {".parquet": "Parquet files", ".tar": "WebDataset shards"}  # anything else is taken for an image
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_LISTERS = 8  # files whose ids are read at once
+
+
+def find_source(inputs: Sequence[str], output: str | None = None) -> Source:
+    """The images of files, folders (with the folders in them) and globs; or the rows of Parquet files or of tars.
+
+    output: a folder that is left out, with all in it, where an input holds it.
 
     Raises:
-        ValueError, FileNotFoundError: nothing there, images and Parquet mixed, several file systems, an id twice.
+        ValueError, FileNotFoundError: nothing there, kinds mixed, several file systems, a file that is cut off, an id
+            twice.
     """
     found: dict[str, None] = {}
     fs: Any = None
@@ -103,45 +119,79 @@ def find_source(inputs: Sequence[str]) -> Source:
         if fs is not None and fs_here != fs:
             raise ValueError(f"INPUT: expected one file system, got {inputs[0]} and {text}")
         fs = fs_here
-        found.update(dict.fromkeys(_files(fs, path, text)))
+        with _reached("INPUT", text):
+            found.update(dict.fromkeys(_files(fs, path, text)))
+    if output is not None:
+        fs_there, path = _file_system(output, "OUTPUT")
+        inside = f"{path.rstrip('/')}/"
+        found = {path: None for path in found if fs_there != fs or not path.startswith(inside)}
     paths = list(found)
-    parquet = [path.lower().endswith(".parquet") for path in paths]
-    if not any(parquet):
-        return Source(fs, paths, [_address(fs, path) for path in paths], None)
-    if not all(parquet):
-        raise ValueError(
-            f"INPUT: expected images or Parquet files, got both, such as {paths[parquet.index(False)]} and "
-            f"{paths[parquet.index(True)]}"
-        )
-    by_file = [_input_ids(fs, path) for path in paths]
+    kinds = {_kind(path): path for path in paths}
+    if len(kinds) > 1:
+        (first, one), (second, other) = list(kinds.items())[:2]
+        raise ValueError(f"INPUT: expected one kind of input, got {first} and {second}, such as {one} and {other}")
+    kind = next(iter(kinds), "images")
+    if kind == "images":
+        return Source(fs, paths, [_address(fs, path) for path in paths])
+    read = _parquet_rows if kind == _KINDS[".parquet"] else _tar_rows
+    with ThreadPoolExecutor(_LISTERS) as pool:
+        rows = list(pool.map(lambda path: read(fs, path), paths))
+    by_file = [ids for ids, _ in rows]
     ids = [one for ids in by_file for one in ids]
     if len(set(ids)) != len(ids):
         double, times = Counter(ids).most_common(1)[0]
         where = [path for path, ids in zip(paths, by_file, strict=True) if double in ids]
         raise ValueError(f"INPUT: expected every id once, got {double!r} {times} times in {' and '.join(where[:2])}")
-    return Source(fs, paths, ids, by_file)
+    samples = None if kind == _KINDS[".parquet"] else [one for _, samples in rows for one in samples]
+    return Source(fs, paths, ids, by_file, samples)
+
+
+def _kind(path: str) -> str:
+    if path.lower().endswith(_COMPRESSED):
+        raise ValueError(f"INPUT: expected tars that are not compressed, got {path}")
+    return next((kind for suffix, kind in _KINDS.items() if path.lower().endswith(suffix)), "images")
 
 
 def _file_system(url: str, what: str) -> tuple[Any, str]:
+    """The file system of a path or URL by fsspec, or for s3:// without s3fs by pyarrow; and the path in it."""
     try:
-        fs, path = url_to_fs(url)
+        return url_to_fs(url)
     except (ImportError, ValueError) as error:  # a file system whose package is not there, or no file system
+        scheme, _, path = url.partition("://")
+        if scheme == "s3":  # pyarrow brings it; its gs:// tries for a quarter of an hour where there is none
+            with _reached(what, url):
+                native, _ = arrow_fs.FileSystem.from_uri(f"s3://{path.partition('/')[0]}")
+            return ArrowFSWrapper(native), path
         raise type(error)(f"{what}: {url} cannot be opened ({error})") from None
-    return fs, path
+
+
+@contextmanager
+def _reached(what: str, url: str) -> Iterator[None]:
+    """Errors of a store that cannot be reached, or lets nobody in, with its URL."""
+    try:
+        yield
+    except Exception as error:  # every store's package has a family of errors of its own
+        if str(error).startswith(f"{what}: "):
+            raise
+        raise ValueError(f"{what}: {url} cannot be used ({first_line(error)})") from None
 
 
 def _address(fs: Any, path: str) -> str:
-    """An image's id: its path or URL; bytes of a name that are not UTF-8 are spelt out, as Parquet holds none."""
-    address = path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+    """An image's id: its path or URL."""
+    return _storable(path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path)))
+
+
+def _storable(name: str) -> str:
+    """Bytes of a name that are not UTF-8 are spelt out, as Parquet holds none."""
     try:
-        address.encode()
+        name.encode()
     except UnicodeEncodeError:
-        return address.encode("utf-8", "backslashreplace").decode()
-    return address
+        return name.encode("utf-8", "backslashreplace").decode()
+    return name
 
 
 def _files(fs: Any, path: str, given: str) -> list[str]:
-    """What one argument names: sorted; hidden files, and in folders what is neither image nor Parquet, left out."""
+    """What one argument names: sorted; hidden files, and in folders what is of no kind that is read, left out."""
     if fs.isfile(path):
         return [path]
     if fs.isdir(path):
@@ -149,16 +199,18 @@ def _files(fs: Any, path: str, given: str) -> list[str]:
     elif any(character in path for character in "*?["):
         candidates = [match for match in fs.glob(path) if fs.isfile(match)]
     else:
-        raise FileNotFoundError(f"INPUT: expected an image, a folder, a glob or a Parquet file, nothing is at {given}")
-    suffixes = (*image_suffixes(), ".parquet")
+        raise FileNotFoundError(
+            f"INPUT: expected an image, a folder, a glob, a Parquet file or a tar, nothing is at {given}"
+        )
+    suffixes = (*image_suffixes(), *_KINDS)
     inside = [(name, name[len(path) :] if name.startswith(path) else name.rsplit("/", 1)[-1]) for name in candidates]
     kept = sorted(n for n, below in inside if n.lower().endswith(suffixes) and "/." not in f"/{below.lstrip('/')}")
     if not kept:
-        raise ValueError(f"INPUT: expected images or Parquet files, none in {given}")
+        raise ValueError(f"INPUT: expected images, Parquet files or tars, none in {given}")
     return kept
 
 
-def _input_ids(fs: Any, path: str) -> list[str]:
+def _parquet_rows(fs: Any, path: str) -> tuple[list[str], list[Sample]]:
     with _named("INPUT", path), fs.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
         names = parquet.schema_arrow.names
@@ -170,7 +222,21 @@ def _input_ids(fs: Any, path: str) -> list[str]:
             raise ValueError(f"INPUT: {path}: expected ids that are text or integers, got {ids.type}")
         if ids.null_count:
             raise ValueError(f"INPUT: {path}: expected an id in every row, {ids.null_count} have none")
-        return [str(one) for one in ids.to_pylist()]
+        return [str(one) for one in ids.to_pylist()], []
+
+
+def _tar_rows(fs: Any, path: str) -> tuple[list[str], list[Sample]]:
+    """Ids and images of a WebDataset shard, by its headers."""
+    try:
+        with fs.open(path, "rb") as file:
+            found = samples(file, image_suffixes())
+    except tarfile.TarError as error:
+        raise ValueError(f"INPUT: {path} is no whole plain tar, it may be cut off or damaged ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"INPUT: {path}: {error}") from None
+    if not any(sample.problem is None for _, sample in found):
+        raise ValueError(f"INPUT: expected images in {path}, none of its {len(found)} samples has one")
+    return [_storable(key) for key, _ in found], [sample for _, sample in found]
 
 
 @contextmanager
@@ -201,6 +267,7 @@ class Shards:
 
     def names(self) -> list[str]:
         """Paths of the finished shards."""
+        self.fs.invalidate_cache()  # other processes write them
         return sorted(self.fs.glob(f"{self.path.rstrip('/')}/shard-*.parquet"))
 
     def begin(self, told: dict[str, Any]) -> None:
@@ -209,6 +276,10 @@ class Shards:
         Raises:
             ValueError: a folder of something else, or of another run, saying what differs.
         """
+        with _reached("OUTPUT", self.url):
+            self._begin(told)
+
+    def _begin(self, told: dict[str, Any]) -> None:
         if self.fs.isfile(self.path):
             raise ValueError(f"OUTPUT: expected a folder, {self.url} is a file")
         if not self.fs.exists(self.manifest):

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+Value = TypeVar("Value")
 
 # FSDP and DTensor are imported where a model may be sharded: one process that evaluates needs neither.
 
@@ -41,6 +44,20 @@ class DistEnv:
         dist.all_reduce(value)
         return value
 
+    def agreed(self, value: Value) -> Value:
+        """The first process's value, on all; it is pickled."""
+        held = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(held)
+        return held[0]
+
+    def gathered(self, value: Value) -> list[Value]:
+        """The values of all processes, on all, by rank; they are pickled."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
@@ -55,12 +72,13 @@ def rank_and_world() -> tuple[int, int]:
 
 
 @contextmanager
-def dist_env(device: str | None = None) -> Iterator[DistEnv]:
+def dist_env(device: str | None = None, patience: timedelta | None = None) -> Iterator[DistEnv]:
     """Join the processes of torchrun, if it started this one, and choose this process's device.
 
     Args:
         device: "cpu", "cuda", "cuda:1", ...; None: cuda if there is one. Under torchrun plain "cuda" means the GPU of
             the local rank.
+        patience: how long a process waits for the others before it fails; None: as long as torch.distributed does.
     Raises:
         ValueError: a device that cannot be used here.
     """
@@ -76,7 +94,8 @@ def dist_env(device: str | None = None) -> Iterator[DistEnv]:
         torch.cuda.set_device(device)
     started = world > 1 and not dist.is_initialized()
     if started:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=patience)
     try:
         yield DistEnv(*rank_and_world(), torch.device(device))
     finally:
