@@ -52,9 +52,9 @@ struct TileProducts {
   }
 
   // A depth of 64: the four tiles of 32 columns of B stay in 4..7 while all rows pass. 0, 1: C. 2, 3: a row of A.
-  static void multiply64(int64_t rows, const uint16_t* a, const uint16_t* b, float* c) {
+  static void multiply64(int64_t rows, const uint16_t* a, const uint16_t* b, float* c, int64_t columns) {
     constexpr int64_t row = kBlock * sizeof(float), step = 64 * sizeof(uint16_t);
-    for (int64_t j = 0; j < kBlock; j += 32) {
+    for (int64_t j = 0; j < columns; j += 32) {
       Tiles::template load<4>(b + 2 * j, row);
       Tiles::template load<5>(b + 2 * j + 32, row);
       Tiles::template load<6>(b + 32 * kBlock + 2 * j, row);

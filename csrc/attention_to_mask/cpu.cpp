@@ -11,10 +11,12 @@
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "attention_to_mask/kernel.h"
 #include "checks.h"
+#include "encoder_attention/cpu.h"
 #include "heads.h"
 #include "isa.h"
 #include "scratch.h"
@@ -42,6 +44,7 @@ Dropout dropout_of(double p, const std::optional<at::Tensor>& seed) {
 }
 
 constexpr char kOp[] = "attention_to_mask";
+constexpr int64_t kBlock = 64;  // queries of encoder_attention's: fewer in float32 are faster here
 
 void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double dropout_p,
            const std::optional<at::Tensor>& seed) {
@@ -55,10 +58,26 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   if (seed.has_value()) check_tensor(kOp, "seed", *seed, at::kCPU, {});
 }
 
+// Without dropout and masks this is plain attention, by a kernel of encoder_attention's: output and log-sum-exp.
+std::tuple<at::Tensor, at::Tensor> by_name(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                                           double scale, std::string_view name) {
+  check(q_in, k_in, v_in, 0.0, {});
+  const auto type = encoder_attention::computed_in(q_in.scalar_type());
+  const auto q = rows_in(q_in, type), k = rows_in(k_in, type), v = rows_in(v_in, type);
+  const auto output = empty_heads(q);
+  const auto lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  if (output.numel() > 0) encoder_attention::attend(q, k, v, output, lse.data_ptr<float>(), q.size(2), scale, name);
+  return {output.to(q_in.scalar_type()), lse};
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tensor& k_in,
                                                        const at::Tensor& v_in, double scale, double dropout_p,
                                                        const std::optional<at::Tensor>& seed, bool need_masks) {
   check(q_in, k_in, v_in, dropout_p, seed);
+  if (dropout_p == 0.0 && !need_masks && (q_in.scalar_type() == at::kBFloat16 || q_in.size(2) >= kBlock)) {
+    auto [output, lse] = by_name(q_in, k_in, v_in, scale, "");
+    return {output, at::empty({0}, output.options()), lse};
+  }
   // half types are computed in fp32: their inputs are small beside the scores that are never stored
   const auto q = q_in.to(at::kFloat), k = k_in.to(at::kFloat), v = v_in.to(at::kFloat);
   const Sizes size = sizes_of(q, k);
@@ -142,5 +161,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
 
 TORCH_LIBRARY_IMPL(zs3fast_cpp, CPU, m) {
   m.impl("attention_to_mask", zs3fast::attention_to_mask::forward);
+  m.impl("attention_to_mask_by", zs3fast::attention_to_mask::by_name);
   m.impl("attention_to_mask_backward", zs3fast::attention_to_mask::backward);
 }

@@ -22,7 +22,6 @@ namespace {
 
 constexpr int64_t kQueries = 64;  // of a block
 constexpr int64_t kKeys = 256;    // of a block
-constexpr int64_t kColumns = kQueries / kLanes;  // vectors in a row of the block
 constexpr float kLog2e = 1.44269504f;
 
 inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -79,11 +78,12 @@ struct FloatProducts {
       for (int64_t i = count; i < kQueries; ++i) packed[d * kQueries + i] = 0.0f;
     }
   }
-  static void scores(int64_t keys, int64_t width, const float* k, const float* q, float* s) {
-    gemm(keys, kQueries, width, k, width, 1, q, kQueries, s, kQueries, false);
+  // The first `columns` queries of the block.
+  static void scores(int64_t keys, int64_t width, const float* k, const float* q, float* s, int64_t columns) {
+    gemm(keys, columns, width, k, width, 1, q, kQueries, s, kQueries, false);
   }
-  static void values(int64_t keys, int64_t width, int64_t, const float* v, const float* p, float* o) {
-    gemm(width, kQueries, keys, v, 1, width, p, kQueries, o, kQueries, true);
+  static void values(int64_t keys, int64_t width, int64_t, const float* v, const float* p, float* o, int64_t columns) {
+    gemm(width, columns, keys, v, 1, width, p, kQueries, o, kQueries, true);
   }
   // Probabilities take the place of the scores.
   static float* probabilities(float* scores, float*) { return scores; }
@@ -116,24 +116,26 @@ struct Scratch {
   }
 };
 
-// Row-wise maxima of scores [keys, kQueries].
-inline void block_maximum(const float* s, int64_t keys, float* out) {
-  Float m[kColumns];
-  for (int j = 0; j < kColumns; ++j) m[j] = load(s + j * kLanes);
+// Maxima over the keys of scores [keys, kQueries], of the first `columns` queries.
+template <int64_t columns>
+void block_maximum(const float* s, int64_t keys, float* out) {
+  constexpr int64_t vectors = columns / kLanes;
+  Float m[vectors];
+  for (int j = 0; j < vectors; ++j) m[j] = load(s + j * kLanes);
   for (int64_t i = 1; i < keys; ++i)
-    for (int j = 0; j < kColumns; ++j) m[j] = larger(m[j], load(s + i * kQueries + j * kLanes));
-  for (int j = 0; j < kColumns; ++j) store(out + j * kLanes, m[j]);
+    for (int j = 0; j < vectors; ++j) m[j] = larger(m[j], load(s + i * kQueries + j * kLanes));
+  for (int j = 0; j < vectors; ++j) store(out + j * kLanes, m[j]);
 }
 
 // Scores [keys, kQueries] of one block become probabilities; maximum, sum and output so far are brought up to date.
-template <class Products>
+template <class Products, int64_t columns>
 void softmax_block(const Scratch<Products>& x, int64_t keys, int64_t padded, int64_t width, float c, bool first) {
-  block_maximum(x.s, keys, x.block);
+  block_maximum<columns>(x.s, keys, x.block);
   auto* p = Products::probabilities(x.s, reinterpret_cast<float*>(x.p));
   auto* packed = reinterpret_cast<typename Products::Packed*>(p);
   float rescale[kQueries];
   bool changed = false;
-  for (int64_t j = 0; j < kQueries; j += kLanes) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
     const Float before = first ? all(-std::numeric_limits<float>::infinity()) : load(x.largest + j);
     const Float now = larger(before, load(x.block + j));
     store(x.largest + j, now);
@@ -158,12 +160,12 @@ void softmax_block(const Scratch<Products>& x, int64_t keys, int64_t padded, int
       for (; i < padded; i += 2) Products::store_pair(packed, i, j, Float{}, Float{}, true);
     store(x.sum + j, sum);
   }
-  for (int64_t j = 0; j < kQueries; ++j) changed |= !(rescale[j] == 1.0f);
+  for (int64_t j = 0; j < columns; ++j) changed |= !(rescale[j] == 1.0f);
   if (first) {
     std::memset(x.o, 0, static_cast<size_t>(width * kQueries) * sizeof(float));
   } else if (changed) {
     for (int64_t d = 0; d < width; ++d)
-      for (int64_t j = 0; j < kQueries; j += kLanes)
+      for (int64_t j = 0; j < columns; j += kLanes)
         store(x.o + d * kQueries + j, load(x.o + d * kQueries + j) * load(rescale + j));
   }
 }
@@ -221,18 +223,26 @@ void run_typed(const Problem& f, int64_t begin, int64_t end) {
     }
     const int64_t rows = std::min(kQueries, f.q.count - start);
     Products::template pack_queries<T>(at(f.q) + start * f.q.token, f.q.token, rows, f.dh, width, f.scale < 0, x.q);
-    bool first = true;
-    int64_t offset = 0;
-    for (int run = 0; run < 2; offset += counts[run++])
-      for (int64_t key = 0; key < f.k[run].count; key += kKeys) {
-        const int64_t here = std::min(kKeys, f.k[run].count - key), padded = std::min(kKeys, counts[run] - key);
-        Products::scores(Products::kGroup > 1 ? padded : here, width, x.k + (offset + key) * width, x.q, x.s);
-        softmax_block<Products>(x, here, padded, width, c, first);
-        Products::values(padded, width, keys, Products::at_key(x.v, offset + key, width, keys),
-                         reinterpret_cast<const Packed*>(Products::probabilities(x.s, reinterpret_cast<float*>(x.p))),
-                         x.o);
-        first = false;
-      }
+    const auto attend = [&]<int64_t columns>() {
+      bool first = true;
+      int64_t offset = 0;
+      for (int run = 0; run < 2; offset += counts[run++])
+        for (int64_t key = 0; key < f.k[run].count; key += kKeys) {
+          const int64_t here = std::min(kKeys, f.k[run].count - key), padded = std::min(kKeys, counts[run] - key);
+          const int64_t scored = Products::kGroup > 1 ? padded : here;
+          Products::scores(scored, width, x.k + (offset + key) * width, x.q, x.s, columns);
+          softmax_block<Products, columns>(x, here, padded, width, c, first);
+          auto* p = reinterpret_cast<Packed*>(Products::probabilities(x.s, reinterpret_cast<float*>(x.p)));
+          Products::values(padded, width, keys, Products::at_key(x.v, offset + key, width, keys), p, x.o, columns);
+          first = false;
+        }
+    };
+    if (rows <= 16)  // of 1025 tokens the last block holds one
+      attend.template operator()<16>();
+    else if (rows <= 32)
+      attend.template operator()<32>();
+    else
+      attend.template operator()<kQueries>();
     T* out = static_cast<T*>(f.output.data) + b * f.output.batch + h * f.output.head + start * f.output.token;
     write_output(x.o, x.sum, out, f.output.token, rows, f.dh);
     for (int64_t i = 0; f.lse && i < rows; ++i)

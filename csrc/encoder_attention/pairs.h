@@ -17,13 +17,15 @@ struct PairProducts {
   static constexpr bool kShort = true;
   static void begin() { Multiply::begin(); }
   static void end() { Multiply::end(); }
-  static void scores(int64_t keys, int64_t width, const uint16_t* k, const uint16_t* q, float* s) {
+  static void scores(int64_t keys, int64_t width, const uint16_t* k, const uint16_t* q, float* s,
+                     int64_t columns) {
     if constexpr (requires { Multiply::multiply64; })
-      if (width == 64) return Multiply::multiply64(keys, k, q, s);
-    Multiply::multiply(keys, width, k, width, q, s, false);
+      if (width == 64) return Multiply::multiply64(keys, k, q, s, columns);
+    Multiply::multiply(keys, width, k, width, q, s, false, columns);
   }
-  static void values(int64_t keys, int64_t width, int64_t stride, const uint16_t* v, const uint16_t* p, float* o) {
-    Multiply::multiply(width, keys, v, stride, p, o, true);
+  static void values(int64_t keys, int64_t width, int64_t stride, const uint16_t* v, const uint16_t* p, float* o,
+                     int64_t columns) {
+    Multiply::multiply(width, keys, v, stride, p, o, true, columns);
   }
 
   // K [keys, width] and V^T [width, all keys], filled up with zeros

@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.budget import assert_within_budget
-from zs3fast.ops import _dispatch, attention_to_mask, use_backend
+from zs3fast.ops import _dispatch, _extension, attention_to_mask, use_backend
 from zs3fast.ops.attention_to_mask import _torch_attention, dropout_keep, philox4x32, reference
+from zs3fast.ops.encoder_attention import kernels
 
 SHAPES = [  # B, heads, C, N, dh
     (1, 8, 1, 900, 64),
@@ -102,6 +103,37 @@ def test_output_alone_and_one_gradient_alone(backend):
             for label, g, w in zip(("dq", "dk", "dv"), got, want, strict=True):
                 w = torch.zeros_like(g, dtype=torch.float64) if w is None else w
                 torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5, msg=f"{label} of {name}")
+
+
+@pytest.mark.skipif(bool(_extension.objections()), reason="; ".join(_extension.objections()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=_id)
+def test_output_alone_by_every_kernel(shape, dtype):
+    """Without masks and dropout it is plain attention, by encoder_attention's kernels, with their log-sum-exp."""
+    q, k, v = _inputs(shape, dtype)
+    for name in kernels(dtype):
+        output, lse = torch.ops.zs3fast_cpp.attention_to_mask_by(q, k, v, -0.3, name)
+        assert_within_budget(name, output, lambda *a: reference(*a, -0.3, need_masks=False)[0], q, k, v)
+        wide = (-0.3 * q.double() @ k.double().mT).logsumexp(-1)
+        torch.testing.assert_close(lse.double(), wide, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize("classes", [1, 63, 64, 200])
+def test_output_and_gradients_without_masks(classes, dtype):
+    """On both sides of where the CPU changes kernels."""
+    q, k, v = _inputs((2, 2, classes, 70, 16), dtype)
+    options = {"dropout_p": 0.0, "need_masks": False}
+    grad = torch.randn_like(q)
+
+    def run(call, *tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        output = call(*leaves, 0.25, **options)[0]
+        return output, *torch.autograd.grad(output, leaves, grad.to(output.dtype))
+
+    assert_within_budget(
+        "output, dq, dk, dv", run(attention_to_mask, q, k, v), lambda *a: run(reference, *a), q, k, v, roundings=2
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)

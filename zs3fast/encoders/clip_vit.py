@@ -17,20 +17,11 @@ from torch import Tensor, nn
 
 from zs3fast import ops
 from zs3fast.encoders.config import ClipVisionConfig
-from zs3fast.ops.fused_linear import QUICK_GELU_SLOPE, quick_gelu, runs_kernel
+from zs3fast.ops.fused_linear import QUICK_GELU_SLOPE, linear, runs_kernel
+from zs3fast.ops.fused_linear import quick_gelu as quick_gelu
 from zs3fast.utils.weight_cache import WeightCache
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def linear(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-    """residual + activation(layer(x)), in one pass where `ops.fused_linear` has a kernel for it."""
-    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
-        return ops.fused_linear(x, layer.weight, layer.bias, activation=activation, residual=residual)
-    out: Tensor = layer(x)
-    if activation != "none":
-        out = quick_gelu(out) if activation == "quick_gelu" else F.gelu(out)
-    return out if residual is None else residual + out
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zs3fast.encoders.clip_vit import Block, ClipViT, linear
+from zs3fast.encoders.clip_vit import Block, ClipViT
 from zs3fast.encoders.config import ClipVisionConfig
+from zs3fast.ops.fused_linear import linear
 from zs3fast.utils.weight_cache import WeightCache
 
 INIT_STD = 0.02

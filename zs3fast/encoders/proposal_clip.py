@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs3fast import ops
-from zs3fast.encoders.clip_vit import Block, ClipViT, linear, resize_positions, softmax_attention
+from zs3fast.encoders.clip_vit import Block, ClipViT, resize_positions, softmax_attention
 from zs3fast.encoders.config import ClipVisionConfig
+from zs3fast.ops.fused_linear import linear
 
 # What table 4d freezes, unit by unit; attention and the norms of the blocks always train.
 FREEZABLE = {

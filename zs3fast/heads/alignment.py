@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zs3fast import ops
 from zs3fast.types import ImageFeatures
 
 PARTS = ("region", "global", "patch")  # the official order of the concatenation
@@ -30,14 +31,16 @@ class FeatureAlignment(nn.Module):
     def forward(self, features: ImageFeatures, regions: tuple[int, int]) -> Tensor:
         dim = features.global_token.shape[-1]
         weights = dict(zip(self.parts, self.lateral_proj.weight.split(dim, dim=1)))
-        aligned = F.linear(features.patch_tokens, weights["patch"])
+        aligned = ops.fused_linear(features.patch_tokens, weights["patch"])
         if "global" in weights:
-            aligned = aligned + F.linear(features.global_token, weights["global"], self.lateral_proj.bias).unsqueeze(1)
+            aligned = aligned + ops.fused_linear(
+                features.global_token, weights["global"], self.lateral_proj.bias
+            ).unsqueeze(1)
         else:
             aligned = aligned + self.lateral_proj.bias
         if "region" in weights:
             assert features.region_tokens is not None
-            projected = F.linear(features.region_tokens, weights["region"])  # [B, M, D]
+            projected = ops.fused_linear(features.region_tokens, weights["region"])  # [B, M, D]
             aligned = aligned + upsample_tokens(projected, regions, features.grid_size)
         return aligned
 

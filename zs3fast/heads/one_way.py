@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zs3fast import ops
+from zs3fast.ops.fused_linear import linear
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -35,12 +36,13 @@ class CrossAttention(nn.Module):
     def with_masks(self, queries: Tensor, patches: Tensor, need_masks: bool = True) -> tuple[Tensor, Tensor | None]:
         """The output [B, C, D] and, if asked for, mask logits [B, C, N], the mean over heads of the scaled scores."""
         q, k, v = (
-            _split_heads(layer(x), self.heads) for layer, x in ((self.q, queries), (self.k, patches), (self.v, patches))
+            _split_heads(linear(layer, x), self.heads)
+            for layer, x in ((self.q, queries), (self.k, patches), (self.v, patches))
         )
         dropout = self.dropout if self.training else 0.0
         out, masks = ops.attention_to_mask(q, k, v, q.shape[-1] ** -0.5, dropout_p=dropout, need_masks=need_masks)
         assert out is not None
-        return self.proj(out.transpose(1, 2).flatten(2)), masks
+        return linear(self.proj, out.transpose(1, 2).flatten(2)), masks
 
 
 class MaskAttention(nn.Module):
@@ -57,12 +59,12 @@ class MaskAttention(nn.Module):
         # a graph is for any number of classes, so that it does not ask which of both are more
         more = not torch.compiler.is_compiling() and queries.shape[1] >= patches.shape[1]
         if torch.is_grad_enabled() or more:
-            q, k = (_split_heads(x, self.heads) for x in (self.q(queries), self.k(patches)))
+            q, k = (_split_heads(x, self.heads) for x in (linear(self.q, queries), linear(self.k, patches)))
             mean_scores = ops.attention_to_mask(q, k, None, scale)[1]
             assert mean_scores is not None
             return mean_scores
         # Fewer classes than patches: fold the key projection into the queries, q.(W x + b) = (W^T q).x + q.b.
-        q = self.q(queries)
+        q = linear(self.q, queries)
         masks = (q @ self.k.weight) @ patches.transpose(1, 2) + (q @ self.k.bias).unsqueeze(-1)
         out: Tensor = masks.mul_(scale / self.heads)
         return out
@@ -90,8 +92,8 @@ class DecoderLayer(nn.Module):
 
     def _after_attention(self, queries: Tensor, attended: Tensor) -> Tensor:
         queries = self.norm2(queries + self._dropout(attended))
-        hidden = self._dropout(F.relu(self.linear1(queries)))
-        out: Tensor = self.norm3(queries + self._dropout(self.linear2(hidden)))
+        hidden = self._dropout(linear(self.linear1, queries, "relu"))
+        out: Tensor = self.norm3(queries + self._dropout(linear(self.linear2, hidden)))
         return out
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from zs3fast.ops import _dispatch, _flops, _matmul
 from zs3fast.ops._register import Gradients, register_op
@@ -79,6 +79,14 @@ def fused_linear(
         out: Tensor = torch.ops.zs3fast.fused_linear(*tensors, ACTIVATIONS.index(activation))
         return out
     return reference(x, weight, bias, activation=activation, residual=residual)
+
+
+def linear(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    """residual + activation(layer(x)): `fused_linear` of a plain layer, the layer itself where it is more than that."""
+    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
+        return fused_linear(x, layer.weight, layer.bias, activation=activation, residual=residual)
+    out = _FUNCTIONS[activation](layer(x))
+    return out if residual is None else residual + out
 
 
 def runs_kernel(x: Tensor, weight: Tensor) -> bool:
