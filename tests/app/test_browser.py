@@ -282,11 +282,11 @@ def test_files_of_the_machine_are_not_the_pages(shown: Shown, tmp_path: Path) ->
     path, names = example_scenes(tmp_path)[0]
     api = f"{shown.address}gradio_api"
     events = httpx.get(f"{shown.address}config").json()["dependencies"]
-    (segment,) = [event["id"] for event in events if len(event["inputs"]) == 5 and len(event["targets"]) > 1]
+    (segment,) = [event["id"] for event in events if len(event["inputs"]) == 6 and len(event["targets"]) > 1]
 
     def ask(path: str, session: str) -> dict[str, Any]:
         photo = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        body = {"data": [photo, names, False, MODEL, "none"], "fn_index": segment, "session_hash": session}
+        body = {"data": [photo, names, False, MODEL, "none", "none"], "fn_index": segment, "session_hash": session}
         httpx.post(f"{api}/queue/join", json=body).raise_for_status()
         events = httpx.get(f"{api}/queue/data", params={"session_hash": session}, timeout=60).text.splitlines()
         (done,) = [json.loads(line[6:]) for line in events if "process_completed" in line]

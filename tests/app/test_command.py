@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -28,6 +31,26 @@ def test_help_needs_no_extra_and_running_names_it() -> None:
     assert shown.returncode == 0 and "--max-upload" in shown.stdout, shown.stderr
     ran = run_without_extras("app")
     assert ran.returncode == 2 and ran.stderr == "error app needs gradio: pip install 'zs3fast[app]'\n"
+
+
+@pytest.mark.slow
+def test_it_ends_when_it_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'zs3fast[app]'")
+    for told in (signal.SIGTERM, signal.SIGINT):
+        running = subprocess.Popen(
+            [sys.executable, "-m", "zs3fast", "app"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
+        assert running.stdout is not None
+        line = running.stdout.readline()
+        assert line.startswith("zs3fast is at http://127.0.0.1:"), line
+        assert [path.name[:12] for path in tmp_path.iterdir()] == ["zs3fast_app_"]
+        running.send_signal(told)
+        _, said = running.communicate(timeout=60)
+        assert running.returncode == 0 and said == "" and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,18 @@ def test_it_says_what_the_segmenter_says(desk: Desk) -> None:
         np.testing.assert_allclose(got.scores, expected.scores, atol=1e-6)
 
 
+def test_refinement_is_the_segmenters(desk: Desk) -> None:
+    words = "red sand, star"
+    plain = desk.segment(picture(1), words, False, TINY, "none")
+    refined = desk.segment(picture(1), words, False, TINY, "PAMR")
+    expected = Segmenter.from_pretrained(TINY, refine=True)(picture(1), words)
+    np.testing.assert_allclose(refined.scores, expected.scores, atol=1e-6)
+    assert (refined.scores != plain.scores).any()
+    assert desk.models.get(TINY, 0).model is desk.models.get(TINY, 10).model  # weights are there once
+    with pytest.raises(ValueError, match="refinement: expected one of as published, none, PAMR, got 'pamr'"):
+        desk.segment(picture(1), words, False, TINY, "pamr")
+
+
 def test_words_cost_no_encoder_and_images_are_let_go(desk: Desk) -> None:
     desk.segment(picture(2), "star", False, TINY)
     before = desk.encoded
@@ -79,9 +92,10 @@ def test_words_cost_no_encoder_and_images_are_let_go(desk: Desk) -> None:
         (picture(1), ["star", 3], TINY, "classes: expected text, or a list of texts, got list"),
         (picture(1), None, TINY, "classes: expected text, or a list of texts, got NoneType"),
         (picture(1), "star", "zs3fast-tiny-zegclap", "model: expected one of"),
+        (picture(1), "star", ["zs3fast-tiny"], "model: expected a name, got list"),
     ],
 )
-def test_what_is_no_good_is_a_line(desk: Desk, image: bytes, words: object, model: str, said: str) -> None:
+def test_what_is_no_good_is_a_line(desk: Desk, image: bytes, words: object, model: Any, said: str) -> None:
     with pytest.raises(ValueError) as caught:
         desk.segment(image, words, False, model)
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
@@ -115,19 +129,19 @@ def test_models_are_loaded_when_asked_for_and_let_go(monkeypatch: pytest.MonkeyP
         return load
 
     models = Models({name: loader(name) for name in "abc"})
-    assert list(models) == ["a", "b", "c"] and loaded == []
+    assert models.names == ["a", "b", "c"] and loaded == []
     for name in "abacab":
-        models[name]
+        models.get(name)
     assert loaded == ["a", "b", "c", "b"]
 
 
 def test_what_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZS3FAST_CACHE", str(tmp_path))
-    names = list(offered())
+    names = offered().names
     assert names[0] == "zs3fast-tiny-clip_rc" and "zs3fast-tiny-maft" not in names  # which needs proposals
     assert "scclip (ViT-B-16, openai)" in names
-    assert list(offered([TINY]))[0] == TINY
-    assert list(offered(clip="RN50", pretrained="x.pt"))[0] == "scclip (RN50, x.pt)"
+    assert offered([TINY]).names[0] == TINY
+    assert offered(clip="RN50", pretrained="x.pt").names[0] == "scclip (RN50, x.pt)"
     with pytest.raises(FileNotFoundError, match="no-such"):
         offered(["no-such"])
 

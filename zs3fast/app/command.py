@@ -44,30 +44,33 @@ def app(
 
     Runs on this machine alone and works offline with the models in the package. Needs `zs3fast[app]`.
     """
-    with one_line_errors(USAGE_ERROR):
-        given: dict[str, Any] = {"max_upload": max_upload, "max_pixels": max_pixels, "max_classes": max_classes}
-        for name, value in given.items():
-            if not 0 < value < 1e6:
-                raise ValueError(f"{name}: expected a number above 0, got {value:g}")
+    with tempfile.TemporaryDirectory(prefix="zs3fast_app_") as folder:
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))  # gone with the page
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        from zs3fast.app import page
-        from zs3fast.app.desk import Desk
-        from zs3fast.app.models import offered
-        from zs3fast.inference.limits import Limits
-        from zs3fast.inference.options import SegmenterOptions
-        from zs3fast.proposals import load_mask_proposer
+        with one_line_errors(USAGE_ERROR):
+            given: dict[str, Any] = {"max_upload": max_upload, "max_pixels": max_pixels, "max_classes": max_classes}
+            for name, value in given.items():
+                if not 0 < value < 1e6:
+                    raise ValueError(f"{name}: expected a number above 0, got {value:g}")
+            from zs3fast.app import page
+            from zs3fast.app.desk import Desk
+            from zs3fast.app.models import offered
+            from zs3fast.inference.limits import Limits
+            from zs3fast.inference.options import SegmenterOptions
+            from zs3fast.proposals import load_mask_proposer
 
-        limits = Limits(int(max_upload * 2**20), int(max_pixels * 1e6), max_classes)
-        found = None if proposer is None else load_mask_proposer(proposer, device or "cpu")
-        models = offered(weights or (), clip, pretrained, SegmenterOptions(device=device, dtype=dtype, proposer=found))
-    with one_line_errors(RUN_ERROR), tempfile.TemporaryDirectory(prefix="zs3fast_app_") as folder:
-        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder) / "uploads"))  # gone with the page
-        shown = page.build(Desk(models, limits), Path(folder))
-        address = page.launch(shown, host, port, limits.max_bytes)
-        stdout.print(f"zs3fast is at {escape(address)} (Ctrl+C ends it)")
-        ended = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
-        ended.wait()
-        shown.close(verbose=False)
+            limits = Limits(int(max_upload * 2**20), int(max_pixels * 1e6), max_classes)
+            found = None if proposer is None else load_mask_proposer(proposer, device or "cpu")
+            models = offered(
+                weights or (), clip, pretrained, SegmenterOptions(device=device, dtype=dtype, proposer=found)
+            )
+        with one_line_errors(RUN_ERROR):
+            shown = page.build(Desk(models, limits), Path(folder))
+            address = page.launch(shown, host, port, limits.max_bytes)
+            stdout.print(f"zs3fast is at {escape(address)} (Ctrl+C ends it)")
+            ended = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: ended.set())
+            ended.wait()
+            shown.close(verbose=False)

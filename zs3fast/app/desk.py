@@ -14,8 +14,12 @@ import numpy as np
 from zs3fast.app.models import Models
 from zs3fast.inference.limits import Limits
 from zs3fast.inference.segmenter import EncodedImage
+from zs3fast.ops.refine_maps import STEPS
 from zs3fast.types import Segmentation
+from zs3fast.utils.options import one_of
 
+AS_PUBLISHED = "as published"
+REFINEMENTS = {AS_PUBLISHED: None, "none": 0, "PAMR": STEPS}  # steps
 KEPT = 4  # encoded images; one of 25 megapixels is 75 MB, and its features
 
 
@@ -35,19 +39,22 @@ class Desk:
         self._images: OrderedDict[tuple[str, str], EncodedImage] = OrderedDict()
         self._lock = threading.Lock()
 
-    def segment(self, image: bytes, classes: Any, background: bool, model: str) -> Segmentation:
+    def segment(
+        self, image: bytes, classes: Any, background: bool, model: str, refinement: str = AS_PUBLISHED
+    ) -> Segmentation:
         """What a model of the list says of an image file.
 
         Args:
             image: the file's bytes.  classes: names, as text or a list.
-            background: whether the built-in list competes and stays unlabelled.
+            background: whether the built-in list competes and stays unlabelled.  refinement: one of `REFINEMENTS`.
         Raises:
             ValueError: an image, names or a model that are no good; one line says which.
         """
         entries = self.limits.classes(classes)
+        steps = REFINEMENTS[one_of("refinement", refinement, list(REFINEMENTS))]
         with self._lock:
-            segmenter = self.models[model]
-            key = (hashlib.sha256(image).hexdigest(), model)
+            segmenter = self.models.get(model, steps)
+            key = (hashlib.sha256(image).hexdigest(), f"{model} {steps}")
             known = self._images.get(key)
             if known is None or known.segmenter is not segmenter:  # the model may have been loaded again
                 known = self._images[key] = segmenter.encode(self.limits.image(image))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from zs3fast.inference.loading import TINY, TINY_DEFAULT, find_weights, from_clip
@@ -20,7 +20,7 @@ KEPT = 3  # models: two that are compared, and the one before
 Loader = Callable[[], Segmenter]
 
 
-class Models(Mapping[str, Segmenter]):
+class Models:
     """Segmenters by name.
 
     Args:
@@ -29,25 +29,38 @@ class Models(Mapping[str, Segmenter]):
 
     def __init__(self, loaders: Mapping[str, Loader]):
         self._loaders = dict(loaders)
-        self._kept: OrderedDict[str, Segmenter] = OrderedDict()
+        self._kept: OrderedDict[str, dict[int | None, Segmenter]] = OrderedDict()  # by steps of refinement
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._loaders)
+    @property
+    def names(self) -> list[str]:
+        return list(self._loaders)
 
-    def __len__(self) -> int:
-        return len(self._loaders)
+    def get(self, name: str, refine: int | None = None) -> Segmenter:
+        """The segmenter of that name; a ValueError names those there are.
 
-    def __getitem__(self, name: str) -> Segmenter:
-        """The segmenter of that name; a ValueError names those there are."""
-        one_of("model", name, list(self._loaders))
+        Args:
+            refine: steps of refinement, see `SegmenterOptions`; the weights are shared between all.
+        """
+        if not isinstance(name, str):
+            raise ValueError(f"model: expected a name, got {type(name).__name__}")
+        one_of("model", name, self.names)
         with self._lock:
             if name not in self._kept:
-                self._kept[name] = self._loaders[name]()
+                self._kept[name] = {None: self._loaders[name]()}
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(name)
-            return self._kept[name]
+            like = self._kept[name]
+            if refine not in like:
+                base = like[None]
+                like[refine] = Segmenter(
+                    base.model,
+                    text_encoder=base.text_encoder,
+                    class_names=base.classes,
+                    options=base.options.with_({"refine": refine}),
+                )
+            return like[refine]
 
 
 def offered(

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from zs3fast.app.desk import Desk, as_shown
+from zs3fast.app.desk import AS_PUBLISHED, REFINEMENTS, Desk, as_shown
 from zs3fast.app.scenes import example_scenes
 from zs3fast.app.view import view
 from zs3fast.inference.results import write_result
@@ -45,25 +45,33 @@ def build(desk: Desk, folder: Path) -> gr.Blocks:
         desk: what answers it.  folder: where example scenes and downloads are put; the caller removes it.
     """
     scenes = example_scenes(folder)
-    models = list(desk.models)
+    models = desk.models.names
 
-    def segment(photo: Any, words: Any, background: Any, model: Any, other: Any) -> str:
+    def segment(photo: Any, words: Any, background: Any, model: Any, refine: Any, other: Any) -> str:
         if not photo or not words:
             return ""
         data = _read(desk, photo)
         chosen = [model] if other in (NO_OTHER, model) else [model, other]
-        return view([(name, desk.segment(data, _joined(words), bool(background), name)) for name in chosen])
+        return view([(name, desk.segment(data, _joined(words), bool(background), name, refine)) for name in chosen])
 
     def example(event: gr.SelectData) -> tuple[str, list[str]]:
         path, names = scenes[event.index]
         return str(path), names
 
     def download(
-        end: str, photo: Any, words: Any, background: Any, model: Any, threshold: Any, blend: Any, hidden: Any
+        end: str,
+        photo: Any,
+        words: Any,
+        background: Any,
+        model: Any,
+        refine: Any,
+        threshold: Any,
+        blend: Any,
+        hidden: Any,
     ) -> str:
         if not photo or not words:
             raise ValueError("expected an image and class names first")
-        result = desk.segment(_read(desk, photo), _joined(words), bool(background), model)
+        result = desk.segment(_read(desk, photo), _joined(words), bool(background), model, refine)
         shown = as_shown(result, float(threshold), json.loads(hidden or "[]"))
         target = Path(tempfile.mkdtemp(dir=folder)) / (Path(photo["path"]).stem[:80] or "image")
         write_result(shown, target, blend=float(blend))
@@ -92,13 +100,16 @@ def build(desk: Desk, folder: Path) -> gr.Blocks:
                     elem_id="zs3-words",
                 )
                 with gr.Row():
-                    lists = gr.Dropdown(datasets(), value=None, label="Names of a dataset", elem_id="zs3-lists")
-                    background = gr.Checkbox(
-                        label="Background", info="What else photos show stays unlabelled.", elem_id="zs3-background"
-                    )
-                with gr.Row():
                     model = gr.Dropdown(models, value=models[0], label="Model", elem_id="zs3-model")
                     other = gr.Dropdown([NO_OTHER, *models], value=NO_OTHER, label="Compare with", elem_id="zs3-other")
+                with gr.Row():
+                    refine = gr.Dropdown(
+                        list(REFINEMENTS), value=AS_PUBLISHED, label="Refinement", elem_id="zs3-refine"
+                    )
+                    lists = gr.Dropdown(datasets(), value=None, label="Names of a dataset", elem_id="zs3-lists")
+                background = gr.Checkbox(
+                    label="Background: what else photos show stays unlabelled", elem_id="zs3-background"
+                )
             with gr.Column(scale=3, min_width=320):
                 viewer = gr.HTML(
                     "",
@@ -131,7 +142,7 @@ def build(desk: Desk, folder: Path) -> gr.Blocks:
                 )
                 file = gr.DownloadButton(visible="hidden", elem_id="zs3-file")
                 hidden = gr.Textbox(visible=False)
-        asked: list[Any] = [image, words, background, model, other]
+        asked: list[Any] = [image, words, background, model, refine, other]
         changes = [box.change for box in asked]
         gr.on(
             [page.load, *changes],
@@ -157,7 +168,7 @@ def build(desk: Desk, folder: Path) -> gr.Blocks:
         for end, button in buttons.items():
             button.click(
                 _told(_with(download, end)),
-                [image, words, background, model, threshold, blend, hidden],
+                [image, words, background, model, refine, threshold, blend, hidden],
                 file,
                 js=_HIDDEN,
                 show_progress="hidden",
