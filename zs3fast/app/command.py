@@ -68,9 +68,9 @@ def app(
         with one_line_errors(RUN_ERROR):
             shown = page.build(Desk(models, limits), Path(folder))
             address = page.launch(shown, host, port, limits.max_bytes)
-            stdout.print(f"zs3fast is at {escape(address)} (Ctrl+C ends it)")
             ended = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: ended.set())
+            stdout.print(f"zs3fast is at {escape(address)} (Ctrl+C ends it)")
             ended.wait()
             shown.close(verbose=False)
