@@ -1,4 +1,4 @@
-// The tiles of a CPU with AMX. They have not run: no such machine was at hand; the loops ran on tiles_software.h.
+// The tiles of a CPU with AMX. They have not run: no such machine was at hand; the loops ran on tests/ops/emulated/software_tiles.h.
 #pragma once
 
 #include <cstdint>

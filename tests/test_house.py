@@ -153,3 +153,9 @@ assert {op for op, backend in _dispatch._logged if backend != "reference"} == se
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_extension_holds_no_emulation() -> None:
+    """What stands in for hardware that is not there is built for tests alone, from tests/ops/emulated."""
+    names = [path.name for path in (ROOT / "csrc").rglob("*")]
+    assert not [name for name in names if "emulat" in name or "software" in name]

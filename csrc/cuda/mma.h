@@ -2,7 +2,7 @@
 //
 // A body is plain C++ over `Lanes<T>`: what the 32 lanes of a warp hold in one register. nvcc sees Lanes<T> = T and an
 // instruction a call (mma_device.h). Any other compiler sees 32 values in lock step and an exact account of the same
-// instructions (mma_emulated.h), so that tests run the very body of a kernel where no GPU is. Two rules keep both true:
+// instructions (tests/ops/emulated/mma.h), so that tests run the very body of a kernel where no GPU is. Two rules keep both true:
 // a body branches only on what the whole warp agrees on (sizes, `any`) and says `select` otherwise; and memory is read
 // and written through `load`, `store` and `Block` alone.
 //
@@ -16,7 +16,7 @@
 #ifdef __CUDACC__
 #include "cuda/mma_device.h"
 #else
-#include "cuda/mma_emulated.h"
+#include "emulated/mma.h"  // tests/ops/emulated: nothing of it is built into the extension
 #endif
 
 namespace zs3fast::mma {

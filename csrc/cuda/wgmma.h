@@ -41,5 +41,5 @@ ZS3FAST_HD uint64_t descriptor(uint32_t address, int leading, int stride) {
 #ifdef __CUDACC__
 #include "cuda/wgmma_device.h"
 #else
-#include "cuda/wgmma_emulated.h"
+#include "emulated/wgmma.h"  // tests/ops/emulated
 #endif

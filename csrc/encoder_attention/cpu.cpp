@@ -31,10 +31,7 @@ std::vector<const Kernel*> kernels(bool bf16) {
     }
     able.push_back(&kernel_avx512);
 #if defined(ZS3FAST_AVX512_BF16)
-    if (bf16 && cpu_features().avx512_bf16) {
-      if (!cpu_features().zen5) able.push_back(&kernel_avx512_bf16);
-      able.push_back(&kernel_amx_emulated);
-    }
+    if (bf16 && cpu_features().avx512_bf16 && !cpu_features().zen5) able.push_back(&kernel_avx512_bf16);
 #endif
   }
   if (isa() != Isa::baseline) able.push_back(&kernel_avx2);

@@ -38,6 +38,6 @@ struct Kernel {
   void (*run)(const Problem&, int64_t, int64_t); // tasks [begin, end), on the calling thread
 };
 
-extern const Kernel kernel_baseline, kernel_avx2, kernel_avx512, kernel_avx512_bf16, kernel_amx, kernel_amx_emulated;
+extern const Kernel kernel_baseline, kernel_avx2, kernel_avx512, kernel_avx512_bf16, kernel_amx;
 
 }  // namespace zs3fast::encoder_attention

@@ -32,7 +32,6 @@ std::vector<Choice> kernels(bool bf16) {
 #endif
 #if defined(ZS3FAST_AVX512_BF16)
     if (cpu.avx512_bf16) able.push_back({&kernel_avx512_bf16, cpu.zen5});
-    if (cpu.avx512_bf16) able.push_back({&kernel_amx_emulated, false});
 #endif
   } else if (isa() == Isa::avx512) {
     able.push_back({&kernel_avx512, cpu.zen5});

@@ -36,6 +36,6 @@ struct Kernel {
   void (*run)(const Problem&, int64_t, int64_t);  // tasks [begin, end) of panels * blocks
 };
 
-extern const Kernel kernel_avx512, kernel_avx512_bf16, kernel_amx, kernel_amx_emulated;
+extern const Kernel kernel_avx512, kernel_avx512_bf16, kernel_amx;
 
 }  // namespace zs3fast::fused_linear

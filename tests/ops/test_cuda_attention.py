@@ -1,8 +1,8 @@
 """The tensor-core kernels without a GPU: their very bodies (csrc/<op>/cuda*_kernel.h), a warp of 32 lanes in lock step.
 
-csrc/cuda/mma_emulated.h runs them and throws where a GPU would go wrong in silence: addresses out of bounds or off
+tests/ops/emulated/mma.h runs them and throws where a GPU would go wrong in silence: addresses out of bounds or off
 their alignment, shared memory used by two warps without a barrier between them, copies not waited for; and so does
-csrc/cuda/wgmma_emulated.h with warpgroups. They take the place of backends "cuda" and "cuda:wgmma" and are judged as
+emulated/wgmma.h with warpgroups. They take the place of backends "cuda" and "cuda:wgmma" and are judged as
 every kernel is. Launches, registers and speed are not seen this way.
 """
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import software_tiles
 from tests.ops import test_proposal_attention as proposals
 from tests.ops import test_region_bridge_attention as bridge
 from tests.ops.budget import assert_within_budget
@@ -56,7 +57,9 @@ def view(x: Tensor) -> View:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    sources = sorted({*Path(__file__).with_name("emulated").glob("*.cpp")} - {MISTAKES_OF_WARPGROUPS})
+    sources = sorted(
+        {*Path(__file__).with_name("emulated").glob("*.cpp")} - {MISTAKES_OF_WARPGROUPS, software_tiles.SOURCE}
+    )
     folders = (f"-I{ROOT / 'csrc'}", f"-I{Path(__file__).parent}")
     return shared_library(tmp_path_factory.mktemp("kernels") / "emulated.so", sources, "-O1", *folders)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import software_tiles
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import _dispatch, _extension, encoder_attention, use_backend
 from zs3fast.ops.encoder_attention import OP, kernels, reference
@@ -53,14 +54,25 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Ten
     return q, k, v, (draw(1, K, heads, dh), draw(1, K, heads, dh)) if K else None
 
 
+def names(dtype: torch.dtype) -> list[str]:
+    """The kernels that run here: the extension's, and AMX's loops on tiles in software where the rest of them runs."""
+    return kernels(dtype) + [software_tiles.NAME] * ("avx512_bf16" in kernels(dtype))
+
+
+def run_by(kernel: str, q: Tensor, k: Tensor, v: Tensor, context: tuple | None, scale: float) -> Tensor:
+    if kernel == software_tiles.NAME:
+        return software_tiles.encoder_attention(q, k, v, *(context or (None, None)), scale)
+    return torch.ops.zs3fast_cpp.encoder_attention_by(q, k, v, *(context or (None, None)), scale, kernel)
+
+
 @needs_cpp
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS, ids=ids)
 @pytest.mark.parametrize("shape", SMALL, ids=ids)
 def test_every_kernel(shape: tuple[int, ...], dtype: torch.dtype, kernel: str) -> None:
-    if kernel not in kernels(dtype):
+    if kernel not in names(dtype):
         pytest.skip(f"{kernel} does not run {dtype} on this machine, which has {', '.join(kernels(dtype))}")
     q, k, v, context = make(shape, dtype)
-    got = torch.ops.zs3fast_cpp.encoder_attention_by(q, k, v, *(context or (None, None)), q.shape[-1] ** -0.5, kernel)
+    got = run_by(kernel, q, k, v, context, q.shape[-1] ** -0.5)
     assert got.dtype == dtype and got.is_contiguous()
     assert_within_budget(kernel, got, reference, q, k, v, context)
 
@@ -91,8 +103,8 @@ def test_maximum_moves_between_blocks(dtype: torch.dtype, last: float) -> None:
     q, k, v, _ = make((1, 64, 700, 0, 1, 64), dtype)
     k = k.clone()
     k[:, 690 if last else 5] += q[:, :1].mean(1) * 60
-    for name in kernels(dtype):
-        got = torch.ops.zs3fast_cpp.encoder_attention_by(q, k, v, None, None, 1.0, name)
+    for name in names(dtype):
+        got = run_by(name, q, k, v, None, 1.0)
         assert_within_budget(name, got, lambda *a: reference(*a, scale=1.0), q, k, v)
 
 

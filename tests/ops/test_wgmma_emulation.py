@@ -1,4 +1,4 @@
-"""The emulation of a warpgroup (csrc/cuda/wgmma_emulated.h): one product of it is right, and every mistake is seen."""
+"""The emulation of a warpgroup (tests/ops/emulated/wgmma.h): one product of it is right, and every mistake is seen."""
 
 from __future__ import annotations
 

@@ -1,0 +1,44 @@
+// The CPU kernels of bfloat16 on tiles in software: the loops of csrc/tiles.h, which a CPU with AMX runs on its own.
+#include "emulated/software_tiles.h"
+#include "encoder_attention/pairs.h"
+#include "fused_linear/loops.h"
+#include "tiles.h"
+
+namespace {
+
+using namespace zs3fast;
+
+encoder_attention::Tokens tokens(const int64_t* of) {
+  return {reinterpret_cast<void*>(of[0]), of[1], of[2], of[3], of[4]};
+}
+
+}  // namespace
+
+// tensors: x, weight, bias, residual, out and room for what is packed (fused_linear/kernel.h), rows without gaps.
+extern "C" void fused_linear_amx(const int64_t* sizes, void* const* tensors, int64_t activation) {
+  using namespace zs3fast::fused_linear;
+  const int64_t rows = sizes[0], outputs = sizes[1], depth = sizes[2];
+  const Problem f{rows,       outputs,    depth,  tensors[0], tensors[1], tensors[2], tensors[3],
+                  tensors[4], depth,      depth,  outputs,    outputs,    static_cast<Activation>(activation),
+                  tensors[5]};
+  pack_blocks<uint16_t>(f, 0, blocks(rows));
+  run_tasks<TileProducts<SoftwareTiles>, uint16_t>(f, 0, blocks(rows) * panels(outputs));
+}
+
+// operands: q, output, two runs of k, two of v; of each its address, strides of image, token and head, and its tokens.
+extern "C" void encoder_attention_amx(const int64_t* sizes, const int64_t (*operands)[5], float scale) {
+  using namespace zs3fast::encoder_attention;
+  Problem f;
+  f.element = Element::bfloat16;
+  f.batches = sizes[0];
+  f.heads = sizes[1];
+  f.dh = sizes[2];
+  f.scale = scale;
+  f.q = tokens(operands[0]);
+  f.output = tokens(operands[1]);
+  for (int run = 0; run < 2; ++run) {
+    f.k[run] = tokens(operands[2 + run]);
+    f.v[run] = tokens(operands[4 + run]);
+  }
+  run_tasks<PairProducts<TileProducts<SoftwareTiles>>>(f, 0, tasks_of(f));
+}
