@@ -8,6 +8,7 @@ from bench.op_script import OpScript
 
 OPS = (
     "encoder_attention",
+    "fused_linear",
     "attention_to_mask",
     "relationship_descriptor",
     "region_bridge_attention",
@@ -23,6 +24,7 @@ NAMED = {
     # ZegCLIP, TagCLIP and CLIP-RC (M = 16) on VOC, the published batch of 16
     "voc-512-b16": {
         "encoder_attention": "vit-b16-512-b16",
+        "fused_linear": "block-b16-512-b4",
         "attention_to_mask": "voc20-512-b16",
         "relationship_descriptor": "voc20-512-b16",
         "region_bridge_attention": "voc-M16-b16",
@@ -54,6 +56,7 @@ NAMED = {
     },
     # CLIP-RC with a region token for every patch, VOC
     "clip-rc-m1024": {
+        "fused_linear": "decoder-cliprc-16",
         "region_bridge_attention": "voc-M1024",
         "attention_to_mask": "cliprc-m1024-voc20",
         "relationship_descriptor": "cliprc-m1024-voc20",

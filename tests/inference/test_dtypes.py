@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.tiny import tiny_model
 from zs3fast.inference import dtypes
+from zs3fast.inference.options import SegmenterOptions
 
 INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n"
 ZEN_4 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\n"
@@ -65,3 +69,38 @@ def test_cuda(capability: tuple[int, int], expected: torch.dtype, monkeypatch: p
 def test_no_cpuinfo_and_other_devices(tmp_path: Path) -> None:
     assert dtypes._vendor_and_family(tmp_path / "none") == ("", 0)
     assert dtypes.auto_dtype(torch.device("meta")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16"}, {"dtype": torch.float16}, {"dtype": "auto"}, {"dtype": None}, {"quantize": "int8"}],
+    ids=str,
+)
+def test_a_callers_model_stays_as_it_was(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if "quantize" in options:
+        pytest.importorskip("torchao", reason="needs torchao (pip install 'zs3fast[quantize]')")
+    monkeypatch.setattr(dtypes, "_LARGE", 0)
+    monkeypatch.setattr(dtypes, "auto_dtype", lambda device: torch.bfloat16)
+    model = tiny_model("zegclip")
+    before = {name: (tensor.dtype, tensor.data_ptr()) for name, tensor in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    suited = dtypes.suited(model, SegmenterOptions(**options))
+    assert {name: (tensor.dtype, tensor.data_ptr()) for name, tensor in model.state_dict().items()} == before
+    assert [type(module) for module in model.modules()] == kinds and not hasattr(model, "quantized")
+    if "quantize" in options:
+        assert suited.quantized == "int8" and dtypes.suited(suited, SegmenterOptions(**options)) is suited
+    else:
+        expected = torch.float16 if options["dtype"] == torch.float16 else torch.bfloat16
+        assert {parameter.dtype for parameter in suited.parameters()} == {expected}
+
+
+def test_auto_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(dtypes, "_LARGE", 0)
+    monkeypatch.setattr(dtypes, "auto_dtype", lambda device: torch.bfloat16)
+    dtypes._say.cache_clear()
+    with caplog.at_level(logging.INFO, "zs3fast"):
+        for _ in range(2):
+            dtypes.suited(tiny_model("zegclip"), SegmenterOptions())
+        dtypes.suited(tiny_model("zegclip"), SegmenterOptions(dtype="float32"))
+    said = [message for message in caplog.messages if message.startswith("dtype auto")]
+    assert said == ["dtype auto: models run in bfloat16 on cpu; dtype='float32' keeps them as they are"]

@@ -36,8 +36,8 @@ class SegmenterOptions:
     boxes: what finds boxes for ClsCLIP to zoom into (ClsCLIP+).
     compile: run a method that works in windows through torch.compile, see `zs3fast.inference.compiled`; the first
         images then take a minute or more. The other methods' work has too many shapes.
-    quantize: put the image tower of `model` into 8 bits, in place: "int8", "int8-weights" or "fp8", see
-        `zs3fast.encoders.quantize`, which needs torchao.
+    quantize: put the image tower of the model, or of a copy of the caller's, into 8 bits: "int8", "int8-weights" or
+        "fp8", see `zs3fast.encoders.quantize`, which needs torchao.
     protocol: of a training-free method: "sclip", "naclip", "clearclip", "scclip", "rcs" or "maskclip" as published
         (sizes, windows, templates; see `zs3fast.inference.window_protocols`), or a `WindowProtocol`. None: short
         side and windows of the model's `image_size`.

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zs3fast.encoders.quantize import quantize_encoder
 from zs3fast.inference.dtypes import suited
 from zs3fast.inference.loading import (
     TINY,
@@ -100,8 +99,6 @@ class Segmenter:
             options.protocol,
             options.refine_steps,
         )
-        if options.quantize is not None:
-            quantize_encoder(self.model, options.quantize)
         if options.compile:
             self._predictor.compile()
         published = self._predictor.templates
