@@ -80,6 +80,12 @@ ELSEWHERE = {
         "Write a model as a graph for another runtime, and hold the file to the model at once.",
         True,
     ),
+    "figures": Elsewhere(
+        "zs3fast.inference.figures_command",
+        "figures",
+        "Draw what a method's paper shows of it, or weights side by side, on images of one's own.",
+        True,
+    ),
     "bulk": Elsewhere(
         "zs3fast.inference.bulk_command",
         "bulk",

@@ -183,6 +183,31 @@ class NavigatedClipViT(ClipViT):
             x = block(x, context)
         return x
 
+    @torch.no_grad()
+    def class_attention(self, image: Tensor, tokens: dict[int, Tensor] | None = None) -> Tensor:
+        """What the class token of every layer attends to: its share on each patch, mean over heads, [layers, C, N].
+
+        Each class takes its own way through the whole tower: for looking at, not for speed.
+
+        Args:
+            image: [1, 3, H, W], normalised.
+            tokens: [C, width] of each navigated layer, as for `class_tokens`. None: CLIP's own class token, C = 1.
+        """
+        x, (h, w) = self.embed(image)
+        if tokens is not None:
+            x = x.expand(next(iter(tokens.values())).shape[0], -1, -1)
+        shares = []
+        for i, (block, prompts) in enumerate(zip(self.transformer.resblocks, self._prompts(), strict=True)):
+            if tokens is not None and i in tokens:
+                x = torch.cat([tokens[i].unsqueeze(1), x[:, 1:]], 1)
+            normed = block.ln_1(x)
+            q, own = block.attn.queries(normed[:, :1]), block.attn.context_keys_values(normed)
+            k = _join(prompts, own)[0].permute(0, 2, 3, 1)  # [C, heads, dh, tokens]
+            scores = (q @ k).float() * q.shape[-1] ** -0.5
+            shares.append(scores.softmax(-1).mean(1)[:, 0, -h * w :])
+            x = block(x, prompts)
+        return torch.stack(shares)
+
     def _merge_class(self, prefix: ImagePrefix, k: Tensor, v: Tensor) -> Tensor:
         """Layer f of all pairs: the shared attention of the patches with one key and value, [1 or G, C, heads, dh].
 

@@ -174,6 +174,20 @@ class ClsCLIP(ZeroShotModel):
         masks = _assemble(self._class_chunks(prefix, classes, limit, 0), (count, len(text)))
         return SegmentationOutput(masks, prefix.class_token.squeeze(1), prefix.patches)
 
+    @torch.no_grad()
+    def class_attention(self, image: Tensor, text_embeddings: Tensor | None = None) -> Tensor:
+        """Attention of the class token [layers, C, h, w] on the patches of an image [1, 3, H, W], mean over heads.
+
+        Args:
+            text_embeddings: [C, D], each class's token in its place in the navigated layers; None: CLIP's own, C = 1.
+        """
+        tokens = None
+        if text_embeddings is not None and self.navigation:
+            text = self.check_text(text_embeddings)
+            tokens = {int(i): linear(text) for i, linear in self.navigation.items()}
+        grid = self.encoder.check_images(image)
+        return self.encoder.class_attention(image, tokens).unflatten(-1, grid)
+
     def pairs_at_once(self, images: Tensor) -> int:
         """How many pairs `memory_budget` holds, going by the largest live tensors of a block and of the decoder."""
         return self._pairs_within(self.encoder.check_images(images), images)
