@@ -195,6 +195,8 @@ def test_a_command_runs(command: str, switches: tuple[str, ...], here: Path) -> 
         trained(words, switches)
     elif words[1] == "eval":
         evaluated(words)
+    elif words[1] == "figures":
+        drawn(words)
     else:
         assert words[:2] == ["zs3fast", "segment"], f"no test knows how to run {command!r}"
         segmented(words)
@@ -296,6 +298,19 @@ def segmented(words: list[str]) -> None:
     small = ["--text-embeddings", "two.npy", "-o", str(output), "--device", "cpu"]
     invoke("segment", *(tiny_model_of(word) for word in words[2:]), *small)
     assert list(output.glob("coffee*"))
+
+
+def drawn(words: list[str]) -> None:
+    method, weights = words[2], [words[i + 1] for i, word in enumerate(words) if word == "--weights"]
+    for path in weights:
+        needed(path)
+    np.save("two.npy", np.load("voc20.npy")[:2])
+    output = Path("out") / f"figures-{method}"
+    small = ["--text-embeddings", "two.npy", "-o", str(output), "--device", "cpu"]
+    invoke("figures", *(tiny_model_of(word) for word in words[2:]), *small)
+    assert [path.name for path in output.iterdir()] == [
+        "compare.png" if method == "compare" else f"coffee_{method}.png"
+    ]
 
 
 def tiny_model_of(word: str) -> str:

@@ -17,7 +17,8 @@ from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.clip_rc import ClipRC
 from zs3fast.models.clsclip import ClsCLIP
 from zs3fast.ops.region_bridge_attention import region_of_patch
-from zs3fast.proposals import soft_masks
+from zs3fast.proposals import for_classes, soft_masks
+from zs3fast.proposals.class_columns import scores_for_classes
 from zs3fast.utils.images import read_image
 from zs3fast.utils.options import one_of
 from zs3fast.utils.sheets import Panel, heat, labelled, sheet, shown
@@ -157,11 +158,13 @@ def proposal_classes(segmenter: Segmenter, pixels: np.ndarray, source: str | Non
     result = segmenter(pixels, source=source)
     encoded, text, names = predictor.encode(pixels, source), segmenter.embed(), result.class_names
     if encoded.proposals is None:  # its proposer is led by the class list
-        raise ValueError("proposer: expected one that needs no class list, for a figure of its proposals")
-    out = predictor.model.decode(encoded.embeddings, text, encoded.proposals, encoded.grid, non_object=False)
+        encoded = predictor._embedded(encoded, for_classes(predictor.proposer, text), pixels, source)
+    assert encoded.proposals is not None and encoded.embeddings is not None
+    proposals = scores_for_classes(encoded.proposals, segmenter.classes or ())
+    out = predictor.model.decode(encoded.embeddings, text, proposals, encoded.grid, non_object=False)
     share = out.proposal_logits[0].float().softmax(-1).cpu()
-    height, width = encoded.proposals.image_sizes[0]
-    masks = soft_masks(encoded.proposals)[0, :, :height, :width].cpu() * encoded.proposals.valid[0].cpu()[:, None, None]
+    height, width = proposals.image_sizes[0]
+    masks = soft_masks(proposals)[0, :, :height, :width].cpu() * proposals.valid[0].cpu()[:, None, None]
     areas = (masks > 0.5).sum((1, 2))
     found = [q for q in areas.argsort(descending=True, stable=True).tolist() if areas[q] > 0][:most]
     panels = []
