@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -236,19 +235,13 @@ def _grown(span: tuple[int, int], by: int, length: int) -> tuple[int, int]:
 def _on_canvas(group: Tensor, size: Size, crop: Size, canvas: Size, windows: Sequence[int]) -> Tensor:
     """The mean [q, h, w] of windows where they lie on the canvas, as small as resizing can start from."""
     if len(windows) == 2 and tuple(crop) == tuple(canvas):
-        return group[0] if tuple(crop) == tuple(size) else _upsampled(group, crop)[0]
+        return group[0] if tuple(crop) == tuple(size) else _resized(group[0], crop, (0, crop[0], 0, crop[1]))
     total, cover = group.new_zeros(group.shape[1], *canvas), group.new_zeros(tuple(canvas))
     for window, y, x in zip(group, windows[::2], windows[1::2], strict=True):
         place = (..., slice(y, y + crop[0]), slice(x, x + crop[1]))
-        total[place] += _upsampled(window[None], crop)[0]
+        total[place] += _resized(window, crop, (0, crop[0], 0, crop[1]))
         cover[place] += 1
     return total.div_(cover)
-
-
-def _upsampled(x: Tensor, size: Size) -> Tensor:
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _resized(x: Tensor, size: Size, box: tuple[int, int, int, int]) -> Tensor:
@@ -264,8 +257,9 @@ def _between(x: Tensor, dim: int, length: int, first: int, end: int) -> Tensor:
         return x.narrow(dim, first, end - first)
     at = ((torch.arange(first, end, dtype=torch.float64) + 0.5) * old / length - 0.5).clamp_min(0)
     low = at.long().clamp_max(old - 1)
-    part = (at - low).float().to(x.device)
-    low, high = low.to(x.device), (low + 1).clamp_max(old - 1).to(x.device)
-    part = part.view(-1, 1) if dim == 1 else part
+    part = (at - low).float()
+    high = torch.where(part > 0, low + 1, low).clamp_max(old - 1)  # what has weight 0 is not looked at: it may be NaN
+    low, high = low.to(x.device), high.to(x.device)
+    part = (part.view(-1, 1) if dim == 1 else part).to(x.device)
     a, b = x.index_select(dim, low), x.index_select(dim, high)
     return a + part * (b - a)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.full_disk import files_up_to
 from tests.inference.test_segmenter import NAMES, SEEN, make_model, photo, text_rows
 from tests.tiny_clip import text_state, tiny_clip
 from zs3fast import cli, weights
@@ -213,19 +214,14 @@ def test_torchrun_shares_the_images(place, tiny):
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, three, strict=True))
 
 
-def test_a_result_that_cannot_be_written_is_one_failure(place, tiny, monkeypatch):
+def test_a_result_that_cannot_be_written_is_one_failure(place, tiny):
     for index in range(4):
-        save_photo(place / "in" / f"{index}.png", seed=index)
-    save = Image.Image.save
-
-    def full(self, file, *args, **kwargs):
-        if ".1_overlay" in str(file):
-            raise OSError(28, "No space left on device", str(file))
-        save(self, file, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    output = run("segment", "in", "-w", tiny, "-o", "out", code=1)
-    assert "failed in/1.png" in output and output.endswith("3 of 4 pictures segmented, results in out")
+        save_photo(place / "in" / f"{index}.png", (300, 300) if index == 1 else (30, 40), seed=index)
+    with files_up_to(60_000):
+        output = run("segment", "in", "-w", tiny, "-o", "out", code=1)
+    assert "failed in/1.png: out/1_overlay.png: File too large" in output and output.endswith(
+        "3 of 4 pictures segmented, results in out"
+    )
     assert sorted(file.name for file in (place / "out").glob("1*")) == ["1_labels.png"]
 
 
@@ -376,17 +372,13 @@ def test_nothing_to_segment(place, tiny):
     assert run("segment", "*.png", "-w", tiny, code=2) == "error INPUT: no pictures in *.png"
 
 
-def test_a_failed_write_keeps_the_old_results(place, tiny, monkeypatch):
+def test_a_failed_write_keeps_the_old_results(place, tiny):
     save_photo(place / "x.png")
     run("segment", "x.png", "-w", tiny, "-o", "out")
     before = {file.name: file.read_bytes() for file in (place / "out").iterdir()}
     save_photo(place / "x.png", seed=9)
-
-    def full(self, file, *args, **kwargs):
-        raise OSError(28, "No space left on device", str(file))
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    assert "No space left on device" in run("segment", "x.png", "-w", tiny, "-o", "out", code=1)
+    with files_up_to(40):
+        assert "out/x_labels.png: File too large" in run("segment", "x.png", "-w", tiny, "-o", "out", code=1)
     assert {file.name: file.read_bytes() for file in (place / "out").iterdir()} == before
 
 
@@ -403,6 +395,9 @@ def test_convert(place, monkeypatch):
     monkeypatch.setattr(official, "load_official", lambda *a, f=official.load_official, **k: f(*a, heads=4, **k))
     monkeypatch.setattr(weights, "load_official", official.load_official)
     official_checkpoint("voc.pth", **text_state(tiny_clip(), "text_encoder."))
+    with files_up_to(10_000):
+        output = run("convert", "voc.pth", "voc.safetensors", code=1)
+        assert output.endswith("error voc.safetensors: File too large") and not list(place.glob("*voc*.safetensors"))
     output = run("convert", "voc.pth", "voc.safetensors", "--trained-on", "voc20", "--seen-offset", "0")
     assert "voc.safetensors: zegclip, 64 pixels, 15 of 20 classes seen, with its text tower" in output
     model, extra = weights.load("voc.safetensors")

@@ -165,6 +165,16 @@ def test_importing_the_segmenter_costs_what_torch_costs() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_a_packed_model_runs_without_open_clip_and_the_compiler() -> None:
+    """They took 2 s and 330 MB, for nothing: the tower is ours, and sizes are compared on the meta device."""
+    code = (
+        "import sys, numpy as np, zs3fast; s = zs3fast.Segmenter.from_pretrained('zs3fast-tiny');"
+        "s(np.zeros((40, 40, 3), np.uint8), 'sky, red circle');"
+        "found = {'open_clip', 'transformers', 'timm', 'torch._dynamo', 'sympy'} & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_the_front_door_is_listed() -> None:
     assert set(zs3fast.__all__) <= set(dir(zs3fast))
     code = "import zs3fast, sys; assert 'Segmenter' in dir(zs3fast) and 'torch' not in sys.modules"

@@ -244,7 +244,9 @@ def segment(
             batch_size=batch_size,
             workers=workers,
             failed=failures.__setitem__,
+            compact=True,
         )
+        segmenter.release_text_encoder()  # the one class list of this run is encoded
         output.mkdir(parents=True, exist_ok=True)
         with one_line_errors(RUN_ERROR):
             covered = _write_all(segmenter, stems, results, failures, workers, output, drawn, env)
@@ -294,7 +296,7 @@ def _write_all(
         image, segmentation = result
         with working_on(image):
             path = write_result(segmentation, output / stems[image], **overlay)
-            everything = len(segmentation.class_names) <= _SHORT_LIST and bool((segmentation.labels >= 0).all())
+            everything = len(segmentation.class_names) <= _SHORT_LIST and int(segmentation.labels.min()) >= 0
         return f"{escape(str(image))} -> {escape(str(path))}: {escape(in_words(segmentation))}", everything
 
     workers = default_workers(segmenter.device) if workers is None else workers

@@ -171,7 +171,8 @@ class Details:
 class Segmentation:
     """What a Segmenter says of one image, at the image's own size.
 
-    labels:      NumPy int32 [H, W]: indices into `class_names`; -1 = unlabelled (below `min_score`, or background).
+    labels:      NumPy int32 [H, W]: indices into `class_names`; -1 = unlabelled (below `min_score`, or background). Of
+                 a stream that was asked for `compact` results int8 or int16.
     class_names: the names given, in the order given.
     scores:      NumPy float32 [H, W]: calibrated score of the winning class, background classes included.
     image:       NumPy uint8 [H, W, 3]: the image as it was read.

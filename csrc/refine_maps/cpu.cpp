@@ -10,7 +10,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/upsample_bilinear2d.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -70,7 +69,8 @@ struct Range {
   Range from(const Range& other) const { return {first - other.first, end - other.first}; }
 };
 
-// Bilinear, align_corners = false: where the pixels `range` of `size` lie between those of `old`.
+// Bilinear, align_corners = false: where the pixels `range` of `size` lie between those of `old`, in halves of 1 / size.
+// What has weight 0 is not looked at: it may be NaN.
 struct Axis {
   std::vector<int32_t> low, high;
   std::vector<float> part;
@@ -78,11 +78,11 @@ struct Axis {
 
   Axis(int64_t old, int64_t size, const Range& range) : copies(old == size) {
     for (int64_t i = range.first; i < range.end; ++i) {
-      const double at = std::max((i + 0.5) * old / size - 0.5, 0.0);
-      const auto below = std::min<int64_t>(static_cast<int64_t>(at), old - 1);
+      const int64_t at = std::max<int64_t>((2 * i + 1) * old - size, 0);
+      const int64_t below = std::min(at / (2 * size), old - 1), beyond = at - below * 2 * size;
       low.push_back(static_cast<int32_t>(below));
-      high.push_back(static_cast<int32_t>(copies ? below : std::min(below + 1, old - 1)));
-      part.push_back(static_cast<float>(at - below));
+      high.push_back(static_cast<int32_t>(copies || beyond == 0 ? below : std::min(below + 1, old - 1)));
+      part.push_back(static_cast<float>(static_cast<double>(beyond) / static_cast<double>(2 * size)));
     }
   }
 };
@@ -113,18 +113,25 @@ struct Request {
 // windows lie on the canvas, their mean is taken there.
 at::Tensor chunk_of(const Request& r, const at::Tensor& maps, int64_t first, int64_t count) {
   auto chunk = maps.narrow(1, first, count).to(at::kFloat);  // [n, count, h, w]
-  const auto resized = [](const at::Tensor& x, at::IntArrayRef size) {
-    return x.size(-2) == size[0] && x.size(-1) == size[1] ? x : at::upsample_bilinear2d(x, size, false);
+  const auto resized = [&](int64_t window) {
+    const auto maps_of = chunk.select(0, window).contiguous();
+    if (maps_of.size(-2) == r.crop[0] && maps_of.size(-1) == r.crop[1]) return maps_of;
+    const int64_t stride = round_up(r.crop[1], kColumns);
+    const Tile tile{r.crop[0], r.crop[1], 0, stride, r.crop[0] * stride, stride};
+    auto planes = at::empty({count, r.crop[0], stride}, chunk.options());
+    fill(kernels(), tile, Axis(maps_of.size(-2), r.crop[0], {0, r.crop[0]}),
+         Axis(maps_of.size(-1), r.crop[1], {0, r.crop[1]}), maps_of, planes.data_ptr<float>());
+    return planes.narrow(2, 0, r.crop[1]);
   };
   const bool one = r.windows.size() == 2 && r.crop == r.canvas;
-  if (one) return (r.crop == r.size ? chunk : resized(chunk, r.crop)).select(0, 0).contiguous();
+  if (one) return r.crop == r.size ? chunk.select(0, 0).contiguous() : resized(0).contiguous();
   auto total = at::zeros({count, r.canvas[0], r.canvas[1]}, chunk.options());
   auto cover = at::zeros({r.canvas[0], r.canvas[1]}, chunk.options());
   for (size_t i = 0; i < r.windows.size() / 2; ++i) {
     const auto part = [&](const at::Tensor& x) {
       return x.narrow(-2, r.windows[2 * i], r.crop[0]).narrow(-1, r.windows[2 * i + 1], r.crop[1]);
     };
-    part(total).add_(resized(chunk.narrow(0, i, 1), r.crop).select(0, 0));
+    part(total).add_(resized(static_cast<int64_t>(i)));
     part(cover).add_(1);
   }
   return total.div_(cover);

@@ -207,6 +207,27 @@ def test_equal_scores_go_to_the_lowest_name_and_nan_wins(backend):
     assert (labels == 9).all() and scores.isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["float64", *BACKENDS])
+@pytest.mark.parametrize("windows", [False, True])
+def test_nan_stays_where_a_resize_gives_it_no_weight(backend, windows):
+    """Of an odd factor every third pixel is a sample itself, its neighbours' weights 0: fp32 and fp64 disagreed there,
+    by how they rounded its position. The pixels before the first sample are it alone as well."""
+    image, maps = torch.randn(1, 3, 15, 21), torch.randn(1, 2, 5, 7)
+    maps[0, 1, 2, 3] = float("nan")
+    maps[0, 0, 1, 1] = float("nan")
+    options = {"crop_size": (15, 21), "canvas_size": (15, 21), "windows": [(0, 0)]} if windows else {}
+    if backend == "float64":
+        got = reference(image.double(), maps.double(), (15, 21), steps=0, **options)
+    else:
+        _skip_unless_possible(backend, image, maps)
+        with use_backend(backend):
+            got = refine_maps(image, maps, (15, 21), steps=0, **options)
+    want = torch.zeros(1, 2, 15, 21, dtype=torch.bool)
+    want[0, 1, 5:10, 8:13] = True
+    want[0, 0, 2:7, 2:7] = True
+    assert torch.equal(got.isnan(), want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_reaches_no_farther_than_its_neighbours(backend):
     image, maps = torch.randn(1, 3, 40, 40), torch.randn(1, 2, 40, 40)

@@ -23,8 +23,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from tests.full_disk import files_up_to
 from tests.training import tiny_run
-from zs3fast import weights
+from zs3fast import cli, weights
 from zs3fast.encoders.clip_vit import resize_positions
 from zs3fast.training import checkpoints, command, loop, setup
 from zs3fast.training.config import from_dict, list_configs, load_config, save_config
@@ -461,6 +462,16 @@ def test_command_line(tmp_path: Path) -> None:
     assert "clip_rc_voc20_inductive" in CliRunner().invoke(app, []).stdout
     shown = CliRunner().invoke(app, ["maft_voc20_inductive", "--show", "--data", "it's here"]).stdout
     assert from_dict(yaml.safe_load(shown)).data.root == "it's here"
+
+
+@pytest.mark.parametrize(("size", "name"), [(100, "config.yaml"), (20_000, "iteration_00000002.safetensors")])
+def test_a_full_disk_is_one_line(size: int, name: str, tmp_path: Path) -> None:
+    save_config(tiny_run.config(tmp_path, iterations=2), tmp_path / "config.yaml")
+    with files_up_to(size):
+        done = CliRunner().invoke(cli.app, ["train", str(tmp_path / "config.yaml"), "-o", str(tmp_path / "run")])
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.exit_code in (1, 2) and last.startswith("error ") and last.endswith(f"{name}: File too large")
+    assert not list((tmp_path / "run").rglob(".*"))
 
 
 def test_compiling_without_a_compiler_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

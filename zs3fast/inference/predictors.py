@@ -66,9 +66,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Prediction:
-    """labels: int16 (int32 for more than 32768 classes) [H, W], -1 = nothing was found there.  scores: float32 [H, W].
+    """labels: of the smallest signed integers that hold the classes, [H, W], -1 = nothing was found there.
 
-    Both on the model's device. details: what they came from, on the host, where the request asked for it.
+    scores: float32 [H, W]. Both are on the model's device.  details: what they came from, on the host, where the
+    request asked for it.
     """
 
     labels: Tensor
@@ -509,12 +510,18 @@ def _plain_predictor(
 
 
 def _prediction(labels: Tensor, scores: Tensor, request: Request, details: Details | None = None) -> Prediction:
-    return Prediction(labels.to(_label_type(request)), scores.float(), details)
+    dtype = _label_type(request)
+    if dtype == torch.uint8:  # whose upper half stays unused: there is room for -1
+        return Prediction(
+            (labels if labels.dtype == dtype else labels.to(torch.int8)).view(torch.int8), scores.float(), details
+        )
+    return Prediction(labels.to(dtype), scores.float(), details)
 
 
 def _label_type(request: Request) -> torch.dtype:
-    """What holds an index of the classes, and -1: labels are copied to the host in as few bytes."""
-    return torch.int16 if len(request.text) <= 1 << 15 else torch.int32
+    """What an op gives labels in, so that they take few bytes: of a photo of 36 megapixels each is 36 MB."""
+    names = len(request.text)
+    return torch.uint8 if names <= 1 << 7 else torch.int16 if names <= 1 << 15 else torch.int32
 
 
 def prepare(

@@ -83,11 +83,11 @@ def write_result(result: Segmentation, target: Path, *, legend: bool = True, ble
     legend, blend: of the overlay, see `Segmentation.overlay`.
     """
     from zs3fast.utils.files import replacing
-    from zs3fast.utils.rendering import save_picture
+    from zs3fast.utils.rendering import save_overlay
 
     labels, overlay, summary = (target.parent / f"{target.name}{end}" for end in (*OUTPUT_SUFFIXES, ".json"))
     result.save(labels)
-    save_picture(result.overlay(legend=legend, blend=blend), overlay)
+    save_overlay(result.image, result.labels, result.class_names, overlay, legend=legend, blend=blend)
     content = {**result.to_dict(), "labels": labels.name, "overlay": overlay.name}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     if any("\ud800" <= character <= "\udfff" for character in text):  # a file name that is not UTF-8

@@ -16,7 +16,7 @@ from zs3fast.inference.plan import Plan
 from zs3fast.inference.predictors import Prediction, Predictor, Request
 from zs3fast.inference.streaming import default_workers, overlapped
 from zs3fast.types import Segmentation
-from zs3fast.utils.images import read_image
+from zs3fast.utils.images import read_image, strips
 
 if TYPE_CHECKING:
     from zs3fast.inference.segmenter import Segmenter
@@ -74,6 +74,7 @@ class Runner:
         batch_size: int = 1,
         workers: int | None = None,
         failed: Callable[[Any, Exception], None] | None = None,
+        compact: bool = False,
     ) -> Generator[tuple[Any, Segmentation], None, None]:
         """Every image, which `read` reads, with its segmentation, in order; else as `Segmenter.stream`."""
         if batch_size < 1:
@@ -97,7 +98,7 @@ class Runner:
             return [(prediction.labels, prediction.scores) for prediction in predictions]
 
         def finish(found: ReadImage, labels: np.ndarray, scores: np.ndarray) -> Segmentation:
-            return _segmentation(plan, found, labels, scores, kept.pop(id(found), None))
+            return _segmentation(plan, found, labels, scores, kept.pop(id(found), None), compact)
 
         device = plan.text.device  # the model's
         workers = default_workers(device) if workers is None else workers
@@ -112,15 +113,22 @@ def _request(plan: Plan, read: ReadImage, prepared: Tensor | None = None) -> Req
 
 
 def _segmentation(
-    plan: Plan, read: ReadImage, labels: np.ndarray, scores: np.ndarray, prediction: Prediction | None
+    plan: Plan,
+    read: ReadImage,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    prediction: Prediction | None,
+    compact: bool = False,
 ) -> Segmentation:
     """The result from the winners' labels and scores, without what the plan leaves unlabelled."""
-    labels = labels.astype(np.int32)
-    if plan.rejected:
-        labels[np.isin(labels, plan.rejected)] = -1
-    if plan.min_score is not None:
-        labels[~(scores >= plan.min_score)] = -1
-    nan_pixels = int(np.isnan(scores).sum())
+    labels, nan_pixels = labels if compact and labels.flags.writeable else labels.astype(np.int32), 0
+    for rows in strips(*labels.shape):
+        few, best = labels[rows], scores[rows]
+        if plan.rejected:
+            few[np.isin(few, plan.rejected)] = -1
+        if plan.min_score is not None:
+            few[~(best >= plan.min_score)] = -1
+        nan_pixels += int(np.isnan(best).sum())
     if nan_pixels:
         what = read.source or "the image"
         warnings.warn(f"{nan_pixels} pixels of {what} have no score (nan): check the weights", stacklevel=5)

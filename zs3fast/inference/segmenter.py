@@ -252,6 +252,7 @@ class Segmenter:
         batch_size: int = 1,
         workers: int | None = None,
         failed: Callable[[Any, Exception], None] | None = None,
+        compact: bool = False,
     ) -> Generator[tuple[Any, Segmentation], None, None]:
         """Segment many images: the next ones are read and resized on threads while the model works.
 
@@ -268,12 +269,13 @@ class Segmenter:
             workers: threads that read. None: see `zs3fast.inference.streaming.default_workers`. 0: no threads.
             failed: called with an image that cannot be read or segmented and the error, and the rest goes on.
                 None: the error is raised.
+            compact: labels of int8 (up to 128 classes) or int16 in place of int32: of large photos a lot of memory.
         Returns:
             Yields (image as it was given, Segmentation) in order; with one image at a time and uncompiled, equal to a
             call's bit for bit. Leaving early ends the threads.
         """
         plan = self._plan(classes, seen, min_score, background, details)
-        return self._runner.stream(plan, images, self._read, batch_size, workers, failed)
+        return self._runner.stream(plan, images, self._read, batch_size, workers, failed, compact)
 
     @torch.no_grad()
     def embed(self, classes: Classes | None = None) -> Tensor:
@@ -285,6 +287,13 @@ class Segmenter:
             a row a class, or where names compete apart (`names_apart`) a row a name.
         """
         return self._texts.embeddings(tuple(self._plan.entries(classes))).clone()  # the kept rows are shared
+
+    def release_text_encoder(self) -> None:
+        """Let go of the text tower, and its memory: the class lists asked for last go on, others have it built anew.
+
+        One that was given, or lay in a weight file, is not built anew: other lists are refused then.
+        """
+        self._texts.release()
 
     def check(
         self,

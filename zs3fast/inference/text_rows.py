@@ -92,6 +92,11 @@ class TextRows:
             if self._encoder is not None:
                 self._encoder.to(device)
 
+    def release(self) -> None:
+        """Let go of the tower; embeddings at hand stay."""
+        with _shared:
+            self._encoder = None
+
     def _encoded(self, entries: tuple[ClassEntry, ...]) -> Tensor:
         token = self.model.text_token
         if not self.names_apart:

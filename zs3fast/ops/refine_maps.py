@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _dispatch, _flops
@@ -125,8 +124,9 @@ def refine_maps(
                    `size`; each is resized to crop_size, and where they overlap their mean is taken. All resizing is
                    bilinear with align_corners=False and no antialias. None: one window that is the canvas.
     Returns:
-        [B, Q, H, W] of maps' dtype. NaN spreads as far as its neighbours in each step. Not differentiable; `reference`
-        is.
+        [B, Q, H, W] of maps' dtype. NaN reaches the pixels that a resize takes it into with a weight above 0, and all
+        their neighbours in each step, however small their weights; one in the image, the pixels whose neighbours or
+        centre it is. Not differentiable; `reference` is.
     Source: Araslanov and Roth, CVPR 2020 (PAMR); steps and dilations are those of SCLIP and NACLIP (WACV 2025).
     """
     _check(image, maps, size, steps, dilations, crop_size, canvas_size, windows)
@@ -208,11 +208,18 @@ def _call(
 
 
 def _resize(x: Tensor, size: Size) -> Tensor:
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    if x.numel() == 0:  # interpolate refuses empty batches
-        return x.new_empty(*x.shape[:-2], *size)
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    """Bilinear, align_corners=False, along one axis after the other. What has weight 0 is not looked at."""
+    for dim, new in zip((-2, -1), size, strict=True):
+        old = x.shape[dim]
+        if old == new:
+            continue
+        at = ((2 * torch.arange(new, device=x.device) + 1) * old - new).clamp(min=0)  # in whole halves of 1 / new
+        low = (at // (2 * new)).clamp(max=old - 1)
+        part = (at - low * 2 * new).to(x.dtype) / (2 * new)
+        high = torch.where(part > 0, low + 1, low).clamp(max=old - 1)
+        part = part.unsqueeze(-1) if dim == -2 else part
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), part)
+    return x
 
 
 def _plan(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from zs3fast.text.cache import cached, tensor_digest
 from zs3fast.text.templates import resolve_templates
+from zs3fast.text.tower import ClipTextTower, QuickGELU, Tokenizer, clip_tokenizer, is_clip_tokenizer
 from zs3fast.text.vocabulary import ClassEntry, parse_classes
 from zs3fast.utils.checkpoint_io import compare, sketch
 from zs3fast.utils.open_clip import (
@@ -30,7 +30,6 @@ from zs3fast.utils.open_clip import (
 logger = logging.getLogger("zs3fast")
 _tokenizing = threading.Lock()  # tokenizers of the hub keep settings of the call in themselves
 
-Tokenizer = Callable[[list[str]], Tensor]
 TEXT_TOKENS = ("projected", "pre_projection")
 CACHE_FORMAT = 2  # 1: a pass of one thread could disturb another's, and wrong rows were kept
 _TEXT_KEYS = ("positional_embedding", "token_embedding.", "text_projection", "ln_final.", "transformer.")
@@ -41,7 +40,8 @@ class TextEncoder:
     """Encodes class names with a CLIP text tower; several threads may share one.
 
     Args:
-        tower: token ids [n, context] -> text features [n, D]; open_clip's `TextTransformer`, or a module alike.
+        tower: token ids [n, context] -> text features [n, D]; a `ClipTextTower`, open_clip's `TextTransformer`, or a
+            module alike.
         tokenizer: list of n sentences -> token ids [n, context].
         name: what the weights are called, in cache keys and messages.
         cache: keep embeddings on disk, see `zs3fast.text.cache`.
@@ -128,21 +128,21 @@ class TextEncoder:
             raise ValueError(f"heads: the width {width} of the text tower is not a multiple of {heads}")
         tower = sketch(  # on the meta device: random weights, which would take longer than all the rest, are not drawn
             partial(
-                TextTransformer,
+                ClipTextTower,
                 context_length=weights["positional_embedding"].shape[0],
                 vocab_size=weights["token_embedding.weight"].shape[0],
                 width=width,
                 heads=heads,
                 layers=len({key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")}),
-                mlp_ratio=weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+                hidden=weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
                 output_dim=weights["text_projection"].shape[1],
-                act_layer=QuickGELU if quick_gelu else nn.GELU,
+                activation=QuickGELU if quick_gelu else nn.GELU,
             ),
             weights.values(),
             "state: not a CLIP text tower",
         )
         _load_strictly(tower, weights)
-        tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=tower.context_length)
+        tokenizer = tokenizer or clip_tokenizer(tower.context_length)
         return cls(tower, tokenizer, name=name, cache=cache, batch_size=batch_size)
 
     @property
@@ -210,7 +210,7 @@ class TextEncoder:
         with _tokenizing:
             tokens = self.tokenizer(sentences)
         # Tokenizers cut silently. CLIP's own lets us see the uncut length: words, start and end.
-        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+        if is_clip_tokenizer(self.tokenizer):
             context = tokens.shape[1]
             for sentence in sentences:
                 if len(self.tokenizer.encode(sentence)) + 2 > context:
@@ -220,7 +220,7 @@ class TextEncoder:
 
 def _features(tower: nn.Module, tokens: Tensor) -> Tensor:
     """`tower(tokens)`, without what lies behind the longest sentence: in a causal tower it reaches no feature."""
-    if not _pools_at_the_end(tower) or tower.attn_mask is None:
+    if isinstance(tower, ClipTextTower) or not _pools_at_the_end(tower) or tower.attn_mask is None:
         out: Tensor = tower(tokens)
         return out
     ends, projection = _end_tokens(tower, tokens), tower.text_projection
@@ -235,23 +235,29 @@ def _end_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
 
     The tower is shared, by threads too: nothing of it is changed to look inside.
     """
+    if isinstance(tower, ClipTextTower):
+        return tower.end_tokens(tokens)
     if not _pools_at_the_end(tower):
         raise ValueError(
             "text_token: 'pre_projection' needs a CLIP text tower that pools at the end of the text, got "
             f"{type(tower).__name__}"
         )
-    ends, mask = tokens.argmax(1), tower.attn_mask
+    theirs: Any = tower
+    ends, mask = tokens.argmax(1), theirs.attn_mask
     length = tokens.shape[1] if mask is None else int(ends.max()) + 1
-    dtype = tower.transformer.get_cast_dtype()
-    x = tower.token_embedding(tokens[:, :length]).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x = tower.ln_final(tower.transformer(x, attn_mask=None if mask is None else mask[:length, :length]))
+    dtype = theirs.transformer.get_cast_dtype()
+    x = theirs.token_embedding(tokens[:, :length]).to(dtype) + theirs.positional_embedding[:length].to(dtype)
+    x = theirs.ln_final(theirs.transformer(x, attn_mask=None if mask is None else mask[:length, :length]))
     out: Tensor = x[torch.arange(len(x), device=x.device), ends]
     return out
 
 
-def _pools_at_the_end(tower: nn.Module) -> TypeGuard[TextTransformer]:
+def _pools_at_the_end(tower: nn.Module) -> bool:
     """Whether it is open_clip's tower in CLIP's own form, whose feature is the token at the end of the text."""
-    plain = isinstance(tower, TextTransformer) and tower.cls_emb is None and tower.pool_type == "argmax"
+    open_clip = sys.modules.get("open_clip.transformer")
+    if open_clip is None or not isinstance(tower, open_clip.TextTransformer):
+        return False
+    plain = tower.cls_emb is None and tower.pool_type == "argmax"
     return plain and not tower.use_pad_mask and not tower.output_tokens
 
 
@@ -265,11 +271,12 @@ def _as_it_is(features: Tensor) -> Tensor:
 
 def _tokenizer(clip: str | dict[str, Any], config: dict[str, Any]) -> Tokenizer:
     if isinstance(clip, dict):
-        out: Tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
-        return out
+        return clip_tokenizer(config["text_cfg"].get("context_length", 77))
+    import open_clip
+
     try:
         with quiet_open_clip():
-            out = open_clip.get_tokenizer(clip)
+            out: Tokenizer = open_clip.get_tokenizer(clip)
             return out
     except Exception as error:  # tokenizers of some models come from the hub, which raises its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -301,7 +308,7 @@ def _text_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
 
 
-def _load_strictly(tower: TextTransformer, weights: dict[str, Tensor]) -> None:
+def _load_strictly(tower: ClipTextTower, weights: dict[str, Tensor]) -> None:
     compare(tower.state_dict(), weights, "state: not a CLIP text tower")
     tower.load_state_dict(weights, assign=True)
-    tower.attn_mask = tower.build_causal_mask()  # a constant, which no state dict holds
+    tower.attn_mask = tower.build_causal_mask()

@@ -194,6 +194,21 @@ def sketch(build: Callable[[], Model], state: Iterable[Tensor], source: str) -> 
         return build()
 
 
+def _drawn(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of a call on the meta device, where drawing and adding nothing has PyTorch import its compiler.
+
+    That takes a second and 250 MB; what a model's constructor does to its weights needs none of it.
+    """
+    if func in (torch.randn, torch.rand):
+        return torch.empty(*args, **kwargs)
+    if func in (Tensor.normal_, Tensor.triu_, nn.init.normal_):
+        return args[0] if args else kwargs["tensor"]
+    if func in _PLAIN and not kwargs:
+        shape = np.broadcast_shapes(*(tuple(x.shape) for x in args if isinstance(x, Tensor)))
+        return torch.empty(shape, dtype=torch.result_type(*args))
+    return func(*args, **kwargs)
+
+
 class _Budget(TorchFunctionMode):
     """Ends the building of a model, on this thread, that makes more tensors, or larger ones, than it should."""
 
@@ -202,7 +217,7 @@ class _Budget(TorchFunctionMode):
         self.tensors, self.size, self.source = tensors, size, source
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _drawn(func, args, kwargs or {})
         if isinstance(result, Tensor) and result._base is None:
             if func in _FACTORIES:
                 self.tensors -= 1
@@ -214,6 +229,7 @@ class _Budget(TorchFunctionMode):
         return result
 
 
+_PLAIN = {Tensor.add, Tensor.mul}
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full, torch.arange, torch.linspace}
 
 

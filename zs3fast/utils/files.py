@@ -43,6 +43,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         if isinstance(error, SafetensorError):  # a full disk, which it does not call an OSError
             raise _as_os_error(error, path) from None
+        if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
+            error.filename = os.fspath(path)  # the system's writers name no file, others a name nobody has heard of
         raise
     finally:
         os.close(handle)

@@ -25,7 +25,7 @@ _SUFFIXES = (
     ".pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp"
 ).split()
 _UNREADABLE = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".raf", ".rw2")
-_STRIP = 1 << 19  # pixels that are worked on at a time
+_STRIP = 1 << 17  # pixels that are worked on at a time
 _ORIENTATION = 0x0112  # of EXIF
 _SIXTEEN = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -87,10 +87,11 @@ def read_image_file(path: Path, what: str = "image") -> tuple[np.ndarray, int]:
     Args:
         what: what errors call it.
     """
-    with _opened(path, f"{what}: {path}") as image:
-        pixels = _from_pil(image, str(path))
-        orientation = image.getexif().get(_ORIENTATION, 1)  # after the pixels, behind which PNG may have it
-        return pixels, orientation if orientation in range(2, 9) else 1
+    name = f"{what}: {path}"
+    with _opened(path, name) as image:
+        pixels, orientation = _stored(image, str(path))
+    with _one_line(name):  # where the decoder's own copy is gone
+        return _upright(pixels, orientation), orientation if orientation in range(2, 9) else 1
 
 
 def read_mask_file(path: Path, what: str = "labels", grey: bool = False) -> tuple[np.ndarray, str | None]:
@@ -170,6 +171,8 @@ def _opened(source: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
         raise FileNotFoundError(f"{what}: no file {path}")
     with _one_line(name), Image.open(source) as image:
         yield image
+        if isinstance(source, Path):
+            image.close()  # its pixels too, of which the caller has a copy
 
 
 @contextmanager
@@ -196,19 +199,24 @@ def _one_line(name: str) -> Iterator[None]:
 
 
 def _from_pil(image: Image.Image, name: str) -> np.ndarray:
-    """The pixels of an image's first frame; an opened image is left at the frame it was at."""
+    """The pixels of an image's first frame, upright; an opened image is left at the frame it was at."""
+    return _upright(*_stored(image, name))
+
+
+def _stored(image: Image.Image, name: str) -> tuple[np.ndarray, Any]:
+    """The pixels of an image's first frame as they are stored, and what EXIF says of their orientation, if anything."""
     position = image.tell()
     # A file just opened is at its first frame, which a PSD's composite is not; only images of the caller are elsewhere.
     if position > 0 and image.format != "PSD":
         image.seek(0)
     try:
         image.load()
-        pixels = _upright(_pixels(image, name), image.getexif().get(_ORIENTATION, 1))
+        pixels, orientation = _pixels(image, name), image.getexif().get(_ORIENTATION, 1)
         _warn_of_frames(image, name)
     finally:
         if image.tell() != position:
             image.seek(position)
-    return pixels
+    return pixels, orientation
 
 
 def _warn_of_frames(image: Image.Image, name: str) -> None:

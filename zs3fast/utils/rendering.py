@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from zs3fast.utils.files import replacing
 from zs3fast.utils.fonts import Font, font_for
 from zs3fast.utils.images import strips
+from zs3fast.utils.png import write_png
 
 UNLABELLED = -1
 BLEND = 0.6  # how much of a class colour covers the photo
@@ -54,23 +55,62 @@ def overlay(
     Returns:
         RGB image.
     """
+    size, drawn = _overlay(image, labels, class_names, legend, blend)
+    whole, top = Image.new("RGB", size), 0
+    for strip in drawn:
+        whole.paste(Image.fromarray(strip), (0, top))
+        top += len(strip)
+    return whole
+
+
+def save_overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    legend: bool = True,
+    blend: float = BLEND,
+) -> None:
+    """Write `overlay` as a PNG strip by strip, in no more memory than a few of them; whole, or not at all."""
+    size, drawn = _overlay(image, labels, class_names, legend, blend)
+    with replacing(path) as temporary:
+        write_png(temporary, size, drawn)
+
+
+def _overlay(
+    image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], legend: bool, blend: float
+) -> tuple[tuple[int, int], Iterator[np.ndarray]]:
+    """Width and height of the overlay, and its rows from the top, uint8 [some, width, 3]."""
     if not 0 <= blend <= 1:
         raise ValueError(f"blend: expected a share in 0..1, got {blend}")
     height, width = labels.shape
     factor = max(1, -(-_SMALLEST_SIDE // max(height, width))) if legend else 1
-    size = (width * factor, height * factor)
-    beside = _legend(_rows(labels, class_names), size) if legend else Image.new("RGB", (0, 0))
-    whole = Image.new("RGB", (size[0] + beside.width, max(size[1], beside.height)), "white")
-    colours = palette(len(class_names)).astype(np.float32)
-    for rows in strips(height, width):
-        strip, few = image[rows].astype(np.float32), labels[rows]
-        labelled = few != UNLABELLED
-        strip[labelled] = (1 - blend) * strip[labelled] + blend * colours[few[labelled]]
-        blended = strip.round().astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
-        whole.paste(Image.fromarray(blended), (0, rows.start * factor))
+    tall = height * factor
+    size = (width * factor, tall)
+    beside = np.empty((0, 0, 3), np.uint8)
     if legend:
-        whole.paste(beside, (size[0], 0))
-    return whole
+        beside = np.asarray(_legend(_rows(labels, class_names), size))
+    colours = palette(len(class_names)).astype(np.float32)
+
+    def drawn() -> Iterator[np.ndarray]:
+        for rows in strips(height, width):
+            strip, few = image[rows].astype(np.float32), labels[rows]
+            labelled = few != UNLABELLED
+            strip[labelled] = (1 - blend) * strip[labelled] + blend * colours[few[labelled]]
+            blended = strip.round().astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+            yield _joined(blended, beside[rows.start * factor : rows.stop * factor], beside.shape[1])
+        if len(beside) > tall:
+            yield _joined(np.full((len(beside) - tall, size[0], 3), 255, np.uint8), beside[tall:], beside.shape[1])
+
+    return (size[0] + beside.shape[1], max(tall, len(beside))), drawn()
+
+
+def _joined(left: np.ndarray, right: np.ndarray, width: int) -> np.ndarray:
+    """Rows side by side; where there are none on the right they are white, `width` wide."""
+    filled = np.full((len(left), width, 3), 255, np.uint8)
+    filled[: len(right)] = right
+    return np.concatenate([left, filled], 1) if width else left
 
 
 def save_labels(labels: np.ndarray, path: str | os.PathLike[str], count: int) -> None:
@@ -82,15 +122,16 @@ def save_labels(labels: np.ndarray, path: str | os.PathLike[str], count: int) ->
         raise ValueError(f"path: label maps are PNG files, got {os.fspath(path)!r}")
     if count > 65535:
         raise ValueError(f"labels: a PNG holds up to 65535 classes, got {count}")
+    colours: np.ndarray | None = None
     if count <= 255:
-        picture = Image.fromarray(labels.astype(np.uint8), "L")  # -1 wraps round to 255
         colours = np.full((256, 3), 255, np.uint8)
         colours[:count] = palette(count)
-        picture.putpalette(colours.tobytes())
+        kind = np.dtype(np.uint8)  # -1 wraps round to 255
     else:
-        picture = Image.fromarray(labels.astype(np.uint16))  # -1 wraps round to 65535
+        kind = np.dtype(np.uint16)  # or to 65535
+    height, width = labels.shape
     with replacing(path) as temporary:
-        picture.save(temporary, "PNG")
+        write_png(temporary, (width, height), (labels[rows].astype(kind) for rows in strips(height, width)), colours)
 
 
 def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
@@ -103,7 +144,7 @@ def class_sums(labels: np.ndarray, count: int, scores: np.ndarray | None = None)
     """Pixels of every class, int64 [C], and the sum of their scores, float64 [C], of labels [H, W], -1: of none."""
     pixels, sums = np.zeros(count, np.int64), np.zeros(count)
     for rows in strips(*labels.shape):
-        few = labels[rows].ravel() + 1
+        few = labels[rows].ravel().astype(np.int64) + 1
         pixels += np.bincount(few, minlength=count + 1)[1:]
         if scores is not None:
             sums += np.bincount(few, scores[rows].ravel(), count + 1)[1:]
