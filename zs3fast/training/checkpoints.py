@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from zs3fast.models.base import ZeroShotModel
 from zs3fast.text.cache import tensor_digest
+from zs3fast.utils.checkpoint_io import read_safetensors
 from zs3fast.utils.distributed import assign, full_tensor
 from zs3fast.utils.files import replacing
 from zs3fast.weights import CheckpointError
@@ -146,10 +146,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     remedy = f"delete it to go on from an earlier one, if {path.parent} holds any"
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        tensors, metadata = read_safetensors(path)
+        facts = json.loads(metadata.get(METADATA_KEY, "null"))
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: the checkpoint is damaged ({error}); {remedy}") from None
     if facts is None:
         raise CheckpointError(f"{path}: not a training checkpoint (weights alone start a run through init_from)")

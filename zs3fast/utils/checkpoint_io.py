@@ -24,6 +24,7 @@ from torch.serialization import safe_globals
 from zs3fast.utils.errors import CheckpointError, FileFormatError
 from zs3fast.utils.limits import check_unpacked
 from zs3fast.utils.plain_numpy import NUMPY_GLOBALS, PlainArray
+from zs3fast.utils.torchscript import is_torchscript, read_torchscript
 
 Model = TypeVar("Model", bound=nn.Module)
 WRAPPERS = ("state_dict", "model")  # keys under which training frameworks keep the tensors, opened in this order
@@ -32,14 +33,18 @@ _WRAPPED, _COMPILED = re.compile(r"^(module\.|_orig_mod\.)+"), re.compile(r"(?<=
 _SLACK = 64 << 20  # bytes that a model may hold beyond its tensors
 
 
-def read_state_dict(path: str | os.PathLike[str], what: str = "path") -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | os.PathLike[str], what: str = "path", *, mapped: bool = False, others: bool = False
+) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file by name; wrappers and prefixes as for `unwrap_state_dict`.
 
     Only `torch.load(weights_only=True)` is used, which unpickles tensors, containers and plain NumPy values: a file
-    with other objects is refused, and none of their code is run.
+    with other objects is refused, and none of their code is run. Of a TorchScript archive the tensors alone are read.
 
     Args:
         what: the argument that a missing file was given as.
+        mapped: the tensors of an archive are parts of the file, which stays where it is: for copying out of them.
+        others: leave out what is no tensor, in place of refusing it.
     Raises:
         FileNotFoundError: no such file.  CheckpointError: damaged, or holding other things; the message names the file.
     """
@@ -48,8 +53,11 @@ def read_state_dict(path: str | os.PathLike[str], what: str = "path") -> dict[st
         return unwrap_state_dict(read_safetensors(path)[0], str(path))
     _check_archive(path)
     with _readable(path, "torch"), safe_globals(NUMPY_GLOBALS):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    state = unwrap_state_dict(content, str(path))
+        if is_torchscript(path):
+            return read_torchscript(path)
+        mapped = mapped and zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    state = unwrap_state_dict(content, str(path), others)
     _check_sizes(state, path)
     return state
 
@@ -78,12 +86,14 @@ def existing(path: str | os.PathLike[str], what: str = "path") -> Path:
     return path
 
 
-def unwrap_state_dict(content: Any, source: str) -> dict[str, Tensor]:
+def unwrap_state_dict(content: Any, source: str, others: bool = False) -> dict[str, Tensor]:
     """Named tensors out of what a training framework saved.
 
     {"state_dict": ...} and {"model": ...} are opened, NumPy arrays are taken as tensors, and names are those of
     `plain_name`.
 
+    Args:
+        others: leave out what is no tensor.
     Raises:
         CheckpointError: no dict of named tensors, or two of one name.
     """
@@ -103,7 +113,7 @@ def unwrap_state_dict(content: Any, source: str) -> dict[str, Tensor]:
         if name in state:
             raise CheckpointError(f"{source}: two tensors are named {name!r}, one of them as {key!r}")
         state[name] = value
-    if odd:
+    if odd and not others:
         raise CheckpointError(f"{source}: entries that are not named tensors: {odd[:5]}")
     return state
 

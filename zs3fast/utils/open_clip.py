@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import os
-import pickle
 import re
 import ssl
 import sys
@@ -16,19 +15,18 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import torch
 from torch import Tensor, nn
 
+from zs3fast.utils.checkpoint_io import read_state_dict
 from zs3fast.utils.options import close_names
 from zs3fast.utils.packed_clip import TINY_CLIP, tiny_clip_state
-from zs3fast.utils.torchscript import is_torchscript, read_torchscript
+from zs3fast.utils.torchscript import is_torchscript
 
 downloads = logging.getLogger("zs3fast.downloads")
 OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights, in OpenAI's state dicts
@@ -202,24 +200,7 @@ def _tag(clip: str | dict[str, Any], pretrained: str | None) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file by name; no code in it is run."""
-    if is_torchscript(path):
-        return read_torchscript(path)
-    if path.suffix == ".safetensors":
-        import safetensors.torch
-
-        return safetensors.torch.load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"not a readable torch file, or one with code in it, which is not run ({reason[:200]})"
-        ) from None
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a state dict of named tensors, got {type(content).__name__}")
-    return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    return read_state_dict(path, "pretrained", mapped=True, others=True)
 
 
 def create_open_clip(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
+
+from zs3fast.utils.checkpoint_io import read_safetensors
 
 TINY_CLIP = "zs3fast-tiny-clip"  # as `pretrained`: the CLIP of the procedural world that comes with the package
 BASE = "tiny-clip.safetensors"  # its file, and what the small models of a folder build on
@@ -43,4 +44,4 @@ def unpack_clip(packed: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def tiny_clip_state() -> dict[str, Tensor]:
     """The float32 state dict of the CLIP in the package, in open_clip's layout."""
-    return unpack_clip(safetensors.torch.load_file(bundled() / BASE))
+    return unpack_clip(read_safetensors(bundled() / BASE)[0])
