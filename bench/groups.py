@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bench import contenders, end_to_end, harness, peers, stages
+from bench import contenders, counting, end_to_end, harness, peers, stages
 from bench.floors import ATTENTION, BYTES, PRODUCTS, BytesFloor, Floor
 from bench.floors import NAMES as FLOORS
 from bench.harness import Contender
@@ -33,17 +33,26 @@ class Group:
     """Contenders to time side by side, and what is known of them before the clock starts.
 
     probed: start-up, memory and outcome.  stages: clocks of pipelines.  ops: which backend of zs3fast's ops.
+    parameters: all, and those that train.  counted: the calls whose multiply-adds are counted.
     """
 
     entries: dict[Key, Contender] = field(default_factory=dict)
     probed: dict[Key, dict[str, Any]] = field(default_factory=dict)
     stages: dict[Key, end_to_end.Clock] = field(default_factory=dict)
     ops: dict[Key, str] = field(default_factory=dict)
+    parameters: dict[Key, dict[str, int]] = field(default_factory=dict)
+    counted: dict[Key, counting.Counted] = field(default_factory=dict)
 
     def add(self, setting: Setting, label: str, run: Callable[[], Any], check: Callable | None = None) -> Key:
         key = (setting, label)
         self.entries[key] = Contender(f"{setting.name} {setting.dtype} {label}", run, check)
         return key
+
+    def count(self, key: Key, call: Callable[[], Any], model: nn.Module, *, ours: bool) -> None:
+        """Note the parameters of a contender's model, and its call where its multiply-adds are counted."""
+        self.parameters[key] = counting.parameters(model, key[0].method, ours)
+        if isinstance(call, counting.Counted):
+            self.counted[key] = call
 
 
 def make_settings(args: argparse.Namespace, classes: int, batch: int, pass_: str) -> list[Setting]:
@@ -55,6 +64,8 @@ def make_settings(args: argparse.Namespace, classes: int, batch: int, pass_: str
         for m in (args.regions if method == "clip_rc" else [PUBLISHED_REGIONS])
         for dtype in args.dtype
     ]
+    if args.quick:
+        settings = [s.quick() for s in settings]
     if args.clsclip_classes is not None and classes > args.clsclip_classes:
         settings = [s for s in settings if s.method != "clsclip"]
     return [s.tiny() for s in settings] if args.tiny else settings
@@ -97,9 +108,13 @@ def add_models(
     def check(contender: str, model: nn.Module, _: object) -> None:
         check_with(contender, model, baseline, setting, device)
 
+    def counted(call: Callable[[], Any], model: nn.Module) -> Callable[[], Any]:
+        return counting.Counted(call, model) if pass_ == "inference" else call
+
     if "official" not in args.skip:
-        call = contenders.make_call("official", pass_, setting, baseline, device)
-        group.add(setting, f"{setting.baseline} eager", call)
+        call = counted(contenders.make_call("official", pass_, setting, baseline, device), baseline)
+        key = group.add(setting, f"{setting.baseline} eager", call)
+        group.count(key, call, baseline, ours=False)
     if args.compile:
         compiled = contenders.compile_baseline(baseline, setting)
         call = contenders.make_call("official", pass_, setting, compiled, device)
@@ -110,9 +125,11 @@ def add_models(
     if "zs3fast" in args.skip:
         return
     ours = contenders.make_ours(setting, baseline.state_dict(), device)
-    call = contenders.make_call("zs3fast", pass_, setting, ours, device)
     for backend in args.backend:
-        add_backend(console, group, setting, backend, call, partial(check, "zs3fast", ours))
+        call = counted(contenders.make_call("zs3fast", pass_, setting, ours, device), ours)
+        added = add_backend(console, group, setting, backend, call, partial(check, "zs3fast", ours))
+        if added is not None:
+            group.count(added, call, ours, ours=True)
     if args.stages and pass_ == "inference":
         stages.report(console, ours, setting, device)
 
@@ -209,6 +226,9 @@ def make_row(
     extra = dict(group.probed.get(key, {}))
     if key in group.ops:
         extra["ops"] = group.ops[key]
+    extra |= group.parameters.get(key, {})
+    if key in group.counted:
+        extra["gmac"] = group.counted[key].gmac
     if setting.encoder_regions:
         extra["regions"] = setting.regions
     if key in group.stages:

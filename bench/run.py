@@ -1,7 +1,7 @@
 """Whole models, image in, label map out: the official structure against zs3fast against the floor under both.
 
     python bench/run.py                        # all methods, C = 20 and 171, results in bench/results/<device>/
-    python bench/run.py --quick                # under two minutes on two cores
+    python bench/run.py --quick                # all methods on images of 128 pixels: under two minutes on two cores
     python bench/run.py --models tagclip --classes 171 --stages
     python bench/run.py --device cuda --batch 1 16 --dtype float32 bfloat16 --compile
     python bench/run.py --peers openvino onnxruntime frozen --dtype float32 bfloat16    # other runtimes on the CPU
@@ -15,7 +15,9 @@ ViT-B/16 with random weights at each method's published size (512; MAFT 480 with
 prompt counts: 10 a layer for C = 20, 100 beyond; CLIP-RC with M = 16 regions. ClsCLIP has no official code: "plain" is
 one pass of plain PyTorch a class, and it runs at C = 20 unless asked for by name. Everything is timed side by side in
 one process, in interleaved rounds, after its results have met their error budget; start-up and memory come from a
-process each. A training step is forward and backward on the seen classes of ZegCLIP, TagCLIP and CLIP-RC, without the
+process each. FPS is images a second; parameters are all of them without the text tower, and those that the recipe
+trains; GMAC are 1e9 multiply-adds of products and convolutions, as torch's FLOP counter sees them (the papers' GFLOPs).
+A training step is forward and backward on the seen classes of ZegCLIP, TagCLIP and CLIP-RC, without the
 optimiser; the largest batch in a memory budget is `bench/training.py largest`.
 """
 
@@ -46,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=METHODS, default=None, help="all; quick: zegclip")
+    add("--models", nargs="+", choices=METHODS, default=None, help="all")
     add("--classes", nargs="+", type=int, default=None, help="lengths C of the class list (20 171)")
     add("--batch", nargs="+", type=int, default=[1], help="images a call (1)")
     add("--dtype", nargs="+", choices=tuple(DTYPES), default=["float32"])
@@ -66,7 +68,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--probes-only", action="store_true", help="start-up and memory only; nothing is checked or timed")
     add("--memory-limit", type=float, default=None, help="GiB a probe may take on the CPU (80%% of what is available)")
     add("--probe-timeout", type=float, default=600, help="seconds a probe may take (600)")
-    add("--quick", action="store_true", help="ZegCLIP with C = 20 only, 3 rounds")
+    add("--quick", action="store_true", help="images of 128 pixels, C = 20 only, 3 rounds")
     add("--tiny", action="store_true", help="a toy network: exercises this script, measures nothing")
     add("--json", type=Path, default=None, help="where to write (bench/results/<device>/models.json)")
     add("--update", action="store_true", help="keep the file's rows that this run does not measure anew")
@@ -74,7 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     # A pass a class: at C = 171 ClsCLIP alone would take longer than everything else together.
     args.clsclip_classes = 20 if args.models is None else None
-    args.models = args.models or (["zegclip"] if args.quick else list(METHODS))
+    args.models = args.models or list(METHODS)
     args.classes = args.classes or ([20] if args.quick else [20, 171])
     args.rounds = args.rounds or (3 if args.quick else 50 if args.device != "cpu" else 9)
     if min(args.classes) < 1:

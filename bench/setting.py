@@ -103,6 +103,10 @@ class Setting:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    def quick(self) -> Setting:
+        """The full network on images of 128 pixels: all methods together end in two minutes on two cores."""
+        return replace(self, image_size=128, mask_side=32)
+
     def tiny(self) -> Setting:
         """The same structure at sizes that run in milliseconds."""
         sizes = dict(image_size=64, width=48, layers=3, heads=4, embed_dim=32, decoder_heads=4)

@@ -1,4 +1,4 @@
-"""The tables that `run.py` prints: images a second against the baselines and the floors, then start-up and memory."""
+"""The tables that `run.py` prints: FPS, parameters and work against baselines and floors, then start-up and memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def show(console: Console, rows: Sequence[Row], earlier: Sequence[Row] | None = 
 def times(rows: Sequence[Row], before: dict[tuple, Row] | None) -> Table:
     first = rows[0]
     end_to_end, inference = first["pass"] == "end-to-end", first["pass"] == "inference"
-    columns = ["images/s", "median", "p20", "p80", "p99", "x eager"]
+    columns = ["FPS", "median", "p20", "p80", "p99", "x eager", "M par.", "trained", "GMAC", "peak MiB"]
     columns += ["/ products", "/ + attention"] if inference else []
     columns += STAGES if end_to_end else []
     columns += ["before", "speed-up"] if before is not None else []
@@ -41,6 +41,8 @@ def times(rows: Sequence[Row], before: dict[tuple, Row] | None) -> Table:
             continue
         cells = [number(r["images_per_second"]), *(f"{r[f'p{p}_ms']:.1f}" for p in (50, 20, 80, 99))]
         cells.append(ratio(eager_time(r, rows), r["p50_ms"]))
+        cells += [size(r.get("parameters")), size(r.get("trainable"))]
+        cells += ["-" if r.get(key) is None else f"{r[key]:.1f}" for key in ("gmac", "peak_mib")]
         if inference:
             cells += [ratio(r["p50_ms"], floors.get((r["floor"], r["dtype"], f))) for f in (PRODUCTS, ATTENTION)]
         if end_to_end:
@@ -79,6 +81,11 @@ def eager_time(row: Row, rows: Iterable[Row]) -> float | None:
 
 def ratio(a: float | None, b: float | None) -> str:
     return f"{a / b:.2f}" if a and b else "-"
+
+
+def size(count: int | None) -> str:
+    """Millions of parameters."""
+    return "-" if count is None else f"{count / 1e6:.2f}"
 
 
 def number(value: float) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import contenders, end_to_end, floors, groups, harness, report, run, tables
+from bench import contenders, counting, end_to_end, floors, groups, harness, report, run, tables
 from bench.setting import METHODS, ONE_STAGE, Setting, make_inputs
 from zs3fast.inference import predictors as recipes
 
@@ -46,7 +46,43 @@ def test_quick_run_of_every_method(tmp_path):
         assert r["rounds"] == 3 and 0 < r["p20_ms"] <= r["p50_ms"] <= r["p99_ms"]
         assert r["images_per_second"] == pytest.approx(1e3 / r["p50_ms"], rel=1e-2)
         assert r["floor"] == encoders.get(r["name"], r["name"])
-    assert "images/s" in done.stdout and "/ products" in done.stdout
+        if "floor" not in r["backend"]:
+            assert r["gmac"] > 0 and 0 < r["trainable"] < r["parameters"]
+    for word in ("FPS", "/ products", "M par.", "trained", "GMAC", "peak MiB"):
+        assert word in done.stdout, word
+
+
+@pytest.mark.parametrize(
+    ("method", "classes", "declared", "live"),
+    [
+        ("zegclip", 20, 13_821_184, 8_039_168),
+        ("zegclip", 171, 14_650_624, 8_868_608),
+        ("tagclip", 20, 11_720_448, 9_091_328),
+    ],
+)
+def test_parameters_are_those_of_the_papers(method, classes, declared, live):
+    """The published structure declares what it never uses; without that, TagCLIP trains more than ZegCLIP, not less."""
+    setting = Setting(method, classes)
+    baseline = contenders.make_baseline(setting)
+    ours = contenders.make_ours(setting, baseline.state_dict())
+    assert counting.parameters(baseline, method, ours=False)["trainable"] == declared
+    assert counting.parameters(ours, method, ours=True)["trainable"] == live
+
+
+def test_the_first_call_alone_is_counted():
+    setting = Setting("clip_rc", 20, regions=4).tiny()
+    baseline = contenders.make_baseline(setting)
+    call = counting.Counted(contenders.make_call("official", "inference", setting, baseline), baseline)
+    asking = [p.requires_grad for p in baseline.parameters()]
+    first, gmac = call(), call.gmac
+    assert gmac > 0 and torch.equal(call(), first) and call.gmac == gmac
+    assert [p.requires_grad for p in baseline.parameters()] == asking and any(asking)
+
+
+def test_quick_settings_are_small_and_whole():
+    settings = groups.make_settings(run.parse_arguments(["--quick"]), 20, 1, "inference")
+    assert {s.method for s in settings} == set(METHODS) and {s.image_size for s in settings} == {128}
+    assert all((s.width, s.layers) == (768, 12) for s in settings)
 
 
 def test_dtypes_and_backends_are_contenders_side_by_side(tmp_path, capsys):

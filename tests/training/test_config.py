@@ -50,6 +50,19 @@ def test_recipes_say_what_was_published() -> None:
         assert (model["ensemble"], model["pretrained"]) == (share, "openai")
 
 
+def test_settings_as_the_papers_print_them() -> None:
+    """Where paper and released code part, a setting named after the paper takes its side."""
+    for dataset in ("voc20", "coco171"):
+        tagclip, published = load_config(f"tagclip_{dataset}_paper"), load_config(f"tagclip_{dataset}_inductive")
+        assert (tagclip.model["trusty_init"], tagclip.model["trusty_loss"]) == ("zeros", "dice")
+        assert (tagclip.optimizer.no_decay, published.optimizer.no_decay) == ("norms", "none")
+        maft, published = load_config(f"maft_{dataset}_paper"), load_config(f"maft_{dataset}_inductive")
+        assert maft.model["loss_weights"] == {"ma": 1.0, "dis": 1.0} and maft.optimizer.weight_decay == 1e-5
+        assert (maft.model["ensemble_form"], maft.model["iou_range"]) == ("paper", "all")
+        assert "proj" not in maft.model["freeze"] and maft.iterations == published.iterations
+        assert load_config(f"maft_{dataset}_transductive").setting == "transductive"
+
+
 def test_overrides_and_base(tmp_path: Path) -> None:
     config = load_config(
         "zegclip_voc20_inductive", ["optimizer.lr=1e-4", "compile=true", "checkpoint.export_at=[5, 7]"]

@@ -235,3 +235,36 @@ def test_inductive_training_tells_a_proposer_of_seen_classes_alone(monkeypatch, 
     common = {"ignore_index": 255, "precision": "fp32"}
     proposing.build_proposal_step(config, model, text, torch.device("cpu"), common)
     assert len(lists) == 1 and torch.equal(lists[0], text[told])
+
+
+def test_self_training_of_maft_guesses_among_the_unseen() -> None:
+    """Pixels of unseen classes take the best of them by A^c times mask; what they are is told to nobody."""
+    step = proposal_step("transductive")
+    model, batch = step.model, maft_batch()
+    unseen = [c for c in range(7) if c not in SEEN]
+    labels = batch["labels"]
+    hidden = torch.isin(labels, torch.tensor(unseen))
+    told = step._told(labels)
+    assert set(told[hidden].tolist()) == {unseen[0]} and torch.equal(told[~hidden], labels[~hidden])
+    proposals = step.propose(batch["images"], told)
+    out = model(batch["images"], step.text_embeddings, proposals)
+    guessed = model.pseudo_labels(out, labels)
+    scores = torch.einsum("bqc,bqhw->bchw", out.proposal_logits.softmax(-1)[..., unseen], proposals.masks)
+    expected = torch.where(hidden, torch.tensor(unseen)[scores.argmax(1)], labels)
+    assert torch.equal(guessed, expected) and hidden.any() and set(guessed[hidden].tolist()) <= set(unseen)
+    swapped = {**batch, "labels": torch.where(hidden, sum(unseen) - labels, labels)}  # the other unseen class
+    assert torch.equal(step(batch)["loss"], step(swapped)["loss"]), "the loss knows which unseen class a pixel is"
+    ignored = {**batch, "labels": torch.where(hidden, 255, labels)}
+    assert not torch.equal(step(batch)["loss"], step(ignored)["loss"])
+
+
+def test_pixels_without_a_proposal_get_no_pseudo_label() -> None:
+    model = tiny_model("maft")
+    images, text = tiny_inputs(1)
+    masks = torch.zeros(1, 2, 64, 64)
+    masks[0, 0, :, :32] = 1
+    labels = torch.full((1, 64, 64), next(c for c in range(7) if c not in SEEN))
+    guessed = model.pseudo_labels(model(images, text, masks), labels)
+    assert (guessed[0, :, 40:] == 255).all() and not torch.isin(guessed[0, :, :24], torch.tensor([255, *SEEN])).any()
+    everything = tiny_model("maft", seen=list(range(7)))
+    assert everything.pseudo_labels(everything(images, text, masks), labels) is labels

@@ -14,6 +14,7 @@ from zs3fast import ops
 from zs3fast.encoders.config import vision_config
 from zs3fast.encoders.open_clip_weights import load_clip_weights
 from zs3fast.encoders.proposal_clip import FREEZABLE, ProposalClipResNet, ProposalClipViT
+from zs3fast.labels import targets
 from zs3fast.labels.ensemble import FORMS, ensemble_class_weights
 from zs3fast.labels.proposal_targets import soft_iou
 from zs3fast.models.base import ZeroShotModel
@@ -296,11 +297,38 @@ class MAFT(ZeroShotModel):
             against[..., list(seen)] = -self.seen_offset
             everywhere = masks.new_full((len(masks), 1, *masks.shape[2:]), 100.0 if logits else 1.0)
             weights, masks = torch.cat([weights, against], 1), torch.cat([masks, everywhere], 1)
-        frame = {"logits": logits, "padded_size": proposals.padded_size, "align_corners": proposals.align_corners}
-        return [
-            ((weights[i : i + 1], masks[i : i + 1]), {**frame, "image_size": size})
-            for i, size in enumerate(proposals.image_sizes)
+        return _by_image(proposals, weights, masks, logits)
+
+    @torch.no_grad()
+    def pseudo_labels(self, out: ProposalOutput, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
+        """Self-training labels (table 8): every unseen pixel takes the best unseen class of the proposals over it.
+
+        The choice is CLIP's alone, A^c of the unseen classes times mask, as it is now; all other pixels stay, and one
+        that no proposal covers becomes `ignore_index`. The paper does not say how its labels were made: our reading is
+        ZegCLIP's way, which is told where unseen pixels are and guesses what they show.
+
+        Args:
+            out: of all classes, the model's own vocabulary.
+            labels: [B, H, W] in dataset indices, on the image inside the proposals' frame.
+        """
+        classes = out.proposal_logits.shape[-1]
+        unseen = sorted(set(range(classes)) - set(self.seen_among(classes)))
+        if not unseen:
+            return labels
+        index, proposals = torch.tensor(unseen, device=labels.device), out.proposals
+        weights = (out.proposal_logits.softmax(-1) * proposals.valid.unsqueeze(-1))[..., index]
+        logits = proposals.masks is None
+        masks = proposals.mask_logits if logits else proposals.masks
+        assert masks is not None
+        size = (labels.shape[-2], labels.shape[-1])
+        found = [
+            ops.proposals_to_labels(*args, size, dtype=torch.int64, return_scores=True, **frame)
+            for args, frame in _by_image(proposals, weights.contiguous(), masks, logits)
         ]
+        best, scores = (torch.cat(parts) for parts in zip(*found))
+        guessed = torch.where(scores > 0, index[best], ignore_index)
+        hidden = targets.unseen_pixels(labels, self.seen, classes, ignore_index)
+        return torch.where(hidden, guessed, labels.long())
 
     def loss(
         self,
@@ -323,7 +351,7 @@ class MAFT(ZeroShotModel):
         self._check_targets(out, gt_masks, gt_labels)
         probabilities = _wide(out.proposal_logits).softmax(-1)
         masks = soft_masks(out.proposals)
-        columns, targets = [], []
+        columns, ranges = [], []
         for image in range(len(masks)):
             rows = gt_labels[image] >= 0
             iou = soft_iou(masks[image], gt_masks[image, rows])
@@ -331,9 +359,9 @@ class MAFT(ZeroShotModel):
                 low, high = iou.aminmax(dim=1, keepdim=True)
             else:
                 low, high = iou.aminmax()
-            targets.append((iou - low) / (high - low + 1e-8))
+            ranges.append((iou - low) / (high - low + 1e-8))
             columns.append(probabilities[image, :, gt_labels[image, rows]].t())
-        predicted, wanted = torch.cat(columns), torch.cat(targets)
+        predicted, wanted = torch.cat(columns), torch.cat(ranges)
         terms = {"ma": MA_LOSSES[self.ma_loss](predicted, wanted) if len(wanted) else predicted.sum()}
         if teacher_embedding is not None:
             if out.image_embedding is None:
@@ -383,6 +411,17 @@ def _similarity(embeddings: Tensor, text: Tensor) -> Tensor:
     """100 * cosine [..., C] of embeddings [..., D] and text [C, D], in float32 at least: half types would round it."""
     with without_autocast(embeddings.device):
         return TEMPERATURE * F.normalize(_wide(embeddings), dim=-1) @ F.normalize(_wide(text), dim=-1).t()
+
+
+def _by_image(
+    proposals: Proposals, weights: Tensor, masks: Tensor, logits: bool
+) -> list[tuple[tuple[Tensor, Tensor], dict[str, Any]]]:
+    """Arguments of `proposals_to_labels`, image by image."""
+    frame = {"logits": logits, "padded_size": proposals.padded_size, "align_corners": proposals.align_corners}
+    return [
+        ((weights[i : i + 1], masks[i : i + 1]), {**frame, "image_size": size})
+        for i, size in enumerate(proposals.image_sizes)
+    ]
 
 
 def mask_bits(proposals: Proposals, grid: tuple[int, int]) -> Tensor:

@@ -45,6 +45,7 @@ Method = Literal["zegclip", "tagclip", "clip_rc", "clsclip", "maft"]
 SETTINGS: tuple[str, ...] = get_args(Setting)
 METHODS: tuple[str, ...] = get_args(Method)
 ONE_STAGE = ("zegclip", "tagclip", "clip_rc")
+SELF_TRAINED = (*ONE_STAGE, "maft")  # can learn unseen classes from labels of their own making
 
 # Keys that a resumed run may change: where things lie, how they are spread and shown, but not what is computed.
 FREE = (
@@ -211,8 +212,10 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        if self.setting == "transductive" and self.method not in ONE_STAGE:
-            raise ValueError(f"setting: {self.method} has no transductive training, only {', '.join(ONE_STAGE)} have")
+        if self.setting == "transductive" and self.method not in SELF_TRAINED:
+            raise ValueError(
+                f"setting: {self.method} has no transductive training, only {', '.join(SELF_TRAINED)} have"
+            )
         if (self.iterations is None) == (self.epochs is None):
             given = "both" if self.iterations is not None else "neither"
             raise ValueError(f"iterations, epochs: expected one of them, got {given}")

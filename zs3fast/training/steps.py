@@ -140,7 +140,8 @@ class ProposalStep(Step):
     Both losses are means over what a micro-batch holds, and micro-batches are averaged, as published (2 images each).
 
     Args:
-        setting: "inductive" trains on the seen classes alone, unseen pixels count as ignored.
+        setting: "inductive" trains on the seen classes alone, unseen pixels count as ignored; "transductive" knows all
+            names, and where unseen pixels are, and gives them pseudo labels, see `MAFT.pseudo_labels`.
         propose: images [B, 3, H, W] as the batch has them, and channel labels [B, H, W] -> Proposals.
         clip_size: side the images are resized to for CLIP.
         distillation: compare the class scores of whole images with those of a frozen copy of the model as it is now.
@@ -178,9 +179,8 @@ class ProposalStep(Step):
         labels = batch["labels"]
         if self.setting == "inductive":
             labels = targets.inductive_labels(labels, self.model.seen, self._classes, self.ignore_index)
-        masks, classes = class_masks(labels, len(self.text_embeddings))
         with torch.no_grad():
-            proposals = self.propose(batch["images"], labels)
+            proposals = self.propose(batch["images"], self._told(labels))
         size = (self.clip_size, self.clip_size)
         images = F.interpolate(batch["images"], size=size, mode="bilinear", align_corners=False)
         teacher = self._teacher[0]
@@ -189,5 +189,16 @@ class ProposalStep(Step):
             if teacher is not None:
                 with torch.no_grad():
                     embedding = teacher.image_embedding(images)
+        if self.setting == "transductive":
+            labels = self.model.pseudo_labels(out, labels, ignore_index=self.ignore_index)
+        masks, classes = class_masks(labels, len(self.text_embeddings))
         result: Terms = self.model.loss(out, masks, classes, teacher_embedding=None if teacher is None else embedding)
         return result
+
+    def _told(self, labels: Tensor) -> Tensor:
+        """What proposals made from the labels may know of them: in self-training not which unseen class a pixel is."""
+        if self.setting != "transductive":
+            return labels
+        hidden = targets.unseen_pixels(labels, self.model.seen, self._classes, self.ignore_index)
+        one = next((c for c in range(self._classes) if c not in self.model.seen), 0)
+        return labels.masked_fill(hidden, one)
