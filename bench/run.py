@@ -39,7 +39,7 @@ from bench.setting import DTYPES, METHODS, ONE_STAGE, PUBLISHED_REGIONS  # noqa:
 PASSES = ("inference", "training", "end-to-end")
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 
-console = Console() if sys.stdout.isatty() else Console(width=140)
+console = Console() if sys.stdout.isatty() else Console(width=180)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

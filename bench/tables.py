@@ -29,7 +29,7 @@ def show(console: Console, rows: Sequence[Row], earlier: Sequence[Row] | None = 
 def times(rows: Sequence[Row], before: dict[tuple, Row] | None) -> Table:
     first = rows[0]
     end_to_end, inference = first["pass"] == "end-to-end", first["pass"] == "inference"
-    columns = ["FPS", "median", "p20", "p80", "p99", "x eager", "M par.", "trained", "GMAC", "peak MiB"]
+    columns = ["FPS", "median", "p20 - p80", "p99", "x eager", "M par.", "trained", "GMAC", "peak MiB"]
     columns += ["/ products", "/ + attention"] if inference else []
     columns += STAGES if end_to_end else []
     columns += ["before", "speed-up"] if before is not None else []
@@ -39,7 +39,8 @@ def times(rows: Sequence[Row], before: dict[tuple, Row] | None) -> Table:
     for r in rows:
         if not r["rounds"]:
             continue
-        cells = [number(r["images_per_second"]), *(f"{r[f'p{p}_ms']:.1f}" for p in (50, 20, 80, 99))]
+        spread = f"{r['p20_ms']:.1f} - {r['p80_ms']:.1f}"
+        cells = [number(r["images_per_second"]), f"{r['p50_ms']:.1f}", spread, f"{r['p99_ms']:.1f}"]
         cells.append(ratio(eager_time(r, rows), r["p50_ms"]))
         cells += [size(r.get("parameters")), size(r.get("trainable"))]
         cells += ["-" if r.get(key) is None else f"{r[key]:.1f}" for key in ("gmac", "peak_mib")]

@@ -102,8 +102,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(ValueError, match="goes round in a circle"):
         load_config(tmp_path / "a.yaml")
-    with pytest.raises(ValueError, match="maft has no transductive training"):
-        from_dict({"method": "maft", "setting": "transductive", "iterations": 1})
+    with pytest.raises(ValueError, match="clsclip has no transductive training"):
+        from_dict({"method": "clsclip", "setting": "transductive", "iterations": 1})
 
 
 def test_every_wrong_key_has_a_line_that_names_its_file(tmp_path: Path) -> None:
