@@ -92,6 +92,11 @@ ELSEWHERE = {
         "Segment any number of images on Ray into Parquet shards, each exactly once.",
         True,
     ),
+    "serve": Elsewhere(
+        "zs3fast.inference.serve_command",
+        "serve",
+        "Answer images with label maps over HTTP, on Ray Serve.",
+    ),
     "app": Elsewhere(
         "zs3fast.app.command",
         "app",

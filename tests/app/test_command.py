@@ -26,11 +26,20 @@ def run_without_extras(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, timeout=300)
 
 
-def test_help_needs_no_extra_and_running_names_it() -> None:
-    shown = run_without_extras("app", "--help")
-    assert shown.returncode == 0 and "--max-upload" in shown.stdout, shown.stderr
-    ran = run_without_extras("app")
-    assert ran.returncode == 2 and ran.stderr == "error app needs gradio: pip install 'zs3fast[app]'\n"
+@pytest.mark.parametrize(
+    ("command", "option", "arguments", "missing"),
+    [
+        ("app", "--max-upload", [], "app needs gradio: pip install 'zs3fast[app]'"),
+        ("serve", "--queued", ["--weights", "zs3fast-tiny"], "serve needs ray: pip install 'zs3fast[ray]'"),
+    ],
+)
+def test_help_needs_no_extra_and_running_names_it(
+    command: str, option: str, arguments: list[str], missing: str
+) -> None:
+    shown = run_without_extras(command, "--help")
+    assert shown.returncode == 0 and option in shown.stdout, shown.stderr
+    ran = run_without_extras(command, *arguments)
+    assert ran.returncode == 2 and ran.stderr == f"error {missing}\n"
 
 
 @pytest.mark.slow

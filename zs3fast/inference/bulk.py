@@ -128,7 +128,7 @@ def bulk(
         missing = sum(one not in have for one in source.ids)
         if not missing:
             return BulkReport(0, failed, len(have))
-        with _ray_started(options):
+        with ray_started(options.address, options.actors, options.num_gpus, options.num_cpus):
             done = 0
             for receipt in _receipts(source, have, shards, segmenter, told, options):
                 done += receipt
@@ -321,7 +321,7 @@ class _Worker:
     ):
         torch.set_num_threads(max(1, int(options.num_cpus)))
         model, tower = ray.get(parts)
-        self.segmenter = _segmenter(model, tower, classes, how)
+        self.segmenter = actor_segmenter(model, tower, classes, how)
         self.shards, self.options = shards, options
         self.stamp = {key: told[key]["fingerprint"] for key in ("model", "class_list")}
 
@@ -333,7 +333,8 @@ class _Worker:
         return pa.table({"shard": [path], "rows": pa.array([len(rows)], pa.int64())})
 
 
-def _segmenter(model: ZeroShotModel, tower: Any, classes: Any, how: SegmenterOptions) -> Segmenter:
+def actor_segmenter(model: ZeroShotModel, tower: Any, classes: Any, how: SegmenterOptions) -> Segmenter:
+    """An actor's own segmenter of a model and a text tower that Ray handed it, which are on the CPU."""
     if how.device != "cpu":
         tower = tower.to(how.device)
     return Segmenter(model, text_encoder=tower, class_names=classes, options=how)
@@ -386,7 +387,7 @@ def _row(one: str, **values: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _ray_started(options: BulkOptions) -> Iterator[None]:
+def ray_started(address: str | None, actors: int, num_gpus: float, num_cpus: float) -> Iterator[None]:
     """Ray for the run: a cluster's, one that the caller has started, or one on this machine that ends with it."""
     if ray.is_initialized():
         yield
@@ -395,17 +396,17 @@ def _ray_started(options: BulkOptions) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends a run comes as an exception too
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if options.address is not None:
+    if address is not None:
         try:
-            ray.init(address=options.address, **quiet)
+            ray.init(address=address, **quiet)
         except ConnectionError as error:
-            raise ValueError(f"address: no Ray cluster answers at {options.address} ({first_line(error)})") from None
+            raise ValueError(f"address: no Ray cluster answers at {address} ({first_line(error)})") from None
     else:
         gpus = torch.cuda.device_count()
-        if options.num_gpus * options.actors > gpus:
-            raise ValueError(f"num_gpus: {options.actors} x {options.num_gpus} are asked for, this machine has {gpus}")
+        if num_gpus * actors > gpus:
+            raise ValueError(f"num_gpus: {actors} x {num_gpus} are asked for, this machine has {gpus}")
         # Ray's CPUs are its book-keeping: actors may take all cores, and readers, which mostly wait, still get a turn.
-        cpus = max(os.cpu_count() or 1, int(np.ceil(options.actors * options.num_cpus)) + 1)
+        cpus = max(os.cpu_count() or 1, int(np.ceil(actors * num_cpus)) + 1)
         ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -150,6 +150,11 @@ class Segmenter:
         )
 
     @property
+    def together(self) -> bool:
+        """Whether images share the model's batches: `stream` takes a `batch_size` above 1."""
+        return self._predictor.together
+
+    @property
     def names_apart(self) -> bool:
         """Whether each name of a class competes on its own, in place of their mean."""
         return self._predictor.names_apart
