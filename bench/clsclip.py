@@ -7,7 +7,7 @@
 
 ViT-B/16 at 352 x 352, random weights, image and text tokens in, mask logits of every class out. "plain" is torch's own
 modules, one whole pass a class; "one by one" is zs3fast's model called for one class (or box) at a time, "zs3fast" for
-all of them. Boxes lie in a picture of 500 x 375 pixels, each of a class of its own; scores [C, H, W] come out.
+all of them. Boxes lie in an image of 500 x 375 pixels, each of a class of its own; scores [C, H, W] come out.
 
 The bound by arithmetic, all terms counted: C (prefix + suffix + decoder) against prefix + merge + C (suffix + decoder -
 merge). In GMAC 46.2, 231, 924, 3694 against 46.2, 195, 751, 2976 for C = 1, 5, 20, 80: at most 1.00x, 1.19x, 1.23x,
@@ -98,7 +98,7 @@ def make_boxes_call(
 ):
     """ClsCLIP+ on seeded boxes, a class each: the call, and the plain scores of the checked classes."""
     count, (height, width) = len(text), PICTURE
-    picture = torch.randn(3, height, width, generator=generator).to(text)
+    image = torch.randn(3, height, width, generator=generator).to(text)
     corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.6
     size = 20 + torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.35
     words = [f"word {i}" for i in range(count)]
@@ -110,7 +110,7 @@ def make_boxes_call(
         scores = torch.zeros(len(classes), height, width, device=text.device)
         for row, c in enumerate(classes):
             ((x0, y0, x1, y1),) = zoom_windows(boxes.boxes[c : c + 1], PICTURE, plus.crop_margin)
-            crop = squash(picture[None, :, y0:y1, x0:x1], ours.image_size).to(text.dtype)
+            crop = squash(image[None, :, y0:y1, x0:x1], ours.image_size).to(text.dtype)
             out = model(crop, text[c : c + 1])
             logits = out if isinstance(out, Tensor) else out.mask_logits
             z = F.interpolate(logits.float(), size=(y1 - y0, x1 - x0), mode="bilinear", align_corners=False)
@@ -121,7 +121,7 @@ def make_boxes_call(
     calls = {
         "plain": lambda: each(plain, everything),
         "one by one": lambda: each(ours, everything),
-        OURS: lambda: plus.class_scores(picture, text, boxes, words),
+        OURS: lambda: plus.class_scores(image, text, boxes, words),
     }
     return calls[name], lambda: each(plain, checked)
 

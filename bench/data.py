@@ -1,9 +1,9 @@
 """Images a second of loading and augmenting training samples, by the number of worker processes.
 
-Reads real pictures where --root holds a dataset; otherwise it makes its own (--pictures of --size, JPEG and PNG with
+Reads real images where --root holds a dataset; otherwise it makes its own (--pictures of --size, JPEG and PNG with
 the sizes and textures of photographs).
 
-    python bench/data.py                                          # its own pictures, all recipes, 0, 1 and 2 workers
+    python bench/data.py                                          # its own images, all recipes, 0, 1 and 2 workers
     python bench/data.py --dataset voc20 --root VOCdevkit/VOC2012 --workers 0 4 16
 """
 
@@ -34,12 +34,12 @@ from zs3fast.data.sampling import seed_worker  # noqa: E402
 RECIPES = {"decode": None, "zegclip": 512, "maft": 640, "clsclip": 352}  # "decode": reading alone
 
 
-def make_voc(root: Path, pictures: int, size: tuple[int, int], seed: int = 0) -> None:
-    """A VOC tree of smooth random pictures with blocks of labels."""
+def make_voc(root: Path, images: int, size: tuple[int, int], seed: int = 0) -> None:
+    """A VOC tree of smooth random images with blocks of labels."""
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    ids = [f"2012_{number:06d}" for number in range(pictures)]
+    ids = [f"2012_{number:06d}" for number in range(images)]
     for name in ids:
         small = Image.fromarray(rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), np.uint8))
         photo = np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC), np.int16)
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print and write `bench/results/<device>/data.json`; the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="voc20")
-    parser.add_argument("--root", type=Path, help="the dataset's folder; left out: pictures made here")
+    parser.add_argument("--root", type=Path, help="the dataset's folder; left out: images made here")
     parser.add_argument("--split", default="train")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--workers", nargs="+", type=int, default=sorted({0, 1, 2, min(8, os.cpu_count() or 1)}))
@@ -114,13 +114,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def loading_row(
-    recipe: str, workers: int, rates: Sequence[float], pictures: str, described: dict[str, Any]
+    recipe: str, workers: int, rates: Sequence[float], images: str, described: dict[str, Any]
 ) -> dict[str, Any]:
     """A row of the results file, from images a second of each round; its times are of one image."""
     return harness.row(
         recipe,
         f"{workers} workers",
-        pictures,
+        images,
         Timing([1 / rate for rate in rates]),
         dtype=torch.uint8,
         pass_="loading",

@@ -2,7 +2,7 @@
 
 zs3fast is `zs3fast.utils.images.read_image` and a `Segmenter`, as a user calls them. The official pipeline is Pillow's
 decoder, a bilinear resize of the short side to the window's on 8 bits, the official structure window by window, its
-scores padded into the whole picture, averaged, resized to the picture's own size, softmax and argmax. Both cut the same
+scores padded into the whole image, averaged, resized to the image's own size, softmax and argmax. Both cut the same
 sliding windows. Stages are clocked inside the timed calls.
 """
 
@@ -30,10 +30,10 @@ PICTURE = harness.ROOT / "assets" / "coffee.jpg"
 PICTURE_SIZE = (500, 375)  # width and height: VOC's usual ones
 
 
-def make_picture(folder: str | Path, picture: Path | None = None) -> Path:
+def make_image(folder: str | Path, image: Path | None = None) -> Path:
     """The file to label: the one given, or the repository's photo at 500 x 375, quality 92."""
-    if picture is not None:
-        return picture
+    if image is not None:
+        return image
     path = Path(folder) / "picture.jpg"
     Image.open(PICTURE).convert("RGB").resize(PICTURE_SIZE).save(path, quality=92)
     return path

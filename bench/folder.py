@@ -1,10 +1,10 @@
-"""Pictures a second over a folder: JPEG files in, three result files each, one after the other against overlapped.
+"""Images a second over a folder: JPEG files in, three result files each, one after the other against overlapped.
 
     python bench/folder.py                                            # ZegCLIP, C = 20, on the CPU
     python bench/folder.py --device cuda --dtype bfloat16 --workers 1 4 8 --batch-size 1 4 --compile
 
-Every contender reads the same pictures, made here with the sizes and textures of photographs, and writes what
-`zs3fast segment` writes. Its labels are checked against those of the sequential one first. Times are of one picture.
+Every contender reads the same images, made here with the sizes and textures of photographs, and writes what
+`zs3fast segment` writes. Its labels are checked against those of the sequential one first. Times are of one image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SAME_LABELS = 0.999  # windows that share a batch with others, or run compiled, 
 
 
 def sequential(segmenter: Segmenter, paths: Sequence[Path], output: Path) -> Path:
-    """One picture after the other, each read, segmented and written before the next."""
+    """One image after the other, each read, segmented and written before the next."""
     for path in paths:
         write_result(segmenter(path), output / path.stem)
     return output
@@ -102,7 +102,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1])
     parser.add_argument("--compile", action="store_true", help="also through torch.compile")
     parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--size", nargs=2, type=int, default=(375, 500), help="height and width of the pictures")
+    parser.add_argument("--size", nargs=2, type=int, default=(375, 500), help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a toy network: exercises this script, measures nothing")
     parser.add_argument("--json", type=Path, help="where to write (bench/results/<device>/folder.json)")
@@ -122,17 +122,17 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     described = harness.environment(args.device)
     rows = []
     for name, timing in times.items():
-        per_picture = Timing([sample / args.pictures for sample in timing.samples], timing.peak_bytes)
+        per_image = Timing([sample / args.pictures for sample in timing.samples], timing.peak_bytes)
         rows.append(
             harness.row(
                 args.model,
                 name,
                 f"{setting.shape}, {args.size[0]} x {args.size[1]}",
-                per_picture,
+                per_image,
                 dtype=setting.torch_dtype,
                 pass_="folder",
                 described=described,
-                images_per_second=round(1 / per_picture.median, 3),
+                images_per_second=round(1 / per_image.median, 3),
             )
         )
         print(f"{args.model:8s} {name:28s} {rows[-1]['images_per_second']:9.2f} images/s", flush=True)

@@ -160,8 +160,8 @@ def add_pipelines(
     _: str,
     folder: Path,
 ) -> None:
-    """A picture on disk -> labels in NumPy."""
-    path = end_to_end.make_picture(folder, args.picture)
+    """An image on disk -> labels in NumPy."""
+    path = end_to_end.make_image(folder, args.picture)
     ours = contenders.make_ours(setting, baseline.state_dict(), args.device)
     means = (ours.pixel_mean, ours.pixel_std)
     models = {"eager": baseline} if "official" not in args.skip else {}

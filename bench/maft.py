@@ -4,9 +4,9 @@
     python bench/maft.py maft-100prop --rounds 5
     python bench/maft.py --device cuda --dtype bfloat16
 
-CLIP ViT-B/16 with random weights, one picture of 480 x 480 (30 x 30 patches), masked from layer 8, Nq soft proposals of
+CLIP ViT-B/16 with random weights, one image of 480 x 480 (30 x 30 patches), masked from layer 8, Nq soft proposals of
 compact shape that cover a tenth of it each. "official joint" is one attention over all T = Nq + N tokens with a bool
-mask a head, made again in every masked layer (`bench/baselines/maft.py`). "crops" embeds Nq pictures of 224 x 224
+mask a head, made again in every masked layer (`bench/baselines/maft.py`). "crops" embeds Nq images of 224 x 224
 with the same tower, 25 at a time; cutting them out is not timed. It answers another question and is not checked.
 """
 
@@ -34,7 +34,7 @@ CROP = 224
 
 
 def blobs(count: int, side: int) -> Tensor:
-    """Soft discs [1, Nq, side, side] that cover about a tenth of the picture each."""
+    """Soft discs [1, Nq, side, side] that cover about a tenth of the image each."""
     generator = torch.Generator().manual_seed(0)
     centre = torch.rand(count, 2, 1, 1, generator=generator) * side
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")

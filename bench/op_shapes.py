@@ -31,7 +31,7 @@ NAMED = {
         "masks_to_labels": "voc20-512-b16",
         "mask_loss": "voc15-512-b16",
     },
-    # the same on COCO-Stuff, 16 pictures on one device; the loss sees the seen classes
+    # the same on COCO-Stuff, 16 images on one device; the loss sees the seen classes
     "coco171-512-b16": {
         "attention_to_mask": "coco171-512-b16",
         "relationship_descriptor": "coco171-512-b16",
@@ -39,7 +39,7 @@ NAMED = {
         "masks_to_labels": "coco171-512-b16",
         "mask_loss": "coco156-512-b16",
     },
-    # one picture of 640 x 640, the long list of ADE20K, ViT-L/14
+    # one image of 640 x 640, the long list of ADE20K, ViT-L/14
     "ade847-640-l14": {
         "attention_to_mask": "ade847-640-l14",
         "relationship_descriptor": "ade847-640-l14",
@@ -48,7 +48,7 @@ NAMED = {
         "masks_to_labels": "ade847-640-l14",
         "proposals_to_labels": "ade847-640",
     },
-    # MAFT: one picture with 100 proposals, COCO-Stuff
+    # MAFT: one image with 100 proposals, COCO-Stuff
     "maft-100prop": {
         "proposal_attention": "maft-100-keep10",
         "masks_to_bits": "freeseg-100",

@@ -1,4 +1,4 @@
-"""How the pictures of `plots.py` look: size, ticks, names at the ends of lines, title and caption."""
+"""How the images of `plots.py` look: size, ticks, names at the ends of lines, title and caption."""
 
 from __future__ import annotations
 

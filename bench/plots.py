@@ -1,4 +1,4 @@
-"""Pictures of results files: one question a picture, one device a folder.
+"""Images of results files: one question an image, one device a folder.
 
     python bench/plots.py                          # every folder of bench/results
     python bench/plots.py bench/results/amd-epyc
@@ -34,10 +34,10 @@ TITLES = {"zegclip": "ZegCLIP", "tagclip": "TagCLIP", "clip_rc": "CLIP-RC", "maf
 
 
 class NotMeasured(Exception):
-    """There are no rows for this picture; the message says what to run."""
+    """There are no rows for this image; the message says what to run."""
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Images ------------------------------------------------------------------------------------------------------------
 
 
 def plot_fps(folder: Path) -> Figure:
@@ -229,7 +229,7 @@ def contender_colours(backends: Sequence[str]) -> dict[str, str]:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Every picture that the folder's results allow; the files written."""
+    """Every image that the folder's results allow; the files written."""
     devices = {r["device"] for path in folder.glob("*.json") for r in harness.read_results(path) if "device" in r}
     if len(devices) > 1:
         raise ValueError(f"{folder}: expected results of one device, got {', '.join(sorted(devices))}")

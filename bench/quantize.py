@@ -5,7 +5,7 @@
     python bench/quantize.py --device cuda --batch 1 16 --kinds int8 fp8
     python bench/quantize.py --weights model.safetensors --update     # scores of trained weights in the world
 
-The tower of each method (CLIP ViT-B/16, random weights, the method's published picture size) runs in float32, in
+The tower of each method (CLIP ViT-B/16, random weights, the method's published image size) runs in float32, in
 bfloat16 and quantised by `zs3fast.encoders.quantize`, in turns. Its output must be within 0.1 of the float32 one (norm
 of the difference over norm), or nothing is printed; the error is part of each row. With --weights nothing is timed: a
 saved model labels the validation scenes of the procedural world in float32 and in each kind, and rows hold pAcc, mIoU

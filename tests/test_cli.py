@@ -63,7 +63,7 @@ def save_photo(path, size=(30, 40), seed=2):
 def test_segment_one_file(place, tiny):
     picture = save_photo(place / "photo.png")
     output = run("segment", picture, "--weights", tiny, "--classes", "cat, moon, sky", "-o", "out")
-    assert "1 of 1 pictures segmented" in output and "untrained" not in output
+    assert "1 of 1 images segmented" in output and "untrained" not in output
     assert sorted(file.name for file in (place / "out").iterdir()) == [
         "photo.json",
         "photo_labels.png",
@@ -80,16 +80,16 @@ def test_segment_one_file(place, tiny):
 def test_segment_folders_and_globs(place, tiny):
     for name in ("b/1.png", "b/2.JPG", "c/3.png", "c/deep/4.png"):
         save_photo(place / name)
-    (place / "b" / "notes.txt").write_text("not a picture, not tried")
+    (place / "b" / "notes.txt").write_text("not an image, not tried")
     output = run("segment", "b", "c/**/*.png", "b/1.png", "--weights", tiny, "-o", "out")
-    assert "4 of 4 pictures segmented" in output
+    assert "4 of 4 images segmented" in output
     assert sorted(file.name for file in (place / "out").glob("*.json")) == ["1.json", "2.json", "3.json", "4.json"]
 
 
 def test_a_second_run_over_the_same_folder_skips_its_own_results(place, tiny):
     save_photo(place / "a.png")
     for _ in range(2):
-        assert "1 of 1 pictures" in run("segment", place, "--weights", tiny, "-o", place)
+        assert "1 of 1 images" in run("segment", place, "--weights", tiny, "-o", place)
 
 
 def test_the_same_stem_never_overwrites(place, tiny):
@@ -113,7 +113,7 @@ def test_results_of_odd_names_lie_in_the_output_folder(place, tiny):
     (place / "results.json").write_text("mine")
     before = {path for path in place.iterdir() if path.name != "out"}
     output = run("segment", *(Path("in") / name for name in ODD_NAMES), "-w", tiny, "-o", "out")
-    assert "6 of 6 pictures segmented" in output
+    assert "6 of 6 images segmented" in output
     assert {path for path in place.iterdir() if path.name != "out"} == before
     assert (place / "results.json").read_text() == "mine"
     assert len(list((place / "out").iterdir())) == 18
@@ -124,7 +124,7 @@ def test_results_of_odd_names_lie_in_the_output_folder(place, tiny):
 def test_names_too_long_for_three_results_stay_apart(place, tiny):
     for name in ("猫" * 83 + "a.png", "猫" * 83 + "b.png"):
         save_photo(place / "in/x.png").rename(place / "in" / name)
-    assert "2 of 2 pictures segmented" in run("segment", "in", "-w", tiny, "-o", "out")
+    assert "2 of 2 images segmented" in run("segment", "in", "-w", tiny, "-o", "out")
     assert len(list((place / "out").iterdir())) == 6
 
 
@@ -133,29 +133,29 @@ def test_what_a_folder_holds_besides_images(place, tiny):
     for name in "._a.jpg .a_labels.part.png x.pdf x.mpg x.h5 notes.txt IMG_1.HEIC".split():
         (place / "in" / name).write_bytes(b"\0\5\x16\7")
     output = run("segment", "in", "-w", tiny, "-o", "out")
-    assert "1 of 1 pictures segmented" in output and "failed" not in output
+    assert "1 of 1 images segmented" in output and "failed" not in output
     assert "note in: IMG_1.HEIC is left out, as Pillow does not read .heic" in output
     (place / "in/a.jpg").unlink()
-    assert "no pictures in in; IMG_1.HEIC is left out" in run("segment", "in", "-w", tiny, "-o", "out", code=2)
+    assert "no images in in; IMG_1.HEIC is left out" in run("segment", "in", "-w", tiny, "-o", "out", code=2)
 
 
 def test_control_characters_of_names_do_not_reach_the_terminal(place, tiny):
     save_photo(place / "in/x.png").rename(place / "in/a\x1b[31m\x07.png")
-    (place / "in/b\x1b[31m.png").write_text("no picture")
+    (place / "in/b\x1b[31m.png").write_text("no image")
     output = run("segment", "in", "-w", tiny, "-c", "cat, c\x1b[31mow", "-o", "out", code=1)
-    assert "1 of 2 pictures segmented" in output and "\\x1b" in output
+    assert "1 of 2 images segmented" in output and "\\x1b" in output
     assert not set(output) & set("\x1b\x07")
 
 
 def test_broken_pictures_are_listed_at_the_end(place, tiny):
     good = save_photo(place / "in" / "good.png")
-    (place / "in" / "broken.jpg").write_bytes(b"no picture")
+    (place / "in" / "broken.jpg").write_bytes(b"no image")
     (place / "in" / "cut.png").write_bytes(good.read_bytes()[:200])
     output = run("segment", "in", "missing.png", "--weights", tiny, "-o", "out", code=1)
-    assert "failed in/broken.jpg: image: in/broken.jpg is not a picture" in output
+    assert "failed in/broken.jpg: image: in/broken.jpg is not an image" in output
     assert "failed in/cut.png: image: in/cut.png cannot be read" in output
     assert "failed missing.png: image: no file missing.png" in output
-    assert output.endswith("1 of 4 pictures segmented, results in out")
+    assert output.endswith("1 of 4 images segmented, results in out")
     assert (place / "out" / "good.json").exists() and not (place / "out" / "cut.json").exists()
 
 
@@ -170,11 +170,11 @@ def test_warnings_are_one_line(place, tiny):
 def test_threads_change_no_result(place, tiny):
     for index in range(5):
         save_photo(place / "in" / f"{index}.png", (30 + index, 40), seed=index)
-    (place / "in" / "2.png").write_bytes(b"no picture")
+    (place / "in" / "2.png").write_bytes(b"no image")
     written = {}
     for workers in (0, 3):
         output = run("segment", "in", "-w", tiny, "-o", f"out{workers}", "--workers", workers, code=1)
-        assert output.endswith(f"4 of 5 pictures segmented, results in out{workers}") and "failed in/2.png" in output
+        assert output.endswith(f"4 of 5 images segmented, results in out{workers}") and "failed in/2.png" in output
         lines = [output.index(f"in/{index}.png -> ") for index in (0, 1, 3, 4)]
         assert lines == sorted(lines)
         written[workers] = {file.name: file.read_bytes() for file in (place / f"out{workers}").iterdir()}
@@ -206,7 +206,7 @@ def test_torchrun_shares_the_images(place, tiny):
         [*command, *arguments, "-o", "three"], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert done.returncode == 1
-    assert done.stdout.count("7 of 8 pictures segmented") == 1 and done.stdout.count("-> three/") == 7, done
+    assert done.stdout.count("7 of 8 images segmented") == 1 and done.stdout.count("-> three/") == 7, done
     assert done.stderr.count("failed in/7.png") == 1
     assert done.stderr.count("results are named 1-2") == 1
     one, three = (sorted((place / name).iterdir()) for name in ("one", "three"))
@@ -220,7 +220,7 @@ def test_a_result_that_cannot_be_written_is_one_failure(place, tiny):
     with files_up_to(60_000):
         output = run("segment", "in", "-w", tiny, "-o", "out", code=1)
     assert "failed in/1.png: out/1_overlay.png: File too large" in output and output.endswith(
-        "3 of 4 pictures segmented, results in out"
+        "3 of 4 images segmented, results in out"
     )
     assert sorted(file.name for file in (place / "out").glob("1*")) == ["1_labels.png"]
 
@@ -243,7 +243,7 @@ def test_ctrl_c_leaves_whole_files_and_no_thread(place, tiny, monkeypatch, worke
         result = CliRunner().invoke(app, ["segment", "in", "-w", tiny, "-o", "out", "--workers", str(workers)])
     finally:
         signal.signal(signal.SIGINT, before)
-    assert result.exit_code != 0 and "pictures segmented" not in result.output
+    assert result.exit_code != 0 and "images segmented" not in result.output
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("zs3fast")]
     found = {file.name for file in (place / "out").iterdir()}
     done = 3 if workers else 2  # what a thread is writing is finished, what the main thread is writing is not begun
@@ -368,8 +368,8 @@ def test_a_model_in_half_precision(place, tiny):
 
 def test_nothing_to_segment(place, tiny):
     (place / "empty").mkdir()
-    assert run("segment", "empty", "-w", tiny, code=2) == "error INPUT: no pictures in empty"
-    assert run("segment", "*.png", "-w", tiny, code=2) == "error INPUT: no pictures in *.png"
+    assert run("segment", "empty", "-w", tiny, code=2) == "error INPUT: no images in empty"
+    assert run("segment", "*.png", "-w", tiny, code=2) == "error INPUT: no images in *.png"
 
 
 def test_a_failed_write_keeps_the_old_results(place, tiny):

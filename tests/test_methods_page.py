@@ -171,7 +171,7 @@ def test_numbers_are_those_of_the_published_rows() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small datasets in the published layouts, text embeddings and the repository's picture."""
+    """A folder with small datasets in the published layouts, text embeddings and the repository's image."""
     root = tmp_path_factory.mktemp("papers")
     voc_tree(root / "VOCdevkit" / "VOC2012", train=4, val=2, side=144)
     two, wide = {"a": (1, 2, 9, 255), "b": (3, 8, 16, 2)}, (32, 32)

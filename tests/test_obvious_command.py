@@ -68,7 +68,7 @@ def test_without_network_it_fails_at_once_in_one_line() -> None:
 
 def test_the_default_is_a_method_without_training(tiny_default: Path) -> None:
     output = run("segment", "photo.jpg", "--classes", "cat, grass")
-    assert "untrained" not in output and "1 of 1 pictures segmented" in output
+    assert "untrained" not in output and "1 of 1 images segmented" in output
     assert "scclip segments, which needs no training" in output and loading.DEFAULT_METHOD == "scclip"
     segmenter = Segmenter(class_names="cat, grass", device="cpu")
     assert segmenter.model.method == loading.DEFAULT_METHOD and segmenter.model.weights_loaded

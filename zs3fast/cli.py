@@ -65,7 +65,7 @@ ELSEWHERE = {
     "demo": Elsewhere(
         "zs3fast.tiny.demo",
         "demo",
-        "Segment scenes of the procedural world with every method, print scores, draw a picture.",
+        "Segment scenes of the procedural world with every method, print scores, draw an image.",
     ),
     "train": Elsewhere("zs3fast.training.command", "train", "Train a method as published."),
     "eval": Elsewhere(
@@ -265,7 +265,7 @@ def segment(
             for image in filter(failed.__contains__, images):
                 stderr.print(f"[red]failed[/] {escape(str(image))}: {escape(failed[image])}")
             done = len(images) - len(failed)
-            stdout.print(f"{done} of {len(images)} pictures segmented, results in {escape(str(output))}")
+            stdout.print(f"{done} of {len(images)} images segmented, results in {escape(str(output))}")
         env.barrier()  # torchrun ends all processes where one ends with an error
         if failed:
             raise typer.Exit(RUN_ERROR)

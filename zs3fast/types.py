@@ -66,7 +66,7 @@ class Proposals:
     class_names:    names of those K columns, or None where they are those of the vocabulary in use.
     quality:        [B, Nq] the proposer's own estimate in [0, 1], or None.
     padded_size:    (Hp, Wp).
-    image_sizes:    the images' sizes (Hi, Wi) on that frame.  original_sizes: (Ho, Wo) of the pictures.
+    image_sizes:    the images' sizes (Hi, Wi) on that frame.  original_sizes: (Ho, Wo) of the images.
     align_corners:  how `mask_logits` reach the padded frame; True for FreeSeg only.
     """
 
@@ -111,12 +111,12 @@ class ProposalOutput:
 
 @dataclass(frozen=True)
 class BoxProposals:
-    """Boxes found in one picture.
+    """Boxes found in one image.
 
-    boxes:      [K, 4] float, x0 y0 x1 y1 in pixels of the picture.
+    boxes:      [K, 4] float, x0 y0 x1 y1 in pixels of the image.
     scores:     [K] in [0, 1].
     names:      K class words, the detector's own.
-    image_size: (H, W) of the picture.
+    image_size: (H, W) of the image.
     vocabulary: every word the detector knows; None: unknown.
     """
 

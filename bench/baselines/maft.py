@@ -113,7 +113,7 @@ class OfficialMAFT(nn.Module):
 
 def score_map(class_weights: Tensor, mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int],
               size: tuple[int, int]) -> Tensor:  # fmt: skip
-    """Scores [C, H, W] of one picture as the official evaluation makes them: [C, Hi, Wi], then resized."""
+    """Scores [C, H, W] of one image as the official evaluation makes them: [C, Hi, Wi], then resized."""
     masks = F.interpolate(mask_logits[None], padded, mode="bilinear", align_corners=True)[0].sigmoid()
     masks = masks[:, : image[0], : image[1]]
     scores = torch.einsum("qc,qhw->chw", class_weights, masks)

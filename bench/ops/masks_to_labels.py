@@ -46,7 +46,7 @@ class Shape:
     canvas: tuple[int, int] | None = None
     windows: tuple[tuple[int, int], ...] = ((0, 0),)
     smooth: bool = True
-    batch: int = 1  # pictures of one window each
+    batch: int = 1  # images of one window each
 
     @property
     def geometry(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kLeafRows = 8, kLeafColumns = 32, kLeaf = kLeafRows * kLeafColumns;  // pixels evaluated at once
 constexpr int64_t kPixels = 3 * kTile;  // image pixels a leaf reads in a row, and room to read whole vectors
 
-// A rectangle of output pixels of a tile; beyond the picture its pixels repeat the last ones.
+// A rectangle of output pixels of a tile; beyond the image its pixels repeat the last ones.
 struct Part {
   int64_t row, rows, column, columns;
 };

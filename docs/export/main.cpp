@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   const int64_t side = argc > 2 ? std::atoi(argv[2]) : 64;
   c10::InferenceMode guard;
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
-  // A picture of your own goes here: uint8 [1, 3, H, W] in RGB, of the size the package was made for.
+  // An image of your own goes here: uint8 [1, 3, H, W] in RGB, of the size the package was made for.
   const torch::Tensor image = torch::randint(0, 256, {1, 3, side, side}, torch::kUInt8);
   const std::vector<torch::Tensor> out = model.run({image});
   std::cout << "labels " << out[0].sizes() << ", " << std::get<0>(torch::_unique(out[0])).numel() << " classes found, mean score "

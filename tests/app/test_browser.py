@@ -260,9 +260,7 @@ def test_names_are_never_html(shown: Shown) -> None:
     page.close()
 
 
-@pytest.mark.parametrize(
-    ("content", "said"), [(b"GIF89a no image at all", "not a picture"), (bytes(3 * 2**20), "size")]
-)
+@pytest.mark.parametrize(("content", "said"), [(b"GIF89a no image at all", "not an image"), (bytes(3 * 2**20), "size")])
 def test_an_upload_that_is_no_good_is_a_line(shown: Shown, tmp_path: Path, content: bytes, said: str) -> None:
     page, path = shown.open(), tmp_path / "photo.png"
     path.write_bytes(content)

@@ -76,7 +76,7 @@ def test_words_cost_no_encoder_and_images_are_let_go(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("image", "words", "model", "said"),
     [
-        (b"no image", "star", TINY, "image: the data is not a picture"),
+        (b"no image", "star", TINY, "image: the data is not an image"),
         (b"", "star", TINY, "image: expected the bytes of an image file, got none"),
         (picture(1)[:200], "star", TINY, "image: "),
         (bytes(200_000), "star", TINY, "image: expected at most 0.0954 MiB, got 0.191 MiB"),

@@ -1,4 +1,4 @@
-"""Pictures are drawn from the results of one device, and nothing is drawn that was not measured."""
+"""Images are drawn from the results of one device, and nothing is drawn that was not measured."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_wrong_pipelines_are_not_timed(method, tmp_path, monkeypatch):
     ours = contenders.make_ours(setting, baseline.state_dict())
     baseline.seen_offset = ours.seen_offset = 0.0  # else one unseen class of a random network wins everywhere
     segmenter = end_to_end.make_segmenter(ours, setting, "cpu")
-    path = end_to_end.make_picture(tmp_path)
+    path = end_to_end.make_image(tmp_path)
     contender, clock = end_to_end.make_ours(segmenter, baseline, setting, path, "cpu")
     labels = contender.run()
     assert labels.shape == (375, 500) and len(set(labels.flatten().tolist())) > 1 and len(clock.calls) == 1

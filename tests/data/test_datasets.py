@@ -441,17 +441,17 @@ def test_masks_that_are_none(tmp_path):
     mask = place / "SegmentationClass/d.png"
     dataset = open_dataset("voc20", tmp_path, "val")
     write_image(mask, picture(0))
-    with pytest.raises(ValueError, match="d.png is a picture of mode RGB, expected class indices in one channel"):
+    with pytest.raises(ValueError, match="d.png is an image of mode RGB, expected class indices in one channel"):
         dataset[0]
-    mask.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="d.png is not a picture"):
+    mask.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="d.png is not an image"):
         dataset[0]
     palette_mask(mask, np.random.default_rng(0).integers(0, 21, (64, 64), np.uint8))
     mask.write_bytes(mask.read_bytes()[:1500])
     with pytest.raises(ValueError, match="d.png cannot be read, it may be cut off or damaged"):
         dataset[0]
-    (place / "JPEGImages/e.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="e.jpg is not a picture"):
+    (place / "JPEGImages/e.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="e.jpg is not an image"):
         dataset[1]
 
 

@@ -172,6 +172,6 @@ def test_every_command_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     common = ("--weights", "m.safetensors", "--dataset", path, "--text-embeddings", "rows.npy")
     assert "mIoU(U)" in run("eval", *common, "-o", "report", "--worst", 0)
     output = run("segment", tmp_path / "data/images/val/d.jpg", *common, "-o", "out")
-    assert "1 of 1 pictures segmented" in output
+    assert "1 of 1 images segmented" in output
     overrides = [f"data.name={path}", "data.split=train"]
     assert open_data(load_config("zegclip_voc20_inductive", overrides)).ids == ["a", "b.c"]

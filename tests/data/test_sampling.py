@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Five training pictures of 12 x 16; i0 holds classes 0 and 5, i1 holds 0, i2 holds 5 and 16, i3 and i4 nothing."""
+    """Five training images of 12 x 16; i0 holds classes 0 and 5, i1 holds 0, i2 holds 5 and 16, i3 and i4 nothing."""
     values = {"i0": (1, 6, 0, 255), "i1": (1, 0), "i2": (6, 17), "i3": (0, 255), "i4": (0,)}
     voc(tmp_path, train=IDS, aug=(), val=("d", "e"), lists=("train_aug", "val"), values=values)
     return tmp_path
@@ -160,7 +160,7 @@ def test_bad_training_sets(items, tree):
         PairSet(items.dataset, clsclip, classes=[9])
 
 
-# What pictures hold --------------------------------------------------------------------------------------------------
+# What images hold --------------------------------------------------------------------------------------------------
 
 
 def test_class_pixels_are_counted_once(tree, monkeypatch):
@@ -245,7 +245,7 @@ def test_pairs_in_a_loader(tree):
 
 @pytest.fixture
 def tested(tmp_path):
-    """64 x 64 pictures, so that half of one is 2048 pixels, the least that PASCAL-5i's lists take."""
+    """64 x 64 images, so that half of one is 2048 pixels, the least that PASCAL-5i's lists take."""
     place = voc(tmp_path, val=("p", "q", "r"))
     for name, mask in {"p": stripes((1, 2), (64, 64)), "q": stripes((2, 3, 0, 20), (64, 64))}.items():
         palette_mask(place / f"SegmentationClass/{name}.png", mask)

@@ -138,7 +138,7 @@ def test_zegclip_sizes(monkeypatch, plain, height, width, ratio, size):
 
 
 def crop_counts(left_share):
-    """A picture of class 1 but for a strip of class 2 at the right end; crops are drawn over its width."""
+    """An image of class 1 but for a strip of class 2 at the right end; crops are drawn over its width."""
     labels = np.full((32, 200), 1, np.int32)
     labels[:, int(200 * left_share) :] = 2
     return Sample(np.zeros((32, 200, 3), np.uint8), labels, "x")
@@ -226,7 +226,7 @@ def test_maft_short_sides(monkeypatch, plain, step):
 
 
 def test_clsclip_squashes(plain):
-    """A crop of the whole height and width: every pixel of a 32 x 64 picture at 16 x 16, aspect ratio lost."""
+    """A crop of the whole height and width: every pixel of a 32 x 64 image at 16 x 16, aspect ratio lost."""
     item = sample(32, 64)
     rng = Fixed(uniform=[1.0, 0.0], integers=[(0, 0)], random=[0.9])
     images, labels = train_transform("clsclip", 16, mean=MEAN, std=STD)(item, rng)
@@ -241,7 +241,7 @@ def test_clsclip_crops_cover_half_to_all():
     for _ in range(200):
         left, top, right, bottom = T.ClsclipTransform._draw_box((300, 400), rng)
         assert 0 <= left < right <= 400 and 0 <= top < bottom <= 300
-        assert 0.43 < (right - left) * (bottom - top) / 120000 <= 1  # less where a side is cut to the picture's
+        assert 0.43 < (right - left) * (bottom - top) / 120000 <= 1  # less where a side is cut to the image's
 
 
 @pytest.mark.parametrize("place", [(0, 0), (59, 89), (31, 44)])
@@ -254,12 +254,12 @@ def test_clsclip_keeps_one_pixel_of_the_class(place):
     for seed in range(20):
         _, got = transform(item, np.random.default_rng(seed), class_index=7)
         assert (got == 7).any(), seed
-    with pytest.raises(ValueError, match="class_index: the class is not in the picture"):
+    with pytest.raises(ValueError, match="class_index: the class is not in the image"):
         transform(item, np.random.default_rng(0), class_index=8)
 
 
 def test_flip_keeps_every_pixel():
-    """A picture of the crop's size comes back whole, as it is or mirrored, its colours untouched."""
+    """An image of the crop's size comes back whole, as it is or mirrored, its colours untouched."""
     item = sample(32, 32)
     transform = train_transform("flip", 32, mean=MEAN, std=STD)
     levels = torch.from_numpy(item.image / 255).permute(2, 0, 1)
@@ -282,7 +282,7 @@ def test_flip_keeps_the_class():
     for seed in range(20):
         _, labels = train_transform("flip", 40)(item, np.random.default_rng(seed), class_index=7)
         assert (labels == 7).any()
-    with pytest.raises(ValueError, match="class_index: 9 is not in the picture"):
+    with pytest.raises(ValueError, match="class_index: 9 is not in the image"):
         train_transform("flip", 40)(item, np.random.default_rng(0), class_index=9)
 
 
@@ -303,7 +303,7 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.skipif(not REAL, reason="ZS3FAST_DATA, the folder with real samples, is not set")
 @pytest.mark.parametrize(("name", "recipe"), [("coco171", "zegclip"), ("ade150", "maft"), ("voc20", "clsclip")])
 def test_real_pictures(name, recipe):
-    """Full size: labels stay among those of the picture, and the levels where the normalisation puts them."""
+    """Full size: labels stay among those of the image, and the levels where the normalisation puts them."""
     dataset = open_dataset(name, REAL, "train")
     transform = train_transform(recipe)
     for index in range(3):

@@ -33,7 +33,7 @@ def write_list(path: Path, lines) -> None:
 
 
 def palette_mask(path: Path, mask: np.ndarray) -> None:
-    """A mask as VOC stores it: a palette picture whose indices are the labels."""
+    """A mask as VOC stores it: a palette image whose indices are the labels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(mask, "P")
     image.putpalette([17 * i % 256 for i in range(768)])

@@ -48,7 +48,7 @@ def run(method: str, model: nn.Module, images: Tensor, text: Tensor) -> tuple[Te
 
 
 def pictures() -> Tensor:
-    """Pictures [2, 3, 64, 64] of smooth colours, as labels of noise would be noise."""
+    """Images [2, 3, 64, 64] of smooth colours, as labels of noise would be noise."""
     coarse = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(4))
     return nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bicubic")
 

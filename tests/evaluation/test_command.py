@@ -1,4 +1,4 @@
-"""`zs3fast eval` as a user meets it: weights and a folder of pictures in, a report out."""
+"""`zs3fast eval` as a user meets it: weights and a folder of images in, a report out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tree(place):
-    """VOC-shaped pictures, tiny weights that know VOC's classes, and rows for them."""
+    """VOC-shaped images, tiny weights that know VOC's classes, and rows for them."""
     voc_tree(place)
     model = tiny_model("tagclip", class_names=VOC, num_classes=20, seen=seen_classes("voc20"))
     with torch.no_grad():  # spread the mask logits: scores of a fresh model are all about one half
@@ -362,12 +362,12 @@ def test_mistakes_are_one_line_before_the_first_image(tree, changes, message):
 
 
 def test_a_broken_picture_ends_the_run_and_is_named(tree):
-    (tree / "VOC2012/JPEGImages/2007_000001.jpg").write_bytes(b"no picture")
+    (tree / "VOC2012/JPEGImages/2007_000001.jpg").write_bytes(b"no image")
     output = run(*common(), code=1)
-    assert "2007_000001.jpg is not a picture" in output and not Path("zs3fast_eval/report.json").exists()
+    assert "2007_000001.jpg is not an image" in output and not Path("zs3fast_eval/report.json").exists()
 
 
-@pytest.mark.skipif(DATA is None, reason="needs real VOC pictures: set ZS3FAST_DATA to a folder with VOCdevkit")
+@pytest.mark.skipif(DATA is None, reason="needs real VOC images: set ZS3FAST_DATA to a folder with VOCdevkit")
 def test_real_pictures(tree):
     run(*common(data=Path(DATA) / "VOCdevkit", limit=3, worst=1))
     found = report()

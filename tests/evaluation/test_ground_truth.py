@@ -54,7 +54,7 @@ def test_classes_are_named_by_their_iou_with_the_labels() -> None:
     expected = torch.tensor([[10 / 16, 0, 4 / 24, 0, 0], [0, 0, 0, 0, 0]])
     torch.testing.assert_close(found.class_scores[0], expected, atol=1e-6, rtol=0)
     for wrong in (["elsewhere/0.jpg"], None):
-        with pytest.raises(ValueError, match="names: expected a picture of two val"):
+        with pytest.raises(ValueError, match="names: expected an image of two val"):
             TrueClasses(data, propose)([np.zeros((4, 6, 3), np.uint8)], wrong)
 
 

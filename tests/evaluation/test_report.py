@@ -1,4 +1,4 @@
-"""Reports as files: JSON that parses, HTML that is whole and escaped, pictures that show what was counted."""
+"""Reports as files: JSON that parses, HTML that is whole and escaped, images that show what was counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.evaluation.toy import NAMES, PAIRS, SEEN, ToyDataset, toy_labels, toy_masks
 from zs3fast.evaluation import PaperRow, evaluate, evaluate_pairs, worst_images, write_report
-from zs3fast.evaluation.pictures import confusion_picture, panels
+from zs3fast.evaluation.drawing import confusion_image, panels
 from zs3fast.evaluation.summary import class_table, score_table
 
 ROW = PaperRow("zegclip", "toy", "inductive", {"pAcc": 95.0, "hIoU": 84.3}, "A paper & more", "from <here>")
@@ -23,7 +23,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Tags that close in order, the text, and the sources of pictures."""
+    """Tags that close in order, the text, and the sources of images."""
 
     def __init__(self, text):
         super().__init__()
@@ -140,7 +140,7 @@ def test_confusion_picture_draws_every_cell(classes):
     table[0, 0] = 3
     if classes > 1:
         table[1, 0] = table[1, 1] = 5
-    picture = confusion_picture(table, [f"class {i}" for i in range(classes)], range(classes // 2))
+    picture = confusion_image(table, [f"class {i}" for i in range(classes)], range(classes // 2))
     pixels = np.asarray(picture)
     cell = 34 if classes <= 24 else 18 if classes <= 60 else 12 if classes <= 171 else 3
     assert (pixels == (23, 92, 156)).all(-1).sum() >= cell * cell // 2, "the first row is right throughout"

@@ -75,7 +75,7 @@ def brute_force_table(pairs, classes, ignore=255):
 
 
 def voc_tree(root: Path, count=3, seed=0) -> Path:
-    """A VOC2012 folder of smooth pictures with every kind of label: background, void, all sorts of classes."""
+    """A VOC2012 folder of smooth images with every kind of label: background, void, all sorts of classes."""
     rng = np.random.default_rng(seed)
     place = root / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):

@@ -314,7 +314,7 @@ def segment_all(seed: int, count: int, folder: Path) -> None:
     before = {path for path in folder.rglob("*") if "cache" not in path.parts}
     options = ["-w", "zs3fast-tiny", "-c", "red circle, sky", "-o", str(out)]
     result = CliRunner().invoke(app, ["segment", str(place), str(place / "...jpeg"), *options])
-    if result.exit_code not in (0, 1) or "Traceback" in result.output or "pictures segmented" not in result.output:
+    if result.exit_code not in (0, 1) or "Traceback" in result.output or "images segmented" not in result.output:
         sys.exit(f"seed {seed}: segment ended with {result.exit_code}: {result.output[-2000:]} {result.exception!r}")
     if f"failed {place}/" in result.output:
         failed = [name for name in whole if f"failed {place / name}:" in " ".join(result.output.split())]

@@ -1,4 +1,4 @@
-"""The pipeline on a GPU: pictures resized and normalised there, copies beside kernels, CUDA graphs of whole models."""
+"""The pipeline on a GPU: images resized and normalised there, copies beside kernels, CUDA graphs of whole models."""
 
 from __future__ import annotations
 

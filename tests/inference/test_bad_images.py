@@ -1,4 +1,4 @@
-"""Reading pictures as users have them: odd modes, odd shapes, rotated, animated, cut off, not pictures at all."""
+"""Reading images as users have them: odd modes, odd shapes, rotated, animated, cut off, not images at all."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_not_pictures(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("hello")
     for name in ("empty.jpg", "text.jpg"):
-        with pytest.raises(ValueError, match=f"{name} is not a picture"):
+        with pytest.raises(ValueError, match=f"{name} is not an image"):
             read_image(tmp_path / name)
     with pytest.raises(ValueError, match="is a folder"):
         read_image(tmp_path)
@@ -226,7 +226,7 @@ def test_arrays_and_tensors():
         (torch.zeros(20, 30, 3), ValueError, r"channels first, \[3, H, W\], got \[20, 30, 3\]"),
         (torch.zeros(1, 3, 20, 30), ValueError, r"got \[1, 3, 20, 30\]"),
         (torch.zeros(3, 4, 4, dtype=torch.int32), TypeError, "got int32"),
-        (b"bytes", ValueError, "image: the data is not a picture"),
+        (b"bytes", ValueError, "image: the data is not an image"),
         (5, TypeError, "expected a path, a PIL image, an array or a tensor, bytes or a file, got int"),
         (None, TypeError, "got NoneType"),
     ],
@@ -395,9 +395,9 @@ def test_sixteen_bit_and_palette_masks(tmp_path):
 def test_masks_that_are_none(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "rgb.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match="labels: .*rgb.png is a picture of mode RGB, expected class indices in one"):
+    with pytest.raises(ValueError, match="labels: .*rgb.png is an image of mode RGB, expected class indices in one"):
         read_mask_file(tmp_path / "rgb.png")
-    with pytest.raises(ValueError, match="labels: .*text.png is not a picture"):
+    with pytest.raises(ValueError, match="labels: .*text.png is not an image"):
         read_mask_file(tmp_path / "text.png")
     with pytest.raises(FileNotFoundError, match="labels: no file .*none.png"):
         read_mask_file(tmp_path / "none.png")

@@ -189,12 +189,12 @@ def test_no_region_is_said() -> None:
                 found.original_sizes,
             )
 
-    with pytest.raises(ValueError, match="proposer: it found no region in the picture"):
+    with pytest.raises(ValueError, match="proposer: it found no region in the image"):
         segmenter("maft", text_rows(5), proposer=Nothing())(photo(64, 64))
 
 
 def test_proposals_from_files_through_the_command_line(tmp_path: Path) -> None:
-    """A picture, a folder of masks of its own, labels out."""
+    """An image, a folder of masks of its own, labels out."""
     from PIL import Image
     from typer.testing import CliRunner
 

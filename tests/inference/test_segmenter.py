@@ -101,12 +101,12 @@ def test_equals_the_slow_composition(method, size):
     model, text, image = make_model(method), text_rows(5), photo(*size)
     result = Segmenter(model, text_embeddings=text, window_batch=2)(image)
     assert result.labels.shape == size and result.labels.dtype == np.int32 and result.scores.dtype == np.float32
-    assert len(agree(result, slow_scores(model, image, text))) > 1, "a picture of one class would prove little"
+    assert len(agree(result, slow_scores(model, image, text))) > 1, "an image of one class would prove little"
     assert result.class_names == tuple(NAMES)
 
 
 def test_seen_offset_and_trusty_map_matter_in_that_comparison():
-    """The guard of the test above: without calibration the same picture has other labels."""
+    """The guard of the test above: without calibration the same image has other labels."""
     model, text, image = make_model("tagclip"), text_rows(5), photo(75, 100)
     calibrated = Segmenter(model, text_embeddings=text)(image).labels
     plain = Segmenter(model, text_embeddings=text)(image, seen=[]).labels
@@ -434,7 +434,7 @@ def test_a_stream_equals_calls_bit_for_bit(tmp_path, workers):
     assert [path for path, _ in found] == paths
     for (_, got), one in zip(found, expected, strict=True):
         assert_equal(got, one)
-    assert len({result.labels.tobytes() for _, result in found}) > 3, "pictures of one label would prove little"
+    assert len({result.labels.tobytes() for _, result in found}) > 3, "images of one label would prove little"
 
 
 @pytest.mark.parametrize("method", ["zegclip", "tagclip"])
@@ -448,7 +448,7 @@ def test_pictures_share_the_model_s_batches(method):
     assert len(batches) == len(images) < windows
     batches.clear()
     together = list(seg.stream(images, batch_size=len(images), workers=1))
-    assert batches == [4] * (windows // 4) + [windows % 4] * bool(windows % 4), "of pictures of all sizes"
+    assert batches == [4] * (windows // 4) + [windows % 4] * bool(windows % 4), "of images of all sizes"
     for (_, got), one in zip(together, expected, strict=True):
         assert (got.labels == one.labels).mean() > 0.999
         np.testing.assert_allclose(got.scores, one.scores, atol=2e-6)
@@ -495,7 +495,7 @@ def test_a_stream_s_mistakes_are_said_at_once():
 
 
 def test_compiled_labels_are_the_same():
-    """One compilation for pictures of other sizes, with other numbers of windows, and for other class lists."""
+    """One compilation for images of other sizes, with other numbers of windows, and for other class lists."""
     torch._dynamo.reset()
     seg = Segmenter(make_model("tagclip"), text_embeddings=text_rows(5), compile=True)
     plain = Segmenter(seg.model, text_embeddings=text_rows(5))

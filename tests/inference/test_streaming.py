@@ -120,7 +120,7 @@ def squares(numbers, batches, **options):
 
     def prepare(number):
         if number == -1:
-            raise ValueError("no such picture")
+            raise ValueError("no such image")
         return str(number), torch.tensor(number)
 
     def compute(group):
@@ -143,7 +143,7 @@ def test_one_bad_item_costs_its_batch_nothing(workers):
         [1, -1, 2, 5, 3, 4], batches, workers=workers, batch_size=3, failed=lambda *what: failed.append(what)
     )
     assert list(found) == [(n, (str(n), n * n, -n)) for n in (1, 2, 3, 4)]
-    assert [(item, str(error)) for item, error in failed] == [(-1, "no such picture"), (5, "too large")]
+    assert [(item, str(error)) for item, error in failed] == [(-1, "no such image"), (5, "too large")]
     assert batches == [["1", "2", "5"], ["1"], ["2"], ["5"], ["3", "4"]]
 
 

@@ -76,7 +76,7 @@ def encoder(**options: Any) -> TextEncoder:
 
 
 def quarters(pictures: list[np.ndarray], names: object = None) -> Proposals:
-    """Regions for MAFT: the picture's quarters."""
+    """Regions for MAFT: the image's quarters."""
     masks = []
     for height, width in (picture.shape[:2] for picture in pictures):
         mask = np.zeros((4, height, width), bool)

@@ -17,7 +17,7 @@ from zs3fast.types import BoxProposals
 
 SIZE = (90, 130)  # H, W
 WORDS = ["cat", "sofa", "tv"]
-BOXES = [  # overlapping, nested, at the border, tiny, the whole picture
+BOXES = [  # overlapping, nested, at the border, tiny, the whole image
     ([10, 10, 60, 50], "cat"),
     ([40.5, 20.2, 90, 70.9], "cat"),
     ([50, 30, 70, 45], "cat"),
@@ -29,7 +29,7 @@ BOXES = [  # overlapping, nested, at the border, tiny, the whole picture
 ]
 
 
-def make_picture() -> tuple[torch.Tensor, torch.Tensor]:
+def make_image() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(3, *SIZE, generator=generator), torch.randn(3, TEXT_WIDTH, generator=generator)
 
@@ -70,7 +70,7 @@ def means(word: str, name: str) -> bool:
 def test_masks_are_the_or_over_boxes(at_once: int) -> None:
     """Overlapping, nested, tiny and border boxes, a box shared by two classes, batches of every size."""
     plus = ClsCLIPPlus(make(memory_budget=at_once * 17 * 8 * 48 * 4))
-    image, text = make_picture()
+    image, text = make_image()
     scores = plus.class_scores(image, text, boxes_of(), WORDS)
     masks = plus.predict_masks(image, text, boxes_of(), WORDS, threshold=0.55)
     for c, word in enumerate(WORDS):
@@ -84,7 +84,7 @@ def test_masks_are_the_or_over_boxes(at_once: int) -> None:
 
 def test_labels_are_the_argmax_of_scores() -> None:
     plus = ClsCLIPPlus(make())
-    image, text = make_picture()
+    image, text = make_image()
     scores = plus.class_scores(image, text, boxes_of(), WORDS)
     labels, best = plus.predict_labels(image, text, boxes_of(), WORDS, threshold=None)
     assert torch.equal(labels, scores.argmax(0)) and torch.equal(best, scores.amax(0))
@@ -98,7 +98,7 @@ def test_labels_are_the_argmax_of_scores() -> None:
 def test_equal_scores_go_to_the_lowest_class() -> None:
     """Two classes with one text token tie everywhere; the order of boxes must not decide."""
     plus = ClsCLIPPlus(make(memory_budget=1))
-    image, text = make_picture()
+    image, text = make_image()
     text[1] = text[0]
     boxes = boxes_of([([0, 0, 40, 40], "couch"), ([60, 40, 120, 80], "cat"), ([0, 0, 40, 40], "cat")])
     labels, _ = plus.predict_labels(image, text[:2], boxes, ["cat", "sofa"], threshold=None)
@@ -107,7 +107,7 @@ def test_equal_scores_go_to_the_lowest_class() -> None:
 
 def test_one_box_over_everything_is_plain_clsclip() -> None:
     plus = ClsCLIPPlus(make())
-    image, text = make_picture()
+    image, text = make_image()
     crop = F.interpolate(image[None], (64, 64), mode="bilinear", align_corners=False, antialias=True)
     with torch.no_grad():
         plain = plus.model.class_scores(plus.model(crop, text), SIZE)[0]
@@ -125,8 +125,8 @@ def test_a_window_is_cut_once_for_all_its_classes(monkeypatch: pytest.MonkeyPatc
     plus = ClsCLIPPlus(make())
     plan = plus.plan(boxes_of(BOXES[5:7] + [([10, 10, 60, 50], "cat")]), ["tv", "cat", "sofa"])
     assert plan.windows == ((0, 0, 130, 90), (5, 6, 65, 54))
-    assert plan.pairs == ((0, 0), (0, 2), (1, 0), (1, 1))  # the sofa has no box and takes the whole picture
-    image, text = make_picture()
+    assert plan.pairs == ((0, 0), (0, 2), (1, 0), (1, 1))  # the sofa has no box and takes the whole image
+    image, text = make_image()
     prefix, seen = plus.model.encoder.prefix, []
     monkeypatch.setattr(plus.model.encoder, "prefix", lambda crops: seen.append(len(crops)) or prefix(crops))
     plus.class_scores(image, text, boxes_of([]), WORDS)
@@ -174,10 +174,10 @@ def test_windows_without_a_margin_are_the_boxes() -> None:
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        ([140, 10, 160, 50], r"boxes: box 0 \('cat'\) .* lies outside the picture of 130 x 90 pixels"),
+        ([140, 10, 160, 50], r"boxes: box 0 \('cat'\) .* lies outside the image of 130 x 90 pixels"),
         ([10, 10, 10, 50], r"boxes: box 0 \('cat'\) .* has no area"),
         ([60, 50, 20, 30], "perhaps it is x y width height"),
-        ([0.1, 0.2, 0.8, 0.9], "perhaps it is relative to the picture's size"),
+        ([0.1, 0.2, 0.8, 0.9], "perhaps it is relative to the image's size"),
         ([10, 10, float("nan"), 50], "is not finite"),
     ],
 )
@@ -185,23 +185,23 @@ def test_bad_boxes_are_named(box: list[float], message: str) -> None:
     """Boxes made without `make_boxes` are checked as well."""
     boxes = BoxProposals(torch.tensor([box]), torch.ones(1), ("cat",), SIZE)
     with pytest.raises(ValueError, match=message):
-        ClsCLIPPlus(make()).class_scores(*make_picture(), boxes, WORDS)
+        ClsCLIPPlus(make()).class_scores(*make_image(), boxes, WORDS)
 
 
 def test_bad_input_is_named() -> None:
-    plus, (image, text), boxes = ClsCLIPPlus(make()), make_picture(), boxes_of()
+    plus, (image, text), boxes = ClsCLIPPlus(make()), make_image(), boxes_of()
     for args, error, message in [
         (
             (image[:, :80], text, boxes, WORDS),
             ValueError,
-            "boxes: made for a picture of H x W = 90 x 130, got one of 80",
+            "boxes: made for an image of H x W = 90 x 130, got one of 80",
         ),
         (
             (image[None], text, boxes, WORDS),
             ValueError,
             r"image: expected .* \[3, H, W\], got torch.float32 \[1, 3, 90",
         ),
-        ((image.byte(), text, boxes, WORDS), ValueError, "image: expected a normalised floating-point picture"),
+        ((image.byte(), text, boxes, WORDS), ValueError, "image: expected a normalised floating-point image"),
         (
             (image, text, boxes, WORDS[:2]),
             ValueError,
@@ -220,7 +220,7 @@ def test_bad_input_is_named() -> None:
 
 def test_half_precision_weights() -> None:
     plus = ClsCLIPPlus(make())
-    image, text = make_picture()
+    image, text = make_image()
     expected = plus.class_scores(image, text, boxes_of(), WORDS)
     plus.model.bfloat16()
     got = plus.class_scores(image, text, boxes_of(), WORDS)

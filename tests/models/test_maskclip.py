@@ -342,7 +342,7 @@ def test_the_command_needs_pretrained_alone(place) -> None:
     torch.save(theirs.state_dict(), "clip.pt")
     common = ("segment", "x.png", "--method", "maskclip", "--clip", clip)
     output = run(*common, "--pretrained", "clip.pt", "-c", "cat, dog", "--background", "sky", "-o", "out")
-    assert "untrained" not in output and "1 of 1 pictures segmented" in output
+    assert "untrained" not in output and "1 of 1 images segmented" in output
     model = zs3fast.create_model("maskclip", clip=clip, pretrained="clip.pt")
     expected = Segmenter(model)("x.png", ["cat", "dog"], background="sky").labels
     labels = np.array(Image.open("out/x_labels.png"))

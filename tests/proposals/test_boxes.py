@@ -70,8 +70,8 @@ def test_boxes_of_a_label_map():
     [
         ([10, 10, 10, 20], "has no area"),
         ([30, 20, 12, 10], "has no area; expected x0 y0 x1 y1 .* perhaps it is x y width height"),
-        ([100, 10, 120, 20], "lies outside the picture of 80 x 60 pixels"),
-        ([-30, 10, -2, 20], "lies outside the picture"),
+        ([100, 10, 120, 20], "lies outside the image of 80 x 60 pixels"),
+        ([-30, 10, -2, 20], "lies outside the image"),
         ([10, 10, 95, 20], "reaches over the edge"),
         ([-4, 10, 30, 20], "reaches over the edge"),
         ([0.1, 0.1, 0.5, 0.9], "lies within one pixel; .* relative"),
@@ -203,8 +203,8 @@ def changed(**change):
         (changed(boxes=[{"box": ["a", 2, 20, 9], "name": "dog"}]), "boxes.json, street.jpg: "),
         (changed(boxes=[{"box": [1, 2, 3, 4], "name": "dog", "score": 3}]), "street.jpg: scores: expected 1 values"),
         (changed(height=None), "image_size: .* does not say the size of street.jpg"),
-        ({"pictures": [SIMPLE["pictures"][0]] * 2}, "has the picture 'street.jpg' twice"),
-        (SIMPLE, "name: .* is about 2 pictures, expected a file name"),
+        ({"pictures": [SIMPLE["pictures"][0]] * 2}, "has the image 'street.jpg' twice"),
+        (SIMPLE, "name: .* is about 2 images, expected a file name"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -214,9 +214,9 @@ def test_bad_files(tmp_path, content, message):
 
 def test_files_of_other_pictures(tmp_path):
     proposer = FileBoxProposer(write(tmp_path / "boxes.json", SIMPLE))
-    with pytest.raises(ValueError, match=r"is for street.jpg of \(60, 80\), this picture is \(60, 81\)"):
+    with pytest.raises(ValueError, match=r"is for street.jpg of \(60, 80\), this image is \(60, 81\)"):
         proposer(np.zeros((60, 81, 3), np.uint8), "street.jpg")
-    with pytest.raises(ValueError, match="has 0 pictures named 'road.jpg'; it has street.jpg"):
+    with pytest.raises(ValueError, match="has 0 images named 'road.jpg'; it has street.jpg"):
         proposer(np.zeros((60, 80, 3), np.uint8), "road.jpg")
     with pytest.raises(FileNotFoundError, match="boxes: no file"):
         box_file(tmp_path / "none.json")

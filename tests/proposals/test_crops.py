@@ -17,7 +17,7 @@ FRAME = {"short_side": 64}
 
 
 def scene():
-    """Two pictures of different sizes, three proposals on the first (one empty), one on the second."""
+    """Two images of different sizes, three proposals on the first (one empty), one on the second."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (64, 80, 3), np.uint8), rng.integers(0, 256, (64, 64, 3), np.uint8)]
     first, second = torch.zeros(3, 64, 80), torch.zeros(1, 64, 64)

@@ -105,7 +105,7 @@ def test_bad_pictures(given, error, message):
 
 
 def test_bad_batches():
-    with pytest.raises(ValueError, match="pictures: expected at least one picture, got none"):
+    with pytest.raises(ValueError, match="pictures: expected at least one image, got none"):
         resize_batch([])
     with pytest.raises(TypeError, match="pictures: expected a sequence of arrays"):
         resize_batch(picture(4, 4))

@@ -67,11 +67,11 @@ def test_a_folder_of_many_pictures(tmp_path):
     proposer = FileMaskProposer(tmp_path, **FRAME)
     got = proposer([picture(), picture()], ["photos/one.jpg", "two.png"])
     assert same(got, from_masks([masks(3), masks(1)], **FRAME))
-    with pytest.raises(FileNotFoundError, match="masks: for the picture three.jpg, none of .*three.npz"):
+    with pytest.raises(FileNotFoundError, match="masks: for the image three.jpg, none of .*three.npz"):
         proposer([picture()], ["three.jpg"])
     with pytest.raises(ValueError, match="pictures: 2 of them need a folder of masks and the pictures' file names"):
         proposer([picture(), picture()])
-    with pytest.raises(ValueError, match="names: expected 2, one a picture, got 1"):
+    with pytest.raises(ValueError, match="names: expected 2, one an image, got 1"):
         proposer([picture(), picture()], ["one.jpg"])
     with pytest.raises(ValueError, match="pictures: 2 of them need a folder"):
         FileMaskProposer(tmp_path / "one.npz")([picture(), picture()], ["one.jpg", "two.jpg"])
@@ -109,7 +109,7 @@ def test_bad_files(tmp_path):
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "e.png")
     refuse(tmp_path / "e.png", ValueError, "e.png: masks: expected at least one proposal, got none")
     (tmp_path / "f.png").write_bytes((tmp_path / "e.png").read_bytes()[:40])
-    refuse(tmp_path / "f.png", ValueError, "masks: .*f.png is not a picture")
+    refuse(tmp_path / "f.png", ValueError, "masks: .*f.png is not an image")
     (tmp_path / "g").mkdir()
     Image.fromarray(np.ones(SIZE, np.uint8)).save(tmp_path / "g" / "0.png")
     Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "g" / "1.png")
@@ -200,5 +200,5 @@ def test_hidden_files_are_no_masks(tmp_path):
 
 def test_masks_of_another_picture(tmp_path):
     np.savez(tmp_path / "a.npz", masks=masks())
-    with pytest.raises(ValueError, match=r"a.npz: masks\[0\]: made for a picture of \(64, 96\), this one is \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"a.npz: masks\[0\]: made for an image of \(64, 96\), this one is \(8, 8\)"):
         FileMaskProposer(tmp_path / "a.npz")([np.zeros((8, 8, 3), np.uint8)])

@@ -126,7 +126,7 @@ def test_sam_caps_and_pads_a_batch():
 
 
 def test_sam_undoes_padding_and_resize():
-    """A square of the model's 64 x 64 input, of which the picture fills 51 x 64, lands in its place on the frame."""
+    """A square of the model's 64 x 64 input, of which the image fills 51 x 64, lands in its place on the frame."""
     proposer = SamProposer(tiny_sam(), min_stability=0.5)
     logits = torch.full((1, 32, 32), -9.0)
     logits[:, 4:12, 8:16] = 9.0  # rows 8..24, columns 16..32 of the input
@@ -145,7 +145,7 @@ def test_sam_batch_of_points_changes_nothing():
 
 
 def test_sam_without_a_mask_warns():
-    with pytest.warns(UserWarning, match="SAM found no mask .* in 1 of 1 pictures"):
+    with pytest.warns(UserWarning, match="SAM found no mask .* in 1 of 1 images"):
         got = SamProposer(tiny_sam(), points_per_side=3, **FRAME)([picture(64, 64)])
     assert got.masks.shape == (1, 0, 64, 64) and got.quality.shape == (1, 0) and got.class_scores is None
 

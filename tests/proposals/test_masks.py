@@ -33,7 +33,7 @@ def test_counts_are_padded_with_empty_invalid_rows():
 
 
 def test_masks_share_the_frame_of_the_picture():
-    """A mask lies where the picture's pixels lie after resizing and padding."""
+    """A mask lies where the image's pixels lie after resizing and padding."""
     picture = np.zeros((48, 80, 3), dtype=np.uint8)
     picture[10:30, 20:50] = 255
     mask = torch.from_numpy(picture[:, :, 0] > 0)
@@ -114,7 +114,7 @@ NAN = torch.full((1, 1, 64, 64), float("nan"))
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ([], {}, "masks: expected the masks of at least one picture, got none"),
+        ([], {}, "masks: expected the masks of at least one image, got none"),
         ([torch.zeros(0, 64, 64)], {}, "masks: expected at least one proposal, got none"),
         ([torch.zeros(2, 64, 64)], {}, "masks: every mask is empty"),
         (NAN, {}, r"masks\[0\]: expected finite values, got nan"),
@@ -122,10 +122,10 @@ NAN = torch.full((1, 1, 64, 64), float("nan"))
         ([-torch.ones(1, 64, 64)], {}, r"masks\[0\]: expected values in \[0, 1\]"),
         ([torch.ones(64, 64)], {}, r"masks\[0\]: expected \[Nq, H, W\] .*got \[64, 64\]"),
         (torch.ones(2, 64, 64), {}, r"masks: a batch of equal sizes is \[B, Nq, H, W\], got \[2, 64, 64\]"),
-        ([torch.ones(1, 64, 64)], {"original_sizes": [(64, 65)]}, r"masks\[0\]: made for a picture of \(64, 64\)"),
-        ([torch.ones(1, 64, 64)], {"original_sizes": [(64, 64)] * 2}, "masks: of 1 pictures, expected 2"),
+        ([torch.ones(1, 64, 64)], {"original_sizes": [(64, 65)]}, r"masks\[0\]: made for an image of \(64, 64\)"),
+        ([torch.ones(1, 64, 64)], {"original_sizes": [(64, 64)] * 2}, "masks: of 1 images, expected 2"),
         ([torch.ones(1, 64, 64)], {"quality": [torch.ones(2)]}, r"quality\[0\]: expected one row for each of 1 masks"),
-        ([torch.ones(1, 64, 64)], {"quality": []}, "quality: of 0 pictures, expected 1"),
+        ([torch.ones(1, 64, 64)], {"quality": []}, "quality: of 0 images, expected 1"),
         (
             [torch.ones(1, 64, 64)],
             {"class_scores": [torch.ones(1, 3)], "class_names": ["a", "b", "c"]},
@@ -134,7 +134,7 @@ NAN = torch.full((1, 1, 64, 64), float("nan"))
         (
             [torch.ones(1, 64, 64)] * 2,
             {"class_scores": [torch.ones(1, 3), torch.ones(1, 4)]},
-            r"class_scores\[1\]: 4 columns, the first picture's have 3",
+            r"class_scores\[1\]: 4 columns, the first image's have 3",
         ),
     ],
 )
@@ -173,9 +173,9 @@ def test_malformed_proposals(change, message):
 
 def test_proposals_of_another_batch_or_picture():
     good = from_masks([rectangles(64, 64, 2)], **FRAME)
-    with pytest.raises(ValueError, match="masks: of 1 pictures, expected 2"):
+    with pytest.raises(ValueError, match="masks: of 1 images, expected 2"):
         check_proposals(good, [(64, 64)] * 2)
-    with pytest.raises(ValueError, match=r"made for a picture of \(64, 64\), this one is \(64, 80\)"):
+    with pytest.raises(ValueError, match=r"made for an image of \(64, 64\), this one is \(64, 80\)"):
         check_proposals(good, [(64, 80)])
 
 

@@ -76,7 +76,7 @@ def test_what_patches_differ_in_before_clip_rc_is_trained(init: str) -> None:
 
 
 def share_that_differs(patches: torch.Tensor) -> float:
-    """Of the squared norm of patches [B, N, D], what is not their mean over the picture."""
+    """Of the squared norm of patches [B, N, D], what is not their mean over the image."""
     return ((patches - patches.mean(1, keepdim=True)).square().sum() / patches.square().sum()).item()
 
 

@@ -14,8 +14,10 @@ from tools.world.contrastive import load_contrastive_config
 from zs3fast import create_model
 from zs3fast.cli import app
 from zs3fast.data.world import WorldDataset
-from zs3fast.tiny.picture import comparison
+from zs3fast.data.world.vocabulary import COLOURS
+from zs3fast.tiny.drawing import class_colours, comparison
 from zs3fast.tiny.scoring import TrueRegions
+from zs3fast.utils.rendering import cielab
 from zs3fast.weights.files import METADATA_KEY
 from zs3fast.weights.packing import BASE, packed_models, packed_path, save_on_base
 
@@ -37,7 +39,7 @@ def test_demo(packed: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert all(word in done.output for word in ("2 scenes,", "maskclip", "tagclip", "mIoU(U)", "hIoU"))
     with Image.open(tmp_path / "demo.png") as picture:
-        scene = np.asarray(picture.convert("RGB"))[30:200, 4:170]
+        scene = np.asarray(picture.convert("RGB"))[35:175, 4:145]
         assert picture.width > 900 and len(np.unique(scene.reshape(-1, 3), axis=0)) > 500
 
 
@@ -55,7 +57,7 @@ def test_regions_are_found_by_the_picture_s_name() -> None:
     found = TrueRegions(scenes)([scenes[1].image], [str(scenes.image_path(1))])
     assert found.original_sizes == ((96, 96),) and bool(found.valid.all())
     assert found.masks.shape[1] >= len(np.unique(scenes.read_labels(1)))
-    with pytest.raises(ValueError, match="names: expected a picture of world val each"):
+    with pytest.raises(ValueError, match="names: expected an image of world val each"):
         TrueRegions(scenes)([scenes[1].image], ["photo.png"])
 
 
@@ -65,9 +67,24 @@ def test_the_picture_shows_truth_predictions_and_outlines() -> None:
     wrong = np.where(truth == 2, 1, truth)
     image = np.full((32, 32, 3), 90, np.uint8)
     sheet = np.asarray(comparison([(image, truth, [truth, wrong])], ["a", "b"], ["sand", "star", "ring"], [2]))
-    panels = [sheet[26:218, i * 200 : i * 200 + 192] for i in range(4)]
-    middle = [tuple(panel[96, 96]) for panel in panels]
+    panels = [sheet[30:180, i * 158 : i * 158 + 150] for i in range(4)]
+    middle = [tuple(panel[75, 75]) for panel in panels]
     assert middle[0] == (90, 90, 90) and middle[1] == middle[2] != middle[3]
     for panel in panels[1:]:
-        assert (panel[88, 40:50] == 255).all(-1).any(), "the unseen region has no outline"
-    assert not (panels[0] == 255).any()
+        assert (panel[70, 30:45] == 0).all(-1).any(), "the unseen region has no outline"
+    assert not (panels[0] == 0).any()
+    legend, colours = sheet[204:], class_colours(("sand", "star", "ring"))
+    for colour in colours:
+        assert (legend == colour).all(-1).sum() > 100, "a class that is there or was predicted is not in the legend"
+
+
+def test_colours_do_not_contradict_names() -> None:
+    names = tuple(WorldDataset("test").class_names)
+    colours = class_colours(names).astype(float)
+    shades = cielab(colours)
+    assert len({tuple(colour) for colour in colours}) == len(names)
+    for name, shade in zip(names, shades, strict=True):
+        (said,) = (word for word in COLOURS if word in name.split())
+        away = {word: np.linalg.norm(shade - cielab(np.array([rgb], float))[0]) for word, rgb in COLOURS.items()}
+        chroma = np.linalg.norm(shade[1:])
+        assert chroma < 10 if said == "white" else min(away, key=away.get) == said and chroma > 25, (name, shade)

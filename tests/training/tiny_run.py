@@ -1,4 +1,4 @@
-"""A VOC-shaped tree of ten small pictures and a configuration that trains on it in about a second."""
+"""A VOC-shaped tree of ten small images and a configuration that trains on it in about a second."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def voc_tree(root: Path, train: int = 10, val: int = 3, side: int = 56) -> Path:
-    """Pictures whose classes have colours of their own: seen ones, unseen ones, a void border."""
+    """Images whose classes have colours of their own: seen ones, unseen ones, a void border."""
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 255, (21, 3))
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):

@@ -73,7 +73,7 @@ def test_colours_are_distinct_and_stay_with_their_class():
     colours = rendering.palette(171)
     assert len({tuple(colour) for colour in colours.tolist()}) == 171
     assert np.array_equal(rendering.palette(20), colours[:20])
-    lab = rendering._lab(rendering.palette(20).astype(float))
+    lab = rendering.cielab(rendering.palette(20).astype(float))
     apart = np.linalg.norm(lab[:, None] - lab, axis=-1) + 1000 * np.eye(20)
     assert apart.min() > 25, "a just noticeable difference is about 2"
 

@@ -118,7 +118,7 @@ def _pair(dataset: SegmentationDataset, index: int) -> np.ndarray | str:
 def find_datasets(root: str | os.PathLike[str], split: str | None = None) -> list[SegmentationDataset]:
     """Every dataset and split that a folder holds, files unchecked.
 
-    PASCAL-5i and COCO-20i are looked for only where nothing else is found: they share their pictures with others.
+    PASCAL-5i and COCO-20i are looked for only where nothing else is found: they share their images with others.
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f"root: no folder {root}")

@@ -25,7 +25,7 @@ logger = logging.getLogger("zs3fast")
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture and its labels.
+    """One image and its labels.
 
     image:  uint8 [H, W, 3] RGB.
     labels: int32 [H, W], dataset indices 0..C-1 or the dataset's ignore_index.

@@ -1,4 +1,4 @@
-"""Which classes each picture of a dataset holds: read off all its label maps once, kept in the cache."""
+"""Which classes each image of a dataset holds: read off all its label maps once, kept in the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FORMAT = 1
 
 
 def class_pixels(dataset: SegmentationDataset) -> list[dict[int, int]]:
-    """For every picture, {class index: pixels} of the classes in it, ignored pixels aside.
+    """For every image, {class index: pixels} of the classes in it, ignored pixels aside.
 
     Kept as JSON in `<cache>/data`, under a key made of the paths, sizes and times of all label maps and what their
     values mean: a changed mask is read again. A cache that cannot be written only warns.
@@ -42,7 +42,7 @@ def class_pixels(dataset: SegmentationDataset) -> list[dict[int, int]]:
 
 
 def images_per_class(dataset: SegmentationDataset) -> np.ndarray:
-    """Int64 [C]: in how many pictures each class occurs."""
+    """Int64 [C]: in how many images each class occurs."""
     counts = np.zeros(dataset.num_classes, np.int64)
     for pixels in class_pixels(dataset):
         counts[list(pixels)] += 1
@@ -75,9 +75,9 @@ def _read(path: Path, key: str) -> list[list[int]] | None:
     return stored["pictures"] if isinstance(stored, dict) and stored.get("key") == key else None
 
 
-def _write(path: Path, key: str, pictures: list[list[int]]) -> None:
+def _write(path: Path, key: str, images: list[list[int]]) -> None:
     try:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"key": key, "pictures": pictures}), encoding="utf-8")
+            temporary.write_text(json.dumps({"key": key, "pictures": images}), encoding="utf-8")
     except OSError as error:
         logger.warning("what the label maps hold was not cached in %s: %s", path.parent, error)

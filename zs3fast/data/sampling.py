@@ -71,9 +71,9 @@ class PairSet(TrainingSet):
         dataset, seed: as for `TrainingSet`.
         transform: that of recipe "clsclip" or "flip", whose crops keep some of the class asked for.
         classes: the classes asked for; the dataset's seen classes by default.
-        min_pixels: pairs with fewer pixels of the class in the whole picture are left out.
-        negative_prob: how often the class asked for is one of `classes` that is not in the picture at all.
-        drop_unseen_images: leave out pictures that also hold one of the dataset's unseen classes.
+        min_pixels: pairs with fewer pixels of the class in the whole image are left out.
+        negative_prob: how often the class asked for is one of `classes` that is not in the image at all.
+        drop_unseen_images: leave out images that also hold one of the dataset's unseen classes.
     Returns (indexed by a position):
         as `TrainingSet`, and "class_index": int, present in "labels" unless the item is a negative.
     """

@@ -47,7 +47,7 @@ def train_transform(
 
     Args:
         recipe: "zegclip" (TagCLIP and CLIP-RC too), "maft", "clsclip" or "flip".
-        crop_size: S; 512, 640, 352 or 128 by default. The range of sizes a picture is resized to scales with it.
+        crop_size: S; 512, 640, 352 or 128 by default. The range of sizes an image is resized to scales with it.
         mean, std: normalisation of RGB in 0..1; ImageNet's for "zegclip", CLIP's for the others.
         ignore_index: the dataset's; it is also what padding is labelled.
     """
@@ -90,7 +90,7 @@ class _Recipe:
 class ZegclipTransform(_Recipe):
     """ZegCLIP's recipe: resize by 0.5..2, crop under the 75 % rule, flip, jitter, normalise, pad.
 
-    r ~ U(0.5, 2); the picture is scaled by min(int(4 S r) / long side, int(S r) / short side). A crop is accepted if
+    r ~ U(0.5, 2); the image is scaled by min(int(4 S r) / long side, int(S r) / short side). A crop is accepted if
     it holds more than one class and the largest covers under 75 % of the labelled pixels; it is redrawn at most ten
     times and the last draw is kept.
     """
@@ -139,8 +139,8 @@ class MaftTransform(_Recipe):
 class ClsclipTransform(_Recipe):
     """ClsCLIP's recipe (the paper is silent; these are our defaults): random resized crop, squashed to S x S, flip.
 
-    The crop covers U(0.5, 1) of the picture at an aspect ratio of 3/4..4/3 of the picture's own, log-uniform. With
-    `class_index`, which must be in the picture, it is redrawn up to ten times until the squashed labels keep some of
+    The crop covers U(0.5, 1) of the image at an aspect ratio of 3/4..4/3 of the image's own, log-uniform. With
+    `class_index`, which must be in the image, it is redrawn up to ten times until the squashed labels keep some of
     the class; then a window of at most S x S source pixels around one of its pixels is taken, where nothing is lost.
     """
 
@@ -172,7 +172,7 @@ class ClsclipTransform(_Recipe):
     def _box_around(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
         places = np.argwhere(mask)
         if not len(places):
-            raise ValueError("class_index: the class is not in the picture")
+            raise ValueError("class_index: the class is not in the image")
         centre = places[rng.integers(len(places))]
         extent = np.minimum(mask.shape, self.crop_size)
         top, left = (centre - extent // 2).clip(0, mask.shape - extent)
@@ -180,7 +180,7 @@ class ClsclipTransform(_Recipe):
 
 
 class FlipTransform(_Recipe):
-    """A random crop of S x S at the picture's own scale, and a flip. With `class_index` the crop holds that class."""
+    """A random crop of S x S at the image's own scale, and a flip. With `class_index` the crop holds that class."""
 
     def __call__(
         self, sample: Sample, rng: np.random.Generator, class_index: int | None = None
@@ -192,7 +192,7 @@ class FlipTransform(_Recipe):
             if class_index is None or (labels == class_index).any():
                 break
         else:
-            raise ValueError(f"class_index: {class_index} is not in the picture, or in a corner no crop hits")
+            raise ValueError(f"class_index: {class_index} is not in the image, or in a corner no crop hits")
         image = sample.image[window]
         if rng.random() < 0.5:
             image, labels = image[:, ::-1], labels[:, ::-1]
@@ -227,7 +227,7 @@ def _draw_window(size: tuple[int, int], crop: int, rng: np.random.Generator) -> 
 
 
 def _antialiased(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
-    """Box (left, top, right, bottom) of the picture at `size`, by Pillow's bilinear filter."""
+    """Box (left, top, right, bottom) of the image at `size`, by Pillow's bilinear filter."""
     right, bottom = min(box[2], image.shape[1]), min(box[3], image.shape[0])  # rounding may lead a hair outside
     box = box[0], box[1], right, bottom
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR, box=box))

@@ -42,7 +42,7 @@ RCS_BLOCKS = range(5, 9)  # of twelve
 
 
 class DenseClipViT(ClipViT):
-    """CLIP ViT that embeds every patch as CLIP embeds a picture; nothing in it trains.
+    """CLIP ViT that embeds every patch as CLIP embeds an image; nothing in it trains.
 
     In the last block, with queries, keys and values q, k, v of all tokens, s = head_width^-1/2, and omega the
     neighbourhood of patches at distance d, exp(-d^2 / (2 std^2)), and 0 from and to the class token:

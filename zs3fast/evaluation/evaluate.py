@@ -156,7 +156,7 @@ def evaluate_pairs(
         segmenter_like: (image uint8 [H, W, 3], P class indices) -> bool masks [P, H, W]; see `PairSegmenter`.
         pairs: (image index, class index), as `zs3fast.data.test_pairs` lists them.
         label_size: (H, W) that label maps are shrunk to, by nearest neighbour, and masks come in, as few-shot protocols
-            do; None: masks and label maps have the picture's size.
+            do; None: masks and label maps have the image's size.
         limit: only the first so many pairs.
         notes: what a reader of the report should know.
         others: as in `evaluate`; processes share the images.

@@ -55,7 +55,7 @@ class _ByPath:
         """Int32 [H, W]; ValueError for an image that is none of the dataset's."""
         index = None if name is None else self._index.get(os.fspath(name))
         if index is None:
-            raise ValueError(f"names: expected a picture of {self.dataset.name} {self.dataset.split} each, got {name}")
+            raise ValueError(f"names: expected an image of {self.dataset.name} {self.dataset.split} each, got {name}")
         return self.dataset.read_labels(index)
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no script, no other file, pictures inside."""
+"""The report as one HTML page that needs nothing else: no script, no other file, images inside."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def page(
     """The HTML of a report. Names come from files and users: everything is escaped.
 
     Args:
-        rows: published rows to set beside our scores.  worst: images to show.  confusion: the picture, if there is one.
+        rows: published rows to set beside our scores.  worst: images to show.  confusion: the image, if there is one.
     """
     title = f"{report.dataset} {report.split}, {report.setting.name}"
     parts = [
@@ -86,10 +86,10 @@ def _worst(report: Report, image: WorstImage) -> str:
         amounts = f"{truth} px, {predicted} predicted"
         legend.append(f'<span class="class">{swatch}{escape(report.class_names[index])} ({amounts})</span>')
     names = ("image", "truth", "prediction", "mistakes")
-    pictures = "".join(_image(panel, name, "JPEG") for panel, name in zip(image.panels, names, strict=True))
+    images = "".join(_image(panel, name, "JPEG") for panel, name in zip(image.panels, names, strict=True))
     heading = f"{item.id}{asked}: IoU {_cell(item.iou)}, pAcc {_cell(item.pacc)}"
     return (
-        f'<figure><figcaption>{escape(heading)}</figcaption><div class="panels">{pictures}</div>'
+        f'<figure><figcaption>{escape(heading)}</figcaption><div class="panels">{images}</div>'
         f'<div class="legend">{"".join(legend)}</div></figure>'
     )
 
@@ -107,9 +107,9 @@ def _table(
     return "\n".join([*lines, "</table>"])
 
 
-def _image(picture: Image.Image, name: str, kind: str) -> str:
+def _image(image: Image.Image, name: str, kind: str) -> str:
     content = io.BytesIO()
-    picture.save(content, kind, **({"quality": 85} if kind == "JPEG" else {}))
+    image.save(content, kind, **({"quality": 85} if kind == "JPEG" else {}))
     encoded = base64.b64encode(content.getvalue()).decode("ascii")
     return f'<img alt="{escape(name)}" src="data:image/{kind.lower()};base64,{encoded}">'
 

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 class PairSegmenter:
     """Masks of the classes asked for, by a model with one sigmoid mask a class.
 
-    mask = sigmoid(logits, upsampled to the picture) > threshold; the model sees the picture squashed to its square
+    mask = sigmoid(logits, upsampled to the image) > threshold; the model sees the image squashed to its square
     input.
 
     Args:
         model: a ClsCLIP; put in eval mode.
         text_embeddings: [C, D], a row for each class of the dataset.
         threshold: between 0 and 1; the protocols keep it at 0.5.
-        size: (H, W) of the masks; None: the picture's.
+        size: (H, W) of the masks; None: the image's.
         refine: steps of refinement of the scores, see `zs3fast.labels.refinement`; 0: none.
     """
 
@@ -65,7 +65,7 @@ class ZoomingPairSegmenter:
     Args:
         model, text_embeddings, threshold, refine: as for `PairSegmenter`.
         class_names: a word for each row of `text_embeddings`, to find its boxes by.
-        boxes: finds boxes in a picture.
+        boxes: finds boxes in an image.
         no_box: what a class without boxes gets: "whole_image", plain ClsCLIP; "empty", nothing.
     """
 
@@ -87,7 +87,7 @@ class ZoomingPairSegmenter:
         self.class_names, self.boxes = list(class_names), boxes
 
     def __call__(self, image: np.ndarray, classes: Sequence[int], path: Path | None = None) -> Tensor:
-        """Bool [P, H, W] on the model's device; `path` is the picture's, for boxes that lie in files."""
+        """Bool [P, H, W] on the model's device; `path` is the image's, for boxes that lie in files."""
         from zs3fast.inference.predictors import normalise
 
         model, device = self.plus.model, self.text_embeddings.device
@@ -108,7 +108,7 @@ class BoxPairSegmenter:
 
     Args:
         class_names: a word for each class, to find its boxes by.
-        boxes: finds boxes in a picture.
+        boxes: finds boxes in an image.
     """
 
     def __init__(self, class_names: Sequence[str], boxes: BoxProposer):

@@ -1,4 +1,4 @@
-"""The files of a report: JSON for programs, HTML and a picture for people, the counts for anything else."""
+"""The files of a report: JSON for programs, HTML and an image for people, the counts for anything else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from zs3fast.evaluation.binary import PairScores
+from zs3fast.evaluation.drawing import confusion_image
 from zs3fast.evaluation.evaluate import Report
 from zs3fast.evaluation.page import page
 from zs3fast.evaluation.paper_rows import PaperRow
-from zs3fast.evaluation.pictures import confusion_picture
 from zs3fast.evaluation.summary import to_dict
 from zs3fast.evaluation.worst import WorstImage
 from zs3fast.utils.files import replacing
-from zs3fast.utils.rendering import save_picture
+from zs3fast.utils.rendering import save_image
 
 FILES = ("report.json", "report.html", "confusion.png", "counts.npy")
 
@@ -30,11 +30,11 @@ def write_report(
     Returns:
         the files written.
     """
-    summary, html, picture, counts = (Path(folder) / name for name in FILES)
+    summary, html, image, counts = (Path(folder) / name for name in FILES)
     confusion = None
     if not isinstance(report.scores, PairScores):
-        confusion = confusion_picture(report.table, report.class_names, report.setting.seen)
-        save_picture(confusion, picture)
+        confusion = confusion_image(report.table, report.class_names, report.setting.seen)
+        save_image(confusion, image)
     with replacing(counts) as temporary:
         np.save(temporary, report.table, allow_pickle=False)
     with replacing(html) as temporary:
@@ -42,4 +42,4 @@ def write_report(
     with replacing(summary) as temporary:
         content = json.dumps(to_dict(report, rows), indent=1, ensure_ascii=False, allow_nan=False)
         temporary.write_text(content + "\n", encoding="utf-8")
-    return [summary, html, counts] + ([] if confusion is None else [picture])
+    return [summary, html, counts] + ([] if confusion is None else [image])

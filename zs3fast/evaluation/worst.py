@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from zs3fast.evaluation.drawing import panels
 from zs3fast.evaluation.evaluate import ItemScore, Report
-from zs3fast.evaluation.pictures import panels
 from zs3fast.evaluation.protocols import LabelledImages
 from zs3fast.utils.rendering import UNLABELLED
 

@@ -54,7 +54,7 @@ def figures(
         from zs3fast.inference.figures import FIGURES, figure, side_by_side
         from zs3fast.inference.results import distinct_stems, find_images
         from zs3fast.utils.options import one_of
-        from zs3fast.utils.rendering import save_picture
+        from zs3fast.utils.rendering import save_image
 
         one_of("METHOD", method, (*FIGURES, COMPARE))
         images = find_images(inputs)
@@ -77,13 +77,13 @@ def figures(
         if method == COMPARE:
             named = [(Path(one).stem, segmenter) for one, segmenter in zip(weights, segmenters, strict=True)]
             path = output / "compare.png"
-            save_picture(side_by_side(named, images), path)
+            save_image(side_by_side(named, images), path)
             stdout.print(f"{len(images)} images by {len(named)} models -> {escape(str(path))}")
             return
         stems = distinct_stems(images)
         for image in images:
             path = output / f"{stems[image]}_{method}.png"
-            save_picture(figure(segmenters[0], image, most=most), path)
+            save_image(figure(segmenters[0], image, most=most), path)
             stdout.print(f"{escape(str(image))} -> {escape(str(path))}")
 
 

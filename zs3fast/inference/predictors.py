@@ -1,7 +1,7 @@
-"""Each method's test protocol: sliding windows, the whole picture squashed, or proposals on their frame.
+"""Each method's test protocol: sliding windows, the whole image squashed, or proposals on their frame.
 
-A predictor is called with pictures' pixels, the competing classes and what is known of them, and gives labels and the
-winning scores at the pictures' own sizes. It is what the published test pipelines do around their models. The part that
+A predictor is called with images' pixels, the competing classes and what is known of them, and gives labels and the
+winning scores at the images' own sizes. It is what the published test pipelines do around their models. The part that
 needs no model is `prepare`, which any thread may call ahead of time.
 """
 
@@ -40,16 +40,16 @@ from zs3fast.utils.resizing import bilinear, resizes_there
 if TYPE_CHECKING:
     from zs3fast.models.maskclip import MaskCLIP
 
-# A bound on one picture's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
+# A bound on one image's windows: 1000 of them at 512 pixels are a strip of more than 420 000 pixels.
 MAX_WINDOWS = 1000
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of one picture.
+    """What is asked of one image.
 
     pixels: uint8 [H, W, 3].  text: [C, D] of the competing classes.  names: the names of each, synonyms included.
-    seen: indices of the seen among them, or None where nothing is known.  source: the picture's path, or None.
+    seen: indices of the seen among them, or None where nothing is known.  source: the image's path, or None.
     prepared: what `Predictor.prepare` made of the pixels, on any device; None: not made yet.
     encoded: what `Predictor.encode` made of the image; None: not made yet.  details: whether the prediction keeps any.
     """
@@ -78,7 +78,7 @@ class Prediction:
 
 
 class Predictor:
-    """Answers requests about pictures with a model.
+    """Answers requests about images with a model.
 
     together: whether images share the model's batches.
     refine: steps of refinement of the maps that labels come from, see `zs3fast.labels.refinement`; 0: none.
@@ -107,7 +107,7 @@ class Predictor:
         raise NotImplementedError
 
     def predict(self, request: Request) -> Prediction:
-        """The prediction for one picture."""
+        """The prediction for one image."""
         raise NotImplementedError
 
     def __call__(self, requests: Sequence[Request]) -> list[Prediction]:
@@ -145,18 +145,18 @@ class InWindows(Predictor):
         self.run = CompiledModel(self.model)
 
     def left_to_device(self, pixels: np.ndarray, size: tuple[int, int], antialias: bool) -> Tensor:
-        """The picture as it is where the model's device resizes it, else resized."""
-        picture = torch.from_numpy(pixels)
+        """The image as it is where the model's device resizes it, else resized."""
+        image = torch.from_numpy(pixels)
         if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
-            return picture
+            return image
         return _resized(pixels, size, antialias)
 
 
 class Windows(InWindows):
     """ZegCLIP's, TagCLIP's and CLIP-RC's: short side to `image_size`, windows with a stride of 426/512 of it.
 
-    Each window's calibrated scores are averaged, resized to the picture and compared, in one op: scores of all classes
-    at picture size are never stored.
+    Each window's calibrated scores are averaged, resized to the image and compared, in one op: scores of all classes
+    at image size are never stored.
 
     Args:
         batch: windows the model sees at once.
@@ -167,7 +167,7 @@ class Windows(InWindows):
     antialias = False
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
-        """The picture uint8 [H', W', 3], resized; or as it is, where the model's device resizes it."""
+        """The image uint8 [H', W', 3], resized; or as it is, where the model's device resizes it."""
         size = fitted_size(pixels.shape[:2], self.model.image_size)
         return self.left_to_device(pixels, size, self.antialias)
 
@@ -216,7 +216,7 @@ class Windows(InWindows):
         return (side, side), (step, step)
 
     def _canvas(self, request: Request) -> Tensor:
-        """The normalised picture [3, H', W'] on the model's device and in its type."""
+        """The normalised image [3, H', W'] on the model's device and in its type."""
         model, like = self.model, next(self.model.parameters())
         prepared = self.prepare(request.pixels) if request.prepared is None else request.prepared
         size = fitted_size(request.pixels.shape[:2], model.image_size)
@@ -227,7 +227,7 @@ class Windows(InWindows):
         return _normalise(_channels_first(levels), model.pixel_mean, model.pixel_std).to(like.dtype)
 
     def _compare(self, masks: Tensor, trusty: Tensor | None, request: Request, **frame: Any) -> Prediction:
-        """Labels and scores of the picture from the logits of its windows, which lie in `frame`."""
+        """Labels and scores of the image from the logits of its windows, which lie in `frame`."""
         calibration = self.model.calibration(masks, trusty, request.seen or ())
         size, refine = request.pixels.shape[:2], None
         if self.refine:
@@ -263,7 +263,7 @@ def _refined(scores: Tensor, refine: Pamr | None) -> Tensor:
 def _window_details(
     masks: Tensor, trusty: Tensor | None, calibration: dict[str, Any], frame: dict[str, Any], refine: Pamr | None
 ) -> Details:
-    """What a picture's labels came from, by the definition of scores."""
+    """What an image's labels came from, by the definition of scores."""
     masks, trusty = masks.cpu(), None if trusty is None else trusty.cpu()
     weighing = None if calibration["trusty_logits"] is None else trusty
     settings = {**calibration, "trusty_logits": weighing}
@@ -282,7 +282,7 @@ def _window_details(
 
 
 def split_windows(outputs: Sequence[Any], counts: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
-    """Mask and trusty logits of every picture's windows, out of batches that run on from picture to picture."""
+    """Mask and trusty logits of every image's windows, out of batches that run on from image to image."""
     masks = torch.cat([out.mask_logits for out in outputs]).split(list(counts))
     if outputs[0].trusty_logits is None:
         return [(part, None) for part in masks]
@@ -291,7 +291,7 @@ def split_windows(outputs: Sequence[Any], counts: Sequence[int]) -> list[tuple[T
 
 
 class Squash(Predictor):
-    """ClsCLIP's: the whole picture squashed to `image_size`, one mask a class, the best class a pixel."""
+    """ClsCLIP's: the whole image squashed to `image_size`, one mask a class, the best class a pixel."""
 
     model: ClsCLIP
 
@@ -299,7 +299,7 @@ class Squash(Predictor):
         self.model = model
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
-        """The normalised picture [3, image_size, image_size]; or uint8 [H, W, 3] where the model's device makes it."""
+        """The normalised image [3, image_size, image_size]; or uint8 [H, W, 3] where the model's device makes it."""
         device, side = next(self.model.parameters()).device, self.model.image_size
         if resizes_there(device, pixels.shape[:2], (side, side)):
             return torch.from_numpy(pixels)
@@ -338,7 +338,7 @@ class Squash(Predictor):
 class Zooming(Predictor):
     """ClsCLIP+'s: the boxes a detector finds for each class, cut out and squashed; the best class a pixel.
 
-    Pixels outside all boxes of a class score 0 for it; a class without boxes gets the whole picture.
+    Pixels outside all boxes of a class score 0 for it; a class without boxes gets the whole image.
 
     Args:
         boxes: finds boxes.  no_box: see `ClsCLIPPlus`.
@@ -429,10 +429,10 @@ class Proposing(Predictor):
         model, like, frame = self.model, next(self.model.parameters()), encoded.frame
         proposals = propose([pixels], None if source is None else [source]).to(like.device)
         if not bool(proposals.valid.any()):
-            raise ValueError(f"proposer: it found no region in {source or 'the picture'}")
+            raise ValueError(f"proposer: it found no region in {source or 'the image'}")
         if (frame.padded_size, (frame.image_size,)) != (proposals.padded_size, proposals.image_sizes):
             raise ValueError(
-                f"proposer: its masks lie on a frame of {proposals.padded_size}, the picture's is {frame.padded_size}"
+                f"proposer: its masks lie on a frame of {proposals.padded_size}, the image's is {frame.padded_size}"
             )
         if self.crops is None:
             embeddings = model.encoder.proposal_head(encoded.tokens, mask_bits(proposals, encoded.grid))
@@ -527,17 +527,17 @@ def _label_type(request: Request) -> torch.dtype:
 def prepare(
     pixels: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float], antialias: bool = False
 ) -> Tensor:
-    """The normalised picture [3, H', W'] whose short side is `image_size`; see `fit`."""
+    """The normalised image [3, H', W'] whose short side is `image_size`; see `fit`."""
     return _normalise(_channels_first(fit(pixels, image_size, antialias)), mean, std)
 
 
 def fit(pixels: np.ndarray, image_size: int, antialias: bool = False) -> Tensor:
-    """The picture with a short side of `image_size`, uint8 [H', W', 3].
+    """The image with a short side of `image_size`, uint8 [H', W', 3].
 
     Resized as the official code does it with OpenCV: bilinear without antialiasing, on 8 bits, rounded back to them.
 
     Args:
-        antialias: average what lies between the samples of a picture made smaller, as CLIP's own preprocessing does.
+        antialias: average what lies between the samples of an image made smaller, as CLIP's own preprocessing does.
     """
     return _resized(pixels, fitted_size(pixels.shape[:2], image_size), antialias)
 
@@ -550,7 +550,7 @@ def _resized(pixels: np.ndarray, size: tuple[int, int], antialias: bool) -> Tens
 
 
 def fitted_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
-    """(H', W') of a picture whose short side becomes `image_size`, its long side int(x * image_size / short + 0.5).
+    """(H', W') of an image whose short side becomes `image_size`, its long side int(x * image_size / short + 0.5).
 
     Raises:
         ValueError: so long a strip that more than `MAX_WINDOWS` windows would be needed.
@@ -571,7 +571,7 @@ def normalise(pixels: np.ndarray | Tensor, mean: Sequence[float], std: Sequence[
 
 
 def squash(pixels: np.ndarray | Tensor, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The normalised picture [3, image_size, image_size], its aspect ratio lost."""
+    """The normalised image [3, image_size, image_size], its aspect ratio lost."""
     levels = torch.as_tensor(pixels).permute(2, 0, 1)
     channels = [  # one at a time: of a large image all in float are four times its bytes, and more
         squash_images(_normalise(levels[c : c + 1].float(), mean[c : c + 1], std[c : c + 1])[None], image_size)[0]

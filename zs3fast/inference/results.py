@@ -37,7 +37,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         matches = [match for match in matches if match == path or not match.name.endswith(OUTPUT_SUFFIXES)]
         left_out = _left_out(unread)
         if not matches:
-            raise ValueError(f"INPUT: no pictures in {text}{f'; {left_out}' if left_out else ''}")
+            raise ValueError(f"INPUT: no images in {text}{f'; {left_out}' if left_out else ''}")
         if left_out:
             stderr.print(f"[yellow]note[/] {escape(text)}: {escape(left_out)}")
         found.update(dict.fromkeys(matches))

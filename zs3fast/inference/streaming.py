@@ -33,7 +33,7 @@ def default_workers(device: torch.device) -> int:
     """How many threads read ahead, and how many write behind, unless told.
 
     A GPU leaves the CPU's cores to them: one a core, up to 8. A CPU's model takes all cores itself for most of a
-    picture's time, and more threads would only take turns with it; one keeps many cores from idling while a file is
+    image's time, and more threads would only take turns with it; one keeps many cores from idling while a file is
     decoded or compressed, which takes a single core. On two cores that gained nothing (`bench/folder.py`): none.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -45,7 +45,7 @@ class ZeroShotModel(nn.Module):
 
     Args:
         clip: open_clip name or configuration dict.  pretrained: open_clip tag, path or None (random weights).
-        image_size: side in pixels of the square picture the model works on.
+        image_size: side in pixels of the square image the model works on.
         seen: class indices with labels in training, in dataset indices; None: all of `num_classes`.
         num_classes: size of the training vocabulary; None if unknown.
         class_names: the training vocabulary, kept with the model; lets a Segmenter tell seen names from unseen.

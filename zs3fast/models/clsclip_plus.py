@@ -35,7 +35,7 @@ Words = Sequence[str | Sequence[str]]
 class ZoomPlan:
     """Where to look for what.
 
-    windows: x0 y0 x1 y1 of each crop, whole pixels inside the picture, all different.
+    windows: x0 y0 x1 y1 of each crop, whole pixels inside the image, all different.
     pairs:   (window, class), sorted; a window that serves several classes is cut and encoded once.
     """
 
@@ -44,10 +44,10 @@ class ZoomPlan:
 
 
 class ClsCLIPPlus:
-    """ClsCLIP on the boxes of one picture.
+    """ClsCLIP on the boxes of one image.
 
     Args:
-        model: a ClsCLIP; its weights are used as they are, on crops instead of pictures. Put in eval mode.
+        model: a ClsCLIP; its weights are used as they are, on crops instead of images. Put in eval mode.
         crop_margin: context, added on each side of a box as a share of its width or height.
         no_box: a class without boxes, or one that the detector has no word for: "whole_image", plain ClsCLIP; "empty",
             background (eq. 9 to the letter).
@@ -71,7 +71,7 @@ class ClsCLIPPlus:
         self._told: set[str] = set()
 
     def plan(self, boxes: BoxProposals, class_words: Words) -> ZoomPlan:
-        """The crops of a picture and what is asked of each.
+        """The crops of an image and what is asked of each.
 
         Args:
             boxes: checked again here, as `zs3fast.proposals.make_boxes` does.
@@ -102,7 +102,7 @@ class ClsCLIPPlus:
         """Largest score of every class at every pixel over its crops, 0 outside all of them.
 
         Args:
-            image: [3, H, W], normalised, at the picture's own size.
+            image: [3, H, W], normalised, at the image's own size.
             text_embeddings: [C, D], as for the model.
             boxes, class_words: as for `plan`; boxes in pixels of `image`.
         Returns:
@@ -174,10 +174,10 @@ class ClsCLIPPlus:
             raise TypeError(f"class_words: expected a sequence of words, got the string {class_words!r}")
         if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
             got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"image: expected a normalised floating-point picture [3, H, W], got {got}")
+            raise ValueError(f"image: expected a normalised floating-point image [3, H, W], got {got}")
         if tuple(image.shape[1:]) != tuple(boxes.image_size):
             raise ValueError(
-                f"boxes: made for a picture of H x W = {' x '.join(map(str, boxes.image_size))}, "
+                f"boxes: made for an image of H x W = {' x '.join(map(str, boxes.image_size))}, "
                 f"got one of {image.shape[1]} x {image.shape[2]}"
             )
         if len(class_words) != len(text_embeddings):
@@ -193,7 +193,7 @@ def squash(images: Tensor, side: int) -> Tensor:
 
 
 def zoom_windows(boxes: Tensor, image_size: tuple[int, int], margin: float) -> list[Window]:
-    """Boxes [K, 4] with context: grown by `margin` of their sides on each side, to whole pixels, inside the picture.
+    """Boxes [K, 4] with context: grown by `margin` of their sides on each side, to whole pixels, inside the image.
 
     Sides under 4 pixels are grown to 16 first. Every window holds its box; repeated windows are kept once.
     """

@@ -51,7 +51,7 @@ class MAFT(ZeroShotModel):
         clip: open_clip ViT or ResNet name, or configuration dict ("ViT-B-16", "ViT-L-14", "RN50" are published).
         pretrained: open_clip tag, path or None.
         start_layer: L, the first masked layer of a ViT; the official code has 8 for any tower.
-        image_size: side in pixels that pictures are squashed to (published: 480).
+        image_size: side in pixels that images are squashed to (published: 480).
         ensemble: lambda, the share of the proposer's own class scores; published with seen and unseen classes: 0.8 on
             COCO, 0.7 on VOC, 2/3 on ADE20K; 0 (default): CLIP's opinion alone, the open-vocabulary setting.
         ensemble_form: "freeseg" (ZSSeg's too), "zegformer" or "paper", see `ensemble_class_weights`.
@@ -166,11 +166,11 @@ class MAFT(ZeroShotModel):
         *,
         non_object: bool | None = None,
     ) -> ProposalOutput:
-        """The baseline that MAFT replaced: plain CLIP on every proposal cut out as a picture of its own.
+        """The baseline that MAFT replaced: plain CLIP on every proposal cut out as an image of its own.
 
         Args:
             sub_images, rows: [P, 3, side, side] and [P, 2], (image, proposal) of each, of
-                `zs3fast.proposals.sub_images`. Proposals without a picture keep a zero embedding: all classes alike.
+                `zs3fast.proposals.sub_images`. Proposals without an image keep a zero embedding: all classes alike.
             non_object: as for `forward`.
         """
         embeddings, grid = self.crop_embeddings(sub_images, rows, proposals, batch_size)
@@ -182,8 +182,8 @@ class MAFT(ZeroShotModel):
         """Embeddings [B, Nq, D] of proposals cut out, see `classify_crops`, and a patch grid to show their masks on."""
         like = next(self.encoder.parameters())
         embeddings = like.new_zeros(*proposals.valid.shape, self.embed_dim)
-        for pictures, places in zip(sub_images.split(batch_size), rows.split(batch_size)):
-            embeddings[places[:, 0], places[:, 1]] = self.image_embedding(pictures)
+        for images, places in zip(sub_images.split(batch_size), rows.split(batch_size)):
+            embeddings[places[:, 0], places[:, 1]] = self.image_embedding(images)
         height, width = (max(side // 16, 1) for side in proposals.padded_size)
         return embeddings, (height, width)
 

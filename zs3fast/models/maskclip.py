@@ -26,7 +26,7 @@ class MaskCLIP(FeatureModel):
         mask_logits[c] = logit_scale * cos(patch, text[c]),   scores = softmax over classes of upsample(mask_logits)
 
     All weights are CLIP's own, so the method works as soon as `pretrained` names some. Classes compete: everything in
-    the picture needs a name on the list, if only one that a Segmenter takes as `background`.
+    the image needs a name on the list, if only one that a Segmenter takes as `background`.
 
     Args:
         clip: open_clip ViT name or configuration dict.  pretrained: open_clip tag, path or None (random weights).

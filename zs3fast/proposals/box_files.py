@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from zs3fast.proposals.boxes import make_boxes
-from zs3fast.proposals.frames import check_picture
+from zs3fast.proposals.frames import check_image
 from zs3fast.types import BoxProposals
 from zs3fast.utils.errors import FileFormatError
 from zs3fast.utils.text_files import read_json
@@ -20,17 +20,17 @@ from zs3fast.utils.text_files import read_json
 def box_file(
     path: str | os.PathLike[str], name: str | None = None, image_size: tuple[int, int] | None = None
 ) -> BoxProposals:
-    """The boxes of one picture in a JSON file; see `FileBoxProposer` for the formats and for many pictures.
+    """The boxes of one image in a JSON file; see `FileBoxProposer` for the formats and for many images.
 
     Args:
-        name: the picture's file name; may be left out where the file is about one picture.
-        image_size: (H, W) of the picture, where the file does not say it; where it does, both must agree.
+        name: the image's file name; may be left out where the file is about one image.
+        image_size: (H, W) of the image, where the file does not say it; where it does, both must agree.
     """
     return FileBoxProposer(path).boxes(name, image_size)
 
 
 class FileBoxProposer:
-    """A proposer that reads boxes from a JSON file, once, and gives each picture its own.
+    """A proposer that reads boxes from a JSON file, once, and gives each image its own.
 
     Either the simple format, boxes x0 y0 x1 y1 in pixels (x1, y1 just past the last pixel), `score` 1 unless given:
 
@@ -49,7 +49,7 @@ class FileBoxProposer:
         key = next((key for key in readers if isinstance(content, dict) and isinstance(content.get(key), list)), None)
         if key is None:
             raise ValueError(f"boxes: {self.path} has neither a list `pictures` nor COCO's `annotations`")
-        self._pictures: dict[str, dict[str, Any]] = {}
+        self._images: dict[str, dict[str, Any]] = {}
         self.vocabulary: tuple[str, ...] = ()
         try:
             readers[key](content)
@@ -60,22 +60,22 @@ class FileBoxProposer:
         except (OverflowError, ValueError) as error:
             reason = str(error).removeprefix(f"boxes: {self.path}").lstrip(": ")
             raise FileFormatError(f"boxes: {self.path}: {reason}") from None
-        self.file_names = tuple(self._pictures)
+        self.file_names = tuple(self._images)
 
     def __call__(self, picture: np.ndarray, name: str | None = None) -> BoxProposals:
-        """The boxes of a picture; a size other than the file's is an error."""
-        check_picture(picture)
+        """The boxes of an image; a size other than the file's is an error."""
+        check_image(picture)
         return self.boxes(name, picture.shape[:2])
 
     def boxes(self, name: str | None = None, image_size: tuple[int, int] | None = None) -> BoxProposals:
-        """The boxes of one picture, by its file name; folders in the names do not matter where the rest is unique."""
+        """The boxes of one image, by its file name; folders in the names do not matter where the rest is unique."""
         name = self._find(name)
-        entry = self._pictures[name]
+        entry = self._images[name]
         size = entry["size"] or image_size
         if size is None:
             raise ValueError(f"image_size: {self.path} does not say the size of {name}, expected (H, W)")
         if image_size is not None and tuple(image_size) != tuple(size):
-            raise ValueError(f"image_size: {self.path} is for {name} of {tuple(size)}, this picture is {image_size}")
+            raise ValueError(f"image_size: {self.path} is for {name} of {tuple(size)}, this image is {image_size}")
         try:
             return make_boxes(entry["boxes"], entry["names"], size, scores=entry["scores"], vocabulary=self.vocabulary)
         except (ValueError, TypeError) as error:
@@ -83,31 +83,29 @@ class FileBoxProposer:
 
     def _find(self, name: str | None) -> str:
         if name is None:
-            if len(self._pictures) == 1:
-                return next(iter(self._pictures))
-            raise ValueError(f"name: {self.path} is about {len(self._pictures)} pictures, expected a file name")
-        if name in self._pictures:
+            if len(self._images) == 1:
+                return next(iter(self._images))
+            raise ValueError(f"name: {self.path} is about {len(self._images)} images, expected a file name")
+        if name in self._images:
             return name
-        matches = [key for key in self._pictures if Path(key).name == Path(name).name]
+        matches = [key for key in self._images if Path(key).name == Path(name).name]
         if len(matches) != 1:
-            few = ", ".join(list(self._pictures)[:3])
-            raise ValueError(
-                f"name: {self.path} has {len(matches)} pictures named {Path(name).name!r}; it has {few} ..."
-            )
+            few = ", ".join(list(self._images)[:3])
+            raise ValueError(f"name: {self.path} has {len(matches)} images named {Path(name).name!r}; it has {few} ...")
         return matches[0]
 
     def _simple(self, content: dict[str, Any]) -> None:
-        for picture in content["pictures"]:
-            boxes = picture["boxes"]
-            sides = (picture.get("height"), picture.get("width"))
+        for image in content["pictures"]:
+            boxes = image["boxes"]
+            sides = (image.get("height"), image.get("width"))
             self._add(
-                picture["file_name"],
+                image["file_name"],
                 size=None if None in sides else (_side(sides[0]), _side(sides[1])),
                 boxes=[box["box"] for box in boxes],
                 names=[str(box["name"]) for box in boxes],
                 scores=[box.get("score", 1.0) for box in boxes],
             )
-        used = [name for entry in self._pictures.values() for name in entry["names"]]
+        used = [name for entry in self._images.values() for name in entry["names"]]
         self.vocabulary = tuple(content.get("vocabulary") or dict.fromkeys(used))
 
     def _coco(self, content: dict[str, Any]) -> None:
@@ -120,7 +118,7 @@ class FileBoxProposer:
             self._add(image["file_name"], size=size, boxes=[], names=[], scores=[])
         flat = 0
         for annotation in content["annotations"]:
-            entry = self._pictures[names[annotation["image_id"]]]
+            entry = self._images[names[annotation["image_id"]]]
             if len(annotation["bbox"]) != 4:
                 raise ValueError(f"boxes: {self.path}: expected bbox x y width height, got {annotation['bbox']}")
             x, y, width, height = annotation["bbox"]
@@ -134,9 +132,9 @@ class FileBoxProposer:
             warnings.warn(f"boxes: {self.path} has {flat} boxes without area, left out", stacklevel=4)
 
     def _add(self, name: str, **entry: Any) -> None:
-        if name in self._pictures:
-            raise ValueError(f"boxes: {self.path} has the picture {name!r} twice")
-        self._pictures[name] = entry
+        if name in self._images:
+            raise ValueError(f"boxes: {self.path} has the image {name!r} twice")
+        self._images[name] = entry
 
 
 def _side(value: Any) -> int:

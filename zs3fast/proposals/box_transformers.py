@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from zs3fast.proposals.frames import check_picture
+from zs3fast.proposals.frames import check_image
 from zs3fast.types import BoxProposals
 
 
 class TransformersBoxProposer:
     """Boxes, scores and class words of any model of the AutoModelForObjectDetection family.
 
-    The checkpoint's own processor resizes the picture and reads the model's outputs (softmax or sigmoid, as the family
-    needs); boxes above the threshold go through non-maximum suppression within each class, are clipped to the picture,
+    The checkpoint's own processor resizes the image and reads the model's outputs (softmax or sigmoid, as the family
+    needs); boxes above the threshold go through non-maximum suppression within each class, are clipped to the image,
     and come best first.
 
     Args:
@@ -42,10 +42,10 @@ class TransformersBoxProposer:
 
     @torch.no_grad()
     def __call__(self, picture: np.ndarray, name: str | None = None) -> BoxProposals:
-        """The boxes of one picture; `name` is not used."""
+        """The boxes of one image; `name` is not used."""
         from torchvision.ops import batched_nms
 
-        check_picture(picture)
+        check_image(picture)
         height, width = picture.shape[:2]
         weight = next(self.model.parameters())
         inputs = self.processor(images=[picture], return_tensors="pt")

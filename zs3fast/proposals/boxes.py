@@ -25,7 +25,7 @@ ALIASES: tuple[tuple[str, ...], ...] = (
 
 @runtime_checkable
 class BoxProposer(Protocol):
-    """Finds boxes in one picture: uint8 [H, W, 3], RGB. `name`: its file name, of use to proposers that read files."""
+    """Finds boxes in one image: uint8 [H, W, 3], RGB. `name`: its file name, of use to proposers that read files."""
 
     def __call__(self, picture: np.ndarray, name: str | None = None) -> BoxProposals: ...
 
@@ -44,11 +44,11 @@ def make_boxes(
     Args:
         boxes: [K, 4] x0 y0 x1 y1 in pixels; x1 and y1 lie just past the last pixel. K = 0 is fine.
         names: K class words.
-        image_size: (H, W) of the picture.
+        image_size: (H, W) of the image.
         scores: [K] in [0, 1]; None: all 1.
-        slack: pixels by which a box may reach over the picture's edge (rounding); it is clipped.
+        slack: pixels by which a box may reach over the image's edge (rounding); it is clipped.
     Raises:
-        ValueError: a box that is not finite, empty, in another format or outside the picture, naming it.
+        ValueError: a box that is not finite, empty, in another format or outside the image, naming it.
     """
     height, width = image_size
     if height < 1 or width < 1:
@@ -90,12 +90,12 @@ def _problem(box: Sequence[float], height: int, width: int, slack: float) -> str
         return "is not finite"
     if max(x0, 0) >= min(x1, width) or max(y0, 0) >= min(y1, height):
         if x0 < x1 and y0 < y1:
-            return f"lies outside the picture of {width} x {height} pixels"
+            return f"lies outside the image of {width} x {height} pixels"
         return "has no area; expected x0 y0 x1 y1 with x0 < x1 and y0 < y1, perhaps it is x y width height"
     if min(x0, y0) < -slack or x1 > width + slack or y1 > height + slack:
-        return f"reaches over the edge of the picture of {width} x {height} pixels"
+        return f"reaches over the edge of the image of {width} x {height} pixels"
     if max(x1, y1) <= 1 and not all(float(side).is_integer() for side in box):
-        return "lies within one pixel; expected pixels, perhaps it is relative to the picture's size"
+        return "lies within one pixel; expected pixels, perhaps it is relative to the image's size"
     return ""
 
 

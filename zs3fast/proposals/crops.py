@@ -1,9 +1,9 @@
-"""Sub-images of the frozen-CLIP baseline: every proposal cut out as a small picture of its own, one CLIP pass each.
+"""Sub-images of the frozen-CLIP baseline: every proposal cut out as a small image of its own, one CLIP pass each.
 
 Two published forms (MAFT's baselines), for P proposals that are not skipped:
 
     zegformer  in CLIP-normalised space on the padded frame: pixels outside the mask become 0, RoIAlign to 224 x 224.
-               "mask" resizes picture and mask logits to 224 x 224 and multiplies. A mask without a pixel: whole frame.
+               "mask" resizes image and mask logits to 224 x 224 and multiplies. A mask without a pixel: whole frame.
     zsseg      on the unpadded frame: pixels outside the mask become CLIP's mean colour (which is 0 after normalising),
     freeseg    the box is cut at pixel borders and resized by a bicubic filter (freeseg: align_corners). Masks without a
                pixel are skipped.
@@ -31,11 +31,11 @@ FORMS = ("zegformer", "zsseg", "freeseg")
 
 @dataclass(frozen=True, eq=False)
 class SubImages:
-    """P proposals as pictures.
+    """P proposals as images.
 
     images:  [P, 3, side, side] CLIP-normalised.
     rows:    int64 [P, 2], (image, proposal) of each.
-    skipped: bool [B, Nq], the proposals without a picture.
+    skipped: bool [B, Nq], the proposals without an image.
     """
 
     images: Tensor
@@ -50,7 +50,7 @@ def sub_images(
     form: str = "zegformer",
     side: int = 224,
 ) -> SubImages:
-    """Cut every proposal out of its picture, see the module's description.
+    """Cut every proposal out of its image, see the module's description.
 
     Args:
         frames: the B frames that the proposals were made on.
@@ -84,14 +84,14 @@ def sub_images(
     return SubImages(images=torch.cat(images), rows=kept.nonzero(), skipped=~kept)
 
 
-def _zegformer(picture: Tensor, inside: Tensor, logits: Tensor | None, merge: str, side: int) -> Tensor:
-    """picture [3, Hp, Wp], inside bool [n, Hp, Wp], logits [n, h4, w4] or None -> [n, 3, side, side]."""
+def _zegformer(image: Tensor, inside: Tensor, logits: Tensor | None, merge: str, side: int) -> Tensor:
+    """image [3, Hp, Wp], inside bool [n, Hp, Wp], logits [n, h4, w4] or None -> [n, 3, side, side]."""
     from torchvision.ops import roi_align
 
     if len(inside) == 0:
-        return picture.new_zeros(0, 3, side, side)
+        return image.new_zeros(0, 3, side, side)
     if merge == "mask":
-        small = F.interpolate(picture[None], size=(side, side), mode="bilinear", align_corners=False)
+        small = F.interpolate(image[None], size=(side, side), mode="bilinear", align_corners=False)
         given = inside.float() if logits is None else logits.float()
         mask = F.interpolate(given[None], size=(side, side), mode="bilinear", align_corners=False)[0]
         return small * (mask > (0.5 if logits is None else 0.0))[:, None]
@@ -99,16 +99,16 @@ def _zegformer(picture: Tensor, inside: Tensor, logits: Tensor | None, merge: st
     boxes[~filled] = boxes.new_tensor([0, 0, inside.shape[2], inside.shape[1]])
     pieces = []
     for mask, box in zip(inside, boxes.float()):  # one masked frame at a time: a hundred of them are gigabytes
-        source = picture * mask if merge == "mask_crop" else picture
+        source = image * mask if merge == "mask_crop" else image
         pieces.append(roi_align(source[None], [box[None]], (side, side), aligned=True))
     return torch.cat(pieces)
 
 
-def _zsseg(picture: Tensor, inside: Tensor, boxes: Tensor, merge: str, form: str, side: int) -> Tensor:
-    """picture [3, Hi, Wi], inside bool [n, Hi, Wi], boxes [n, 4] -> [n, 3, side, side]."""
-    pieces = [picture.new_zeros(0, 3, side, side)]
+def _zsseg(image: Tensor, inside: Tensor, boxes: Tensor, merge: str, form: str, side: int) -> Tensor:
+    """image [3, Hi, Wi], inside bool [n, Hi, Wi], boxes [n, 4] -> [n, 3, side, side]."""
+    pieces = [image.new_zeros(0, 3, side, side)]
     for mask, (x0, y0, x1, y1) in zip(inside, boxes.tolist()):
-        source = picture if merge == "crop" else picture * mask
+        source = image if merge == "crop" else image * mask
         if merge != "mask":
             source = source[:, y0:y1, x0:x1]
         pieces.append(F.interpolate(source[None], (side, side), mode="bicubic", align_corners=form == "freeseg"))
@@ -116,7 +116,7 @@ def _zsseg(picture: Tensor, inside: Tensor, boxes: Tensor, merge: str, form: str
 
 
 def _only(proposals: Proposals, index: int, rows: Tensor) -> Proposals:
-    """Some proposals of one picture: the masks of a whole batch at full size would not fit."""
+    """Some proposals of one image: the masks of a whole batch at full size would not fit."""
 
     def pick(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[index, rows][None]

@@ -1,4 +1,4 @@
-"""Pictures on the frame that proposers, their masks and CLIP share: resized, then padded at the bottom and right."""
+"""Images on the frame that proposers, their masks and CLIP share: resized, then padded at the bottom and right."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD = (
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One picture, resized; the padding is a size only, so that a batch can agree on it.
+    """One image, resized; the padding is a size only, so that a batch can agree on it.
 
     pixels:        [3, Hi, Wi] float32 in 0..255.
     image_size:    (Hi, Wi).
     padded_size:   (Hp, Wp), at least (Hi, Wi): what generator and CLIP inputs are padded to.
-    original_size: (Ho, Wo) of the picture.
+    original_size: (Ho, Wo) of the image.
     """
 
     pixels: Tensor
@@ -41,7 +41,7 @@ class Frame:
 def frame_size(
     original_size: tuple[int, int], short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE
 ) -> tuple[int, int]:
-    """(Hi, Wi) of a picture resized to `short_side`, or to less where its long side would pass `long_side`.
+    """(Hi, Wi) of an image resized to `short_side`, or to less where its long side would pass `long_side`.
 
     Sides are rounded half up, at least one pixel. Source: MAFT, test resize of all open-vocabulary sets.
     """
@@ -65,14 +65,14 @@ def padded_size(sizes: Sequence[tuple[int, int]], divisor: int = DIVISOR) -> tup
 def resize_for_proposer(
     picture: np.ndarray, *, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE, divisor: int = DIVISOR
 ) -> Frame:
-    """One picture on MAFT's frame: short side 640, long side at most 2560, padded to a multiple of 32.
+    """One image on MAFT's frame: short side 640, long side at most 2560, padded to a multiple of 32.
 
     Resized as 8-bit pixels by Pillow's bilinear filter (which averages where it shrinks), as the published loaders do.
 
     Args:
         picture: uint8 [H, W, 3], RGB.
     """
-    check_picture(picture)
+    check_image(picture)
     original = picture.shape[:2]
     size = frame_size(original, short_side, long_side)
     pixels = torch.from_numpy(resize(picture, size, antialias=True).astype(np.float32)).permute(2, 0, 1).contiguous()
@@ -82,11 +82,10 @@ def resize_for_proposer(
 def resize_batch(
     pictures: Sequence[np.ndarray], *, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE, divisor: int = DIVISOR
 ) -> list[Frame]:
-    """`resize_for_proposer` of each picture, all padded to the largest member of the batch."""
-    check_pictures(pictures)
+    """`resize_for_proposer` of each image, all padded to the largest member of the batch."""
+    check_images(pictures)
     frames = [
-        resize_for_proposer(picture, short_side=short_side, long_side=long_side, divisor=divisor)
-        for picture in pictures
+        resize_for_proposer(image, short_side=short_side, long_side=long_side, divisor=divisor) for image in pictures
     ]
     shared = padded_size([frame.image_size for frame in frames], divisor)
     return [replace(frame, padded_size=shared) for frame in frames]
@@ -116,26 +115,26 @@ def generator_input(
 def clip_input(frames: Frame | Sequence[Frame], side: int = 480) -> Tensor:
     """What MAFT's CLIP reads: CLIP-normalised pixels, zero padded, squashed to [B, 3, side, side].
 
-    The padding strip is part of the picture and the aspect ratio is lost, both as published: masks on the padded frame
+    The padding strip is part of the image and the aspect ratio is lost, both as published: masks on the padded frame
     lie where CLIP sees their pixels. Bilinear, `align_corners=False`, no antialias.
     """
     padded = generator_input(frames, CLIP_MEAN, CLIP_STD)
     return F.interpolate(padded, size=(side, side), mode="bilinear", align_corners=False)
 
 
-def check_pictures(pictures: Sequence[np.ndarray]) -> None:
+def check_images(pictures: Sequence[np.ndarray]) -> None:
     """Raise unless `pictures` is a sequence of at least one uint8 [H, W, 3] array."""
     if isinstance(pictures, np.ndarray):
         raise TypeError(f"pictures: expected a sequence of arrays [H, W, 3], got one array {list(pictures.shape)}")
     if len(pictures) == 0:
-        raise ValueError("pictures: expected at least one picture, got none")
-    for picture in pictures:
-        check_picture(picture)
+        raise ValueError("pictures: expected at least one image, got none")
+    for image in pictures:
+        check_image(image)
 
 
-def check_picture(picture: np.ndarray) -> None:
-    """Raise unless `picture` is a uint8 [H, W, 3] array."""
-    if not isinstance(picture, np.ndarray):
-        raise TypeError(f"picture: expected a NumPy array [H, W, 3], got {type(picture).__name__}")
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-        raise ValueError(f"picture: expected uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+def check_image(image: np.ndarray) -> None:
+    """Raise unless the image is a uint8 [H, W, 3] array."""
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"picture: expected a NumPy array [H, W, 3], got {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"picture: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")

@@ -1,4 +1,4 @@
-"""Masks that lie in files: one .npz, or a folder of .png masks, a picture."""
+"""Masks that lie in files: one .npz, or a folder of .png masks, an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from zs3fast.proposals.frames import check_pictures, frame_size
+from zs3fast.proposals.frames import check_images, frame_size
 from zs3fast.proposals.masks import from_masks
 from zs3fast.types import Proposals
 from zs3fast.utils.arrays import read_npz
@@ -20,14 +20,14 @@ from zs3fast.utils.limits import check_unpacked
 
 
 def mask_files(path: str | os.PathLike[str], **frame: Any) -> Proposals:
-    """The proposals of one picture (B = 1), read from files.
+    """The proposals of one image (B = 1), read from files.
 
     - `x.npz`: `masks` [Nq, H, W] (bool, 0/1 or floats in [0, 1]); optionally `quality` [Nq], `class_scores` [Nq, K + 1]
       and `class_names` [K].
     - a folder of PNG files: one mask a file in the order of their names, every pixel that is not 0 inside.
     - `x.png`: a map of region numbers, one mask for each number that is not 0.
 
-    Masks have the picture's own size.
+    Masks have the image's own size.
 
     Args:
         frame: short_side, long_side and divisor as for `from_masks`.
@@ -39,10 +39,10 @@ def mask_files(path: str | os.PathLike[str], **frame: Any) -> Proposals:
 
 
 class FileMaskProposer:
-    """A proposer that reads what lies on disk: the masks of one picture, or a folder with those of many.
+    """A proposer that reads what lies on disk: the masks of one image, or a folder with those of many.
 
     Args:
-        path: what `mask_files` reads, for one picture; or a folder in which a picture `street.jpg` has its masks in
+        path: what `mask_files` reads, for one image; or a folder in which an image `street.jpg` has its masks in
             `street.npz`, `street.png` or a folder `street`.
         frame: short_side, long_side and divisor as for `from_masks`.
     """
@@ -54,14 +54,14 @@ class FileMaskProposer:
             raise FileNotFoundError(f"masks: no file or folder {self.path}")
 
     def __call__(self, pictures: Sequence[np.ndarray], names: Sequence[str] | None = None) -> Proposals:
-        """Proposals of the pictures, whose sizes must be those of their masks.
+        """Proposals of the images, whose sizes must be those of their masks.
 
         Args:
-            names: file names of the pictures, to find their masks by; None where `path` is for one picture.
+            names: file names of the images, to find their masks by; None where `path` is for one image.
         """
-        check_pictures(pictures)
+        check_images(pictures)
         if names is not None and len(names) != len(pictures):
-            raise ValueError(f"names: expected {len(pictures)}, one a picture, got {len(names)}")
+            raise ValueError(f"names: expected {len(pictures)}, one an image, got {len(names)}")
         if len(pictures) > 1 and (names is None or not self.path.is_dir()):
             raise ValueError(
                 f"pictures: {len(pictures)} of them need a folder of masks and the pictures' file names, got the path "
@@ -80,7 +80,7 @@ class FileMaskProposer:
                 joined[key] = given
         if "class_names" in contents[0]:
             joined["class_names"] = contents[0]["class_names"]
-        joined["original_sizes"] = [picture.shape[:2] for picture in pictures]
+        joined["original_sizes"] = [image.shape[:2] for image in pictures]
         return _on_frame(self.path, joined, self.frame)
 
     def _file_of(self, name: str | None) -> Path:
@@ -93,7 +93,7 @@ class FileMaskProposer:
                 return candidate
         if self.path.name == stem:
             return self.path
-        raise FileNotFoundError(f"masks: for the picture {name}, none of {', '.join(map(str, candidates))} exists")
+        raise FileNotFoundError(f"masks: for the image {name}, none of {', '.join(map(str, candidates))} exists")
 
 
 def _on_frame(path: Path, content: dict[str, Any], frame: dict[str, Any]) -> Proposals:

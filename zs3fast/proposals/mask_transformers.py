@@ -25,7 +25,7 @@ class TransformersMaskProposer:
     """One mask, and probabilities over the closed label set, a query.
 
     class_scores = softmax(class_queries_logits), last column = no object; mask_logits = masks_queries_logits, raw, at a
-    quarter of the padded frame. Pictures are resized and padded here (MAFT's frame), not by the library's processor;
+    quarter of the padded frame. Images are resized and padded here (MAFT's frame), not by the library's processor;
     its semantic post-processing, which resizes masks to 384 x 384 first, is not used.
 
     Args:
@@ -53,7 +53,7 @@ class TransformersMaskProposer:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[np.ndarray], names: Sequence[str] | None = None) -> Proposals:
-        """Proposals of all pictures, run as one batch padded to its largest member; `names` are not used."""
+        """Proposals of all images, run as one batch padded to its largest member; `names` are not used."""
         frames = resize_batch(pictures, **self.frame)
         weight = next(self.model.parameters())
         out = self.model(pixel_values=generator_input(frames, self.mean, self.std).to(weight))

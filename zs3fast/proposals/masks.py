@@ -20,7 +20,7 @@ _CHECKED = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, to
 
 @runtime_checkable
 class MaskProposer(Protocol):
-    """Finds regions in pictures.
+    """Finds regions in images.
 
     pictures: uint8 [H, W, 3] arrays, RGB, of any sizes. names: their file names, of use only to proposers that read
     masks from files.
@@ -46,22 +46,22 @@ def from_masks(
     long_side: int = LONG_SIDE,
     divisor: int = DIVISOR,
 ) -> Proposals:
-    """Any masks of pictures as `Proposals` on MAFT's frame: ground truth, somebody's predictions, drawings.
+    """Any masks of images as `Proposals` on MAFT's frame: ground truth, somebody's predictions, drawings.
 
-    Masks are resized with the picture (bilinear, averaging where they shrink) and padded with zeros; where pictures
+    Masks are resized with the image (bilinear, averaging where they shrink) and padded with zeros; where images
     have different counts, empty rows with `valid=False` follow.
 
     Args:
-        masks: one item a picture, [Nq_i, H_i, W_i] at the picture's own size: bool, integers 0 and 1, or floats in
-            [0, 1]. Nq_i = 0 is fine for some of the pictures.
-        original_sizes: (H, W) of each picture; masks of another size are an error. None: the masks' own.
-        class_scores: one item a picture, [Nq_i, K + 1] probabilities, last column = no object.
+        masks: one item an image, [Nq_i, H_i, W_i] at the image's own size: bool, integers 0 and 1, or floats in
+            [0, 1]. Nq_i = 0 is fine for some of the images.
+        original_sizes: (H, W) of each image; masks of another size are an error. None: the masks' own.
+        class_scores: one item an image, [Nq_i, K + 1] probabilities, last column = no object.
         class_names: the names of the K columns.
-        quality: one item a picture, [Nq_i] in [0, 1].
+        quality: one item an image, [Nq_i] in [0, 1].
     Raises:
         ValueError: no mask at all, only empty masks, a wrong shape, size, count or range, or a value that is nan.
     """
-    rows = [_mask_rows(item, f"masks[{index}]") for index, item in enumerate(_pictures_of(masks))]
+    rows = [_mask_rows(item, f"masks[{index}]") for index, item in enumerate(_images_of(masks))]
     if not any(len(item) for item in rows):
         raise ValueError("masks: expected at least one proposal, got none")
     if not any(bool(item.any()) for item in rows):
@@ -86,7 +86,7 @@ def from_labels(
     """Ground-truth proposals: one mask a class, or a connected region, of each label map.
 
     Args:
-        labels: one integer map [H_i, W_i] a picture. A map that is all `ignore_index` gives no proposal, no error.
+        labels: one integer map [H_i, W_i] an image. A map that is all `ignore_index` gives no proposal, no error.
         connected, min_area: see `label_masks`.
     """
     rows = [
@@ -115,7 +115,7 @@ def check_proposals(proposals: Proposals, original_sizes: Sequence[tuple[int, in
     """Raise a ValueError naming the field that is wrong; Nq = 0 is well-formed.
 
     Args:
-        original_sizes: (H, W) of the pictures the proposals are to be used with. None: not compared.
+        original_sizes: (H, W) of the images the proposals are to be used with. None: not compared.
     """
     given = proposals.mask_logits if proposals.masks is None else proposals.masks
     if given is None or (proposals.masks is not None and proposals.mask_logits is not None):
@@ -179,17 +179,17 @@ def _check_values(given: Tensor, name: str) -> None:
 
 def _check_sizes(own: Sequence[tuple[int, int]], expected: Sequence[tuple[int, int]]) -> None:
     if len(own) != len(expected):
-        raise ValueError(f"masks: of {len(own)} pictures, expected {len(expected)}")
+        raise ValueError(f"masks: of {len(own)} images, expected {len(expected)}")
     for index, (got, want) in enumerate(zip(own, expected)):
         if tuple(got) != tuple(want):
-            raise ValueError(f"masks[{index}]: made for a picture of {tuple(got)}, this one is {tuple(want)}")
+            raise ValueError(f"masks[{index}]: made for an image of {tuple(got)}, this one is {tuple(want)}")
 
 
-def _pictures_of(masks: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray) -> list[Tensor | np.ndarray]:
+def _images_of(masks: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray) -> list[Tensor | np.ndarray]:
     if isinstance(masks, (Tensor, np.ndarray)) and masks.ndim != 4:
         raise ValueError(f"masks: a batch of equal sizes is [B, Nq, H, W], got {list(masks.shape)}")
     if len(masks) == 0:
-        raise ValueError("masks: expected the masks of at least one picture, got none")
+        raise ValueError("masks: expected the masks of at least one image, got none")
     return list(masks)
 
 
@@ -215,7 +215,7 @@ def _on_frame(
     long_side: int,
     divisor: int,
 ) -> Proposals:
-    """Masks [Nq_i, H_i, W_i] at their pictures' sizes -> resized, padded and stacked."""
+    """Masks [Nq_i, H_i, W_i] at their images' sizes -> resized, padded and stacked."""
     originals = [(int(item.shape[1]), int(item.shape[2])) for item in rows]
     sizes = [frame_size(size, short_side, long_side) for size in originals]
     resized = [_resized(item, size) for item, size in zip(rows, sizes)]
@@ -265,13 +265,13 @@ def _pad_rows(values: Sequence[Tensor | np.ndarray] | None, rows: Sequence[Tenso
     if values is None:
         return None
     if len(values) != len(rows):
-        raise ValueError(f"{name}: of {len(values)} pictures, expected {len(rows)}")
+        raise ValueError(f"{name}: of {len(values)} images, expected {len(rows)}")
     tensors = [torch.as_tensor(value).to(rows[0]) for value in values]
     for index, (tensor, item) in enumerate(zip(tensors, rows)):
         if tensor.dim() != (2 if name == "class_scores" else 1) or len(tensor) != len(item):
             raise ValueError(f"{name}[{index}]: expected one row for each of {len(item)} masks, got {tensor.shape}")
         if tensor.shape[1:] != tensors[0].shape[1:]:
             raise ValueError(
-                f"{name}[{index}]: {tensor.shape[1]} columns, the first picture's have {tensors[0].shape[1]}"
+                f"{name}[{index}]: {tensor.shape[1]} columns, the first image's have {tensors[0].shape[1]}"
             )
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)

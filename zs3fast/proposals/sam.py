@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zs3fast.proposals._library import transformers
 from zs3fast.proposals.boxes import mask_boxes
-from zs3fast.proposals.frames import DIVISOR, LONG_SIDE, SHORT_SIDE, check_pictures, frame_size, padded_size
+from zs3fast.proposals.frames import DIVISOR, LONG_SIDE, SHORT_SIDE, check_images, frame_size, padded_size
 from zs3fast.proposals.masks import stack_masks
 from zs3fast.types import Proposals
 
@@ -22,14 +22,14 @@ class SamProposer:
 
     For every point of a regular grid the model gives three masks with a predicted IoU. Kept are those with predicted
     IoU >= 0.88, stability >= 0.95 and at least one pixel; then box non-maximum suppression at 0.7 and the best 100 by
-    predicted IoU, which becomes `quality`. The masks lie on MAFT's frame. A picture of which none survives has no valid
+    predicted IoU, which becomes `quality`. The masks lie on MAFT's frame. An image of which none survives has no valid
     row, with a warning.
 
     Args:
         model: transformers' SamModel.
         points_per_side: the grid is points_per_side x points_per_side.
         min_iou, min_stability, nms_iou: thresholds.
-        max_masks: most masks a picture.
+        max_masks: most masks an image.
         points_per_batch: points whose masks are decoded at once; bounds the memory, changes nothing else.
         short_side, long_side, divisor: the frame, see `resize_for_proposer`.
     """
@@ -64,30 +64,30 @@ class SamProposer:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[np.ndarray], names: Sequence[str] | None = None) -> Proposals:
-        """Proposals of the pictures, run one after the other; `names` are not used."""
-        check_pictures(pictures)
-        found = [self._picture(picture) for picture in pictures]
+        """Proposals of the images, run one after the other; `names` are not used."""
+        check_images(pictures)
+        found = [self._image_masks(image) for image in pictures]
         empty = [index for index, (masks, _) in enumerate(found) if len(masks) == 0]
         if empty:
             warnings.warn(
                 f"SAM found no mask of predicted IoU >= {self.min_iou} and stability >= {self.min_stability} in "
-                f"{len(empty)} of {len(pictures)} pictures (the first: {empty[0]}); they have no proposals",
+                f"{len(empty)} of {len(pictures)} images (the first: {empty[0]}); they have no proposals",
                 stacklevel=2,
             )
         masks, quality = zip(*found)
         sizes = [tuple(item.shape[1:]) for item in masks]
-        originals = [picture.shape[:2] for picture in pictures]
+        originals = [image.shape[:2] for image in pictures]
         return stack_masks(masks, originals, padded_size(sizes, self.divisor), quality=quality)
 
-    def _picture(self, picture: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _image_masks(self, image: np.ndarray) -> tuple[Tensor, Tensor]:
         """Masks [Nq, Hi, Wi] of 0 and 1, best first, and their predicted IoU [Nq], clamped to [0, 1]."""
         weight = next(self.model.parameters())
-        inputs = self.processor(images=[picture], return_tensors="pt")
+        inputs = self.processor(images=[image], return_tensors="pt")
         reshaped = [int(side) for side in inputs["reshaped_input_sizes"][0]]
         embed: Any = self.model.get_image_embeddings
         embeddings = embed(inputs["pixel_values"].to(weight))
         points = point_grid(self.points_per_side) * torch.tensor([reshaped[1], reshaped[0]], dtype=torch.float32)
-        size = frame_size(picture.shape[:2], self.short_side, self.long_side)
+        size = frame_size(image.shape[:2], self.short_side, self.long_side)
         kept = []
         for chunk in points.split(self.points_per_batch):
             prompt = chunk.to(weight).view(1, -1, 1, 2)

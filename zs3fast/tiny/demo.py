@@ -1,4 +1,4 @@
-"""`zs3fast demo`: the small trained models on scenes with classes they had no labels of, as scores and one picture."""
+"""`zs3fast demo`: the small trained models on scenes with classes they had no labels of, as scores and one image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLUMNS = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table and a column of the picture."""
+    """A line of the table and a column of the image."""
 
     name: str
     label: Label
@@ -34,10 +34,10 @@ def demo(
     models: Annotated[
         Path | None, typer.Option(help="Folder of models that `tools.world.build --output` packed.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture.")] = Path("zs3fast_demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the image.")] = Path("zs3fast_demo"),
     scenes: Annotated[int, typer.Option(help="Scenes to score on, of 1,000 that no model has seen.")] = 40,
 ) -> None:
-    """Segment scenes of the procedural world with every method, print scores, draw a picture.
+    """Segment scenes of the procedural world with every method, print scores, draw an image.
 
     The models come with the package. A quarter of the classes is unseen: training had no labels of them.
     """
@@ -57,12 +57,11 @@ def demo(
     stdout.print(table)
     path = output / "demo.png"
     _draw(entries, path)
-    stdout.print(f"picture in {escape(str(path))}, {time.perf_counter() - start:.0f} s in all")
+    stdout.print(f"image in {escape(str(path))}, {time.perf_counter() - start:.0f} s in all")
 
 
 def _entries(models: Path | None, scenes: int) -> list[Entry]:
     from zs3fast.data.world import WorldDataset
-    from zs3fast.models.registry import model_class
     from zs3fast.tiny.scoring import score, world_labeller, world_segmenter
     from zs3fast.weights.packing import bundled, packed_models
 
@@ -75,21 +74,29 @@ def _entries(models: Path | None, scenes: int) -> list[Entry]:
         for method, path in found.items():
             status.update(f"Segmenting with {method}")
             label = world_labeller(world_segmenter(path, dataset), dataset)
-            name = f"{method} (true regions)" if model_class(method).protocol == "proposals" else method
-            entries.append(Entry(name, label, score(label, dataset, limit=scenes)))
+            entries.append(Entry(method, label, score(label, dataset, limit=scenes)))
     return entries
+
+
+def _title(method: str) -> str:
+    """A method as its paper writes it, and what it has beyond an image and names."""
+    from zs3fast.models.registry import model_class
+
+    kind = model_class(method)
+    written = {"clip_rc": "CLIP-RC"}.get(method, kind.__name__)
+    return f"{written} (true masks)" if kind.protocol == "proposals" else written
 
 
 def _draw(entries: list[Entry], path: Path) -> None:
     from zs3fast.data.world import WorldDataset
-    from zs3fast.tiny.picture import comparison
-    from zs3fast.utils.rendering import save_picture
+    from zs3fast.tiny.drawing import comparison
+    from zs3fast.utils.rendering import save_image
 
     dataset = WorldDataset("test")
-    chosen = [i for i in range(60) if len(set(dataset.unseen) & set(dataset.read_labels(i).ravel().tolist())) > 1][:4]
+    chosen = [i for i in range(60) if len(set(dataset.unseen) & set(dataset.read_labels(i).ravel().tolist())) > 1][:3]
     rows = []
     for index in chosen:
         sample = dataset[index]
         where = dataset.image_path(index)
         rows.append((sample.image, sample.labels, [entry.label(sample.image, where) for entry in entries]))
-    save_picture(comparison(rows, [entry.name for entry in entries], dataset.class_names, dataset.unseen), path)
+    save_image(comparison(rows, [_title(entry.name) for entry in entries], dataset.class_names, dataset.unseen), path)

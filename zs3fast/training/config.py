@@ -160,7 +160,7 @@ class LogConfig:
 class ValidationConfig:
     """every: iterations between two validations (0: none).  limit: images of the validation split (None: all).
 
-    metric: what "best" means; pictures: predictions drawn at each validation.
+    metric: what "best" means; images: predictions drawn at each validation.
     """
 
     every: CountOrZero = 0

@@ -116,8 +116,8 @@ class RunLog:
             for name, value in values.items():
                 self._writer.add_scalar(f"validation/{name}", value, iteration)
 
-    def picture(self, iteration: int, name: str, pixels: np.ndarray) -> None:
-        """A picture [H, W, 3] uint8 for TensorBoard."""
+    def image(self, iteration: int, name: str, pixels: np.ndarray) -> None:
+        """An image [H, W, 3] uint8 for TensorBoard."""
         if self._writer is not None:
             self._writer.add_image(name, pixels, iteration, dataformats="HWC")
 

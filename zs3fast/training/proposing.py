@@ -29,7 +29,7 @@ def build_proposal_step(
         propose = connected_labels(common["ignore_index"])
     elif config.data.crop_size != SHORT_SIDE:
         raise ValueError(
-            f"data.crop_size: {proposer} works on pictures of {SHORT_SIDE} pixels, expected {SHORT_SIDE}, "
+            f"data.crop_size: {proposer} works on images of {SHORT_SIDE} pixels, expected {SHORT_SIDE}, "
             f"got {config.data.crop_size}"
         )
     else:
@@ -63,7 +63,7 @@ def connected_labels(ignore_index: int) -> Propose:
 
 
 def asked(proposer: Callable[..., Proposals], mean: Sequence[float], std: Sequence[float]) -> Propose:
-    """Proposals of a `MaskProposer` for normalised images, which are turned back into the pictures they came from."""
+    """Proposals of a `MaskProposer` for normalised images, which are turned back into the images they came from."""
 
     def propose(images: Tensor, labels: Tensor) -> Proposals:
         shift, scale = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))

@@ -1,4 +1,4 @@
-"""Scores and pictures during training, by the evaluation room."""
+"""Scores and images during training, by the evaluation room."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from zs3fast.data import test_pairs
 from zs3fast.data.datasets import SegmentationDataset
+from zs3fast.evaluation.drawing import panels
 from zs3fast.evaluation.evaluate import Report, evaluate, evaluate_pairs
 from zs3fast.evaluation.pairs import PairSegmenter
-from zs3fast.evaluation.pictures import panels
 from zs3fast.evaluation.protocols import labeller, resolve_setting
 from zs3fast.inference.segmenter import Segmenter
 from zs3fast.models.base import ZeroShotModel
@@ -23,7 +23,7 @@ from zs3fast.training.config import ONE_STAGE, TrainConfig
 from zs3fast.training.export import whole_model
 from zs3fast.training.logs import RunLog
 from zs3fast.utils.distributed import DistEnv
-from zs3fast.utils.rendering import save_picture
+from zs3fast.utils.rendering import save_image
 
 METRICS = ("hiou", "miou", "miou_seen", "miou_unseen", "pacc", "macc")
 PAIR_METRICS = ("miou", "fb_iou")
@@ -32,7 +32,7 @@ PAIR_METRICS = ("miou", "fb_iou")
 def validate(
     config: TrainConfig, model: ZeroShotModel, text: Tensor, env: DistEnv, log: RunLog, done: int
 ) -> dict[str, float]:
-    """Score the model on the validation split, each image in one of the processes, and draw its first pictures.
+    """Score the model on the validation split, each image in one of the processes, and draw its first images.
 
     The model is back in training mode afterwards.
     """
@@ -76,8 +76,8 @@ def _draw(
     truth = np.where(ignored, -1, sample.labels)
     parts = panels(sample.image, truth, label(sample.image), ignored, dataset.num_classes)
     pixels = np.concatenate([np.asarray(part) for part in parts], axis=1)
-    save_picture(Image.fromarray(pixels), config.folder / "predictions" / f"{done:08d}_{sample.id}.png")
-    log.picture(done, f"predictions/{sample.id}", pixels)
+    save_image(Image.fromarray(pixels), config.folder / "predictions" / f"{done:08d}_{sample.id}.png")
+    log.image(done, f"predictions/{sample.id}", pixels)
 
 
 def check(config: TrainConfig) -> None:

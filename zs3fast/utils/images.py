@@ -111,7 +111,7 @@ def read_mask_file(path: Path, what: str = "labels", grey: bool = False) -> tupl
         if grey and image.mode in ("LA", "RGB", "RGBA"):
             return np.asarray(image.convert("L")), None
         if image.mode not in ("1", "L", "P", *_SIXTEEN):
-            raise ImageError(f"{name} is a picture of mode {image.mode}, expected class indices in one channel")
+            raise ImageError(f"{name} is an image of mode {image.mode}, expected class indices in one channel")
         top = _largest_grey(image)
         values = np.asarray(image)
         note = _ramp_note(image, values) if image.mode == "P" else None
@@ -127,7 +127,7 @@ def read_colours(path: Path, what: str = "labels") -> np.ndarray:
     name = f"{what}: {path}"
     with _opened(path, name) as image:
         if image.mode not in ("P", "L", "1", "RGB", "RGBA"):
-            raise ImageError(f"{name} is a picture of mode {image.mode}, expected colours of 8 bits a channel")
+            raise ImageError(f"{name} is an image of mode {image.mode}, expected colours of 8 bits a channel")
         return np.asarray(image.convert("RGB"))
 
 
@@ -167,7 +167,7 @@ def _opened(source: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
     if isinstance(source, Path) and not source.is_file():
         what, _, path = name.partition(": ")
         if source.exists():
-            raise ImageError(f"{name} is {'a folder' if source.is_dir() else 'no plain file'}, expected a picture")
+            raise ImageError(f"{name} is {'a folder' if source.is_dir() else 'no plain file'}, expected an image")
         raise FileNotFoundError(f"{what}: no file {path}")
     with _one_line(name), Image.open(source) as image:
         yield image
@@ -184,7 +184,7 @@ def _one_line(name: str) -> Iterator[None]:
     except FileFormatError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture in a format that Pillow {PIL.__version__} reads") from None
+        raise ImageError(f"{name} is not an image in a format that Pillow {PIL.__version__} reads") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise FileLimitError(

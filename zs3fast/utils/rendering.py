@@ -1,4 +1,4 @@
-"""Label maps as pictures: class colours, the overlay with its legend, label files."""
+"""Label maps as images: class colours, the overlay with its legend, label files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _SMALLEST_SIDE = 200  # smaller photos are enlarged, by a whole factor, so that 
 def palette(count: int) -> np.ndarray:
     """Colours [count, 3] uint8, each as far as possible (in CIELAB) from white, black, mid-grey and those before it.
 
-    A class index has the same colour in every picture, however many classes there are.
+    A class index has the same colour in every image, however many classes there are.
     """
     steps = np.linspace(0, 255, 16)
     candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
-    lab = _lab(candidates)
+    lab = cielab(candidates)
     visible = (lab[:, 0] > 35) & (lab[:, 0] < 92)  # neither lost in shadows nor in the legend's white
     candidates, lab = candidates[visible], lab[visible]
-    taken = _lab(np.array([[255.0] * 3, [0.0] * 3, [127.0] * 3]))
+    taken = cielab(np.array([[255.0] * 3, [0.0] * 3, [127.0] * 3]))
     distance = np.min(np.linalg.norm(lab[:, None] - taken, axis=-1), axis=1)
     chosen = []
     for _ in range(count):
@@ -134,10 +134,10 @@ def save_labels(labels: np.ndarray, path: str | os.PathLike[str], count: int) ->
         write_png(temporary, (width, height), (labels[rows].astype(kind) for rows in strips(height, width)), colours)
 
 
-def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
+def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PIL image in the format of the suffix; the file is replaced whole, or not at all."""
     with replacing(path) as temporary:
-        picture.save(temporary, compress_level=1)  # of PNG: a third of the time for a tenth more bytes
+        image.save(temporary, compress_level=1)  # of PNG: a third of the time for a tenth more bytes
 
 
 def class_sums(labels: np.ndarray, count: int, scores: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -173,8 +173,8 @@ def _share(pixels: int, total: int) -> str:
 
 
 def _legend(rows: list[tuple[tuple[int, int, int] | None, str, str]], beside: tuple[int, int]) -> Image.Image:
-    """The legend on white, in as many columns as fit it beside a picture of that size."""
-    size = int(np.clip(min(beside) / 22, 14, 64))  # readable when the whole picture is shown on a screen
+    """The legend on white, in as many columns as fit it beside an image of that size."""
+    size = int(np.clip(min(beside) / 22, 14, 64))  # readable when the whole image is shown on a screen
     font = ImageFont.load_default(size)  # of numbers
     names = [_shortened(*font_for(name, size), 16 * size) for _, name, _ in rows]
     line, gap = round(1.5 * size), round(0.5 * size)
@@ -203,7 +203,7 @@ def _shortened(font: Font, name: str, width: float) -> tuple[Font, str]:
     return font, name + "..."
 
 
-def _lab(rgb: np.ndarray) -> np.ndarray:
+def cielab(rgb: np.ndarray) -> np.ndarray:
     """sRGB in 0..255 -> CIELAB (D65)."""
     linear = np.where(rgb / 255 <= 0.04045, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])

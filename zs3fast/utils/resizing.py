@@ -15,10 +15,10 @@ MOST_SHRUNK = 4
 
 
 def resizes_there(device: torch.device, old: tuple[int, int], new: tuple[int, int]) -> bool:
-    """Whether a picture of size `old` goes to the model's device as it is and is resized there.
+    """Whether an image of size `old` goes to the model's device as it is and is resized there.
 
     On a GPU, unless a side shrinks to less than a quarter: a photograph of 100 megapixels is 300 MB, for each of the
-    pictures that wait in pinned memory, where its resized bytes are one or two.
+    images that wait in pinned memory, where its resized bytes are one or two.
     """
     return device.type == "cuda" and all(a <= MOST_SHRUNK * b for a, b in zip(old, new, strict=True))
 

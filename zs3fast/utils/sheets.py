@@ -1,4 +1,4 @@
-"""Sheets of panels: pictures in rows, a title over each and what it says under it."""
+"""Sheets of panels: images in rows, a title over each and what it says under it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from zs3fast.utils.fonts import font_for
 from zs3fast.utils.rendering import BLEND, class_sums, overlay, palette
 
-HEIGHT = 256  # of a panel's picture
+HEIGHT = 256  # of a panel's image
 _GAP, _LINE, _TITLE = 10, 18, 24
 _INK, _GREY = (20, 20, 20), (95, 95, 95)
 Colour = tuple[int, int, int]
@@ -20,7 +20,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """A picture of a sheet.
+    """An image of a sheet.
 
     title: over it.  picture: as high as all of the sheet.  lines: under it, each with a square of its colour or None.
     """

@@ -64,7 +64,7 @@ def load_official(
             `seen_offset=0` as well.
         heads: attention heads of the encoder; None: width / 64.  decoder_heads: of the decoder.
         image_size: the side masks are upsampled to; None: the one the position table was stored for. MAFT: the side
-            pictures are squashed to; None: 480.
+            images are squashed to; None: 480.
         start_layer: MAFT's first masked layer; the other methods have none.
         options: further settings of the method, such as `seen_offset` or `trusty_weighting`.
     Raises:

@@ -46,7 +46,7 @@ class ContrastiveConfig:
     clip: open_clip's configuration: embed_dim, quick_gelu, vision_cfg, text_cfg.
     batch_size: pairs that are told apart from each other in an iteration.
     precision: "fp32", or "bf16" for autocast of both towers.
-    probe_images: pictures a class of the zero-shot probe at every checkpoint; 0: none.
+    probe_images: images a class of the zero-shot probe at every checkpoint; 0: none.
     device: None: cuda if there is one.  output: the run's folder; None: runs/<name>.
     """
 

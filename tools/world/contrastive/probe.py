@@ -24,14 +24,14 @@ def normalised(images: Tensor) -> Tensor:
 
 def portraits(concepts: Sequence[Concept], size: int, number: int) -> Tensor:
     """Uint8 [len(concepts) * number, 3, size, size]: each thing alone on some ground, or each ground alone."""
-    pictures = []
+    images = []
     for concept in concepts:
         for copy in range(number):
             rng = np.random.default_rng((VERSION, _STREAM, CLASSES.index(concept), copy))
             thing = concept in THINGS
             ground = STUFF[rng.integers(len(STUFF))] if thing else concept
-            pictures.append(draw(arrange(rng, (size, size), [concept] if thing else [], [ground]))[0])
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+            images.append(draw(arrange(rng, (size, size), [concept] if thing else [], [ground]))[0])
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from zs3fast.text.templates import MAFT, MULTI, SINGLE
 
 WHOLE = 0.7  # share of captions that tell everything; the others tell of one part
 _BARE = 0.7  # how often those leave out the grounds: they are large, easily told apart, and would be all that is learnt
-_VISIBLE = 0.012  # parts that show on less of the picture go unmentioned
+_VISIBLE = 0.012  # parts that show on less of the image go unmentioned
 _DROPPED = 0.12  # how often a thing's pattern, or else its colour, goes unmentioned
 _OPENINGS = ("", "", "", "a photo of ", "a picture of ", "there is ", "this is ")
 _SIZES = ("small", "medium", "large")

@@ -32,7 +32,7 @@ class WorldDataset(SegmentationDataset):
 
     Args:
         split: "train" (10,000 scenes), "val" (500) or "test" (1,000).
-        size: (H, W) of the pictures.  length: use only the first so many scenes, or more of them.
+        size: (H, W) of the images.  length: use only the first so many scenes, or more of them.
     """
 
     def __init__(self, split: str, *, size: tuple[int, int] = (96, 96), length: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Scenes: what lies where, drawn from a random generator alone, and its picture with an exact map of its parts."""
+"""Scenes: what lies where, drawn from a random generator alone, and its image with an exact map of its parts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def arrange(
 
 
 def draw(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """The picture uint8 [H, W, 3] and the part map uint8 [H, W] of a scene."""
+    """The image uint8 [H, W, 3] and the part map uint8 [H, W] of a scene."""
     parts, depth = _grounds(scene)
     image = _paint_grounds(scene, parts, depth)
     for number, thing in enumerate(scene.things, len(scene.grounds)):

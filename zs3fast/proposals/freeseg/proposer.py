@@ -1,4 +1,4 @@
-"""FreeSeg's generator as a proposer: pictures and a class list in, `Proposals` out."""
+"""FreeSeg's generator as a proposer: images and a class list in, `Proposals` out."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class FreeSegProposer:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[np.ndarray], text_embeddings: Tensor) -> Proposals:
-        """Proposals of all pictures, run as one batch padded to its largest member.
+        """Proposals of all images, run as one batch padded to its largest member.
 
         Args:
             pictures: uint8 [H, W, 3] arrays, RGB.
@@ -97,7 +97,7 @@ class FreeSegProposer:
         )
 
     def for_vocabulary(self, text_embeddings: Tensor) -> MaskProposer:
-        """This proposer with its class list fixed: called like any other, with pictures (and names, not used)."""
+        """This proposer with its class list fixed: called like any other, with images (and names, not used)."""
         self._check_text(text_embeddings)
         text = text_embeddings.to(self.generator.non_object_embedding)  # one tensor for all calls
         return lambda pictures, names=None: self(pictures, text)

@@ -1,4 +1,4 @@
-"""Evaluation as pictures: the confusion matrix, and an image beside its truth, its prediction and the mistakes."""
+"""Evaluation as images: the confusion matrix, and an image beside its truth, its prediction and the mistakes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MARGIN = 12
 _LONGEST_NAME = 22
 
 
-def confusion_picture(table: np.ndarray, class_names: Sequence[str], seen: Iterable[int] | None = None) -> Image.Image:
-    """The confusion as a picture: a row of pixels' truth, a column of predictions, each row in shares of its pixels.
+def confusion_image(table: np.ndarray, class_names: Sequence[str], seen: Iterable[int] | None = None) -> Image.Image:
+    """The confusion as an image: a row of pixels' truth, a column of predictions, each row in shares of its pixels.
 
     The diagonal (right) is blue, the rest (wrong) red, both on a square-root scale, so that 1 % can be seen. Rows
     without a pixel are grey. Names stand beside the cells up to 171 classes, unseen ones in another colour; beyond that
@@ -35,9 +35,9 @@ def confusion_picture(table: np.ndarray, class_names: Sequence[str], seen: Itera
     label = round(max(font.getlength(name) for name in [*rows, "(none)"])) + 10
     cells = _cells(table[:, : len(columns)]).repeat(cell, 0).repeat(cell, 1)
     left, top = label + _MARGIN + 16, label + _MARGIN + 16
-    picture = Image.new("RGB", (max(left + cells.shape[1] + _MARGIN, 520), top + cells.shape[0] + 64), "white")
-    picture.paste(Image.fromarray(cells), (left, top))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (max(left + cells.shape[1] + _MARGIN, 520), top + cells.shape[0] + 64), "white")
+    image.paste(Image.fromarray(cells), (left, top))
+    draw = ImageDraw.Draw(image)
     draw.rectangle((left - 1, top - 1, left + cells.shape[1], top + cells.shape[0]), outline=_GREY)
     every = 1 if cell >= 12 else 50
     for index in range(0, len(columns), every):
@@ -46,13 +46,13 @@ def confusion_picture(table: np.ndarray, class_names: Sequence[str], seen: Itera
         ink = _UNSEEN_INK if index in unseen else _INK
         if index < classes:
             draw.text((left - 5, top + middle), name, fill=ink, font=font, anchor="rm")
-        _vertical(picture, name, (left + middle, top - 5), font, ink)
+        _vertical(image, name, (left + middle, top - 5), font, ink)
     if cell >= 30:
         _numbers(draw, table[:, : len(columns)], (left, top), cell)
     _caption(draw, (left, top + cells.shape[0] + 10), bool(unseen))
-    _vertical(picture, "truth", (10, top + cells.shape[0] // 2), ImageFont.load_default(13), _GREY)
+    _vertical(image, "truth", (10, top + cells.shape[0] // 2), ImageFont.load_default(13), _GREY)
     draw.text((left, 4), "prediction", fill=_GREY, font=ImageFont.load_default(13))
-    return picture
+    return image
 
 
 def panels(
@@ -77,8 +77,8 @@ def panels(
     wrong = (truth != prediction) & ~ignored
     faded = np.repeat(photo.mean(-1, keepdims=True), 3, -1) * 0.5 + 110
     mistakes = np.where(wrong[..., None], 0.35 * faded + 0.65 * np.array([220.0, 20.0, 20.0]), faded)
-    pictures = [photo, _painted(photo, truth, colours), _painted(photo, prediction, colours), mistakes]
-    return [Image.fromarray(picture.round().astype(np.uint8)) for picture in map(np.asarray, pictures)]
+    images = [photo, _painted(photo, truth, colours), _painted(photo, prediction, colours), mistakes]
+    return [Image.fromarray(pixels.round().astype(np.uint8)) for pixels in map(np.asarray, images)]
 
 
 def _painted(photo: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -131,7 +131,7 @@ def _caption(draw: ImageDraw.ImageDraw, corner: tuple[int, int], unseen: bool) -
 
 
 def _vertical(
-    picture: Image.Image,
+    image: Image.Image,
     text: str,
     foot: tuple[int, int],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
@@ -142,7 +142,7 @@ def _vertical(
     line = Image.new("L", (width, height), 0)
     ImageDraw.Draw(line).text((0, height / 2), text, fill=255, font=font, anchor="lm")
     mask = line.rotate(90, expand=True)
-    picture.paste(Image.new("RGB", mask.size, ink), (foot[0] - height // 2, foot[1] - mask.height), mask)
+    image.paste(Image.new("RGB", mask.size, ink), (foot[0] - height // 2, foot[1] - mask.height), mask)
 
 
 def _short(name: str) -> str:
