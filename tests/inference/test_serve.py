@@ -136,7 +136,7 @@ def wrapped(**content: Any) -> bytes:
 @pytest.mark.parametrize(
     ("status", "said", "body", "query"),
     [
-        (400, "image: the data is not a picture", b"no image at all", {}),
+        (400, "image: the data is not an image", b"no image at all", {}),
         (400, "image: the data cannot be read", picture(1)[:120], {}),
         (413, "image: expected at most 0.191 MiB, got 1.91 MiB", bytes(2_000_000), {}),
         (400, "image: expected at most 60,000 pixels, got 600 x 400 = 240,000", FLAT, {}),
