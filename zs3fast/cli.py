@@ -216,7 +216,7 @@ def segment(
             images = env.agreed(find_images(inputs))
             stems = distinct_stems(images)
             entries = _class_list(classes, classes_file, dataset)
-            settings = {
+            settings: dict[str, Any] = {
                 "templates": templates,
                 "crops": crops,
                 "compile": compile_,

@@ -45,7 +45,7 @@ SPLIT = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
 GROUPS = ("mIoU(S)", "mIoU(U)", "hIoU")
 ALL = ("pAcc", "mIoU", "mAcc")
 
-_Block = tuple[str, str, str, Sequence[str], dict[str, Sequence[float]], str]  # ..., columns, values, detail
+_Block = tuple[str, str, str, Sequence[str], Mapping[str, Sequence[float]], str]  # ..., columns, values, detail
 
 _OPEN_SETS = ("ade847", "ade150", "pc459", "context59", "voc20")
 

@@ -155,7 +155,8 @@ def _kind(path: str) -> str:
 def _file_system(url: str, what: str) -> tuple[Any, str]:
     """The file system of a path or URL by fsspec, or for s3:// without s3fs by pyarrow; and the path in it."""
     try:
-        return url_to_fs(url)
+        system, inside = url_to_fs(url)
+        return system, str(inside)
     except (ImportError, ValueError) as error:  # a file system whose package is not there, or no file system
         scheme, _, path = url.partition("://")
         if scheme == "s3":  # pyarrow brings it; its gs:// tries for a quarter of an hour where there is none

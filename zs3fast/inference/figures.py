@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from zs3fast.encoders.region_bridge import RegionBridgeClipViT
 from zs3fast.inference.predictors import Proposing, Request, Windows, squash
 from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.clip_rc import ClipRC
@@ -86,6 +87,7 @@ def region_map(segmenter: Segmenter, pixels: np.ndarray) -> tuple[np.ndarray, li
     -1: in the margin that belongs to no region.
     """
     model, predictor = cast(ClipRC, segmenter.model), cast(Windows, segmenter._predictor)
+    regions = cast(RegionBridgeClipViT, model.encoder).regions
     text = F.normalize(segmenter.embed().float(), dim=-1)
     canvas = predictor._canvas(Request(pixels, text, (), None))
     crop, stride = predictor._crop_and_stride()
@@ -96,7 +98,7 @@ def region_map(segmenter: Segmenter, pixels: np.ndarray) -> tuple[np.ndarray, li
         assert features.region_tokens is not None  # the method has them
         alike = (F.normalize(features.region_tokens[0].float(), dim=-1) @ text.T).cpu()  # [M, C]
         whole.append(int((features.global_token[0].float() @ text.T).argmax()))
-        of = region_of_patch(features.grid_size, model.encoder.regions).view(1, 1, *features.grid_size)
+        of = region_of_patch(features.grid_size, regions).view(1, 1, *features.grid_size)
         region = F.interpolate(of.float(), crop, mode="nearest")[0, 0].long()
         inside = region >= 0
         place = (slice(y, y + crop[0]), slice(x, x + crop[1]))
@@ -143,7 +145,7 @@ def class_attention(segmenter: Segmenter, pixels: np.ndarray, source: str | None
 
 def _attention_row(name: str, maps: Tensor, pixels: np.ndarray, navigated: Sequence[int]) -> list[Panel]:
     """A panel a layer, each on its own scale."""
-    row = []
+    row: list[Panel] = []
     for layer, values in enumerate(maps.float().cpu().numpy()):
         what = f"{name}, layer {layer}" if not row else f"layer {layer}"
         lines = [(None, f"highest {values.max():.3f}"), (None, f"all patches {values.sum():.2f}")]

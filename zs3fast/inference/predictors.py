@@ -377,15 +377,15 @@ class Proposing(Predictor):
     Args:
         proposer: finds mask proposals.
         crops: "mask", "crop" or "mask_crop": classify every proposal by a CLIP pass of its own instead, the baseline of
-            the paper.  crop_form: see `zs3fast.proposals.sub_images`.
+            the paper, in the form of `zs3fast.proposals.sub_images`.
     """
 
     model: MAFT
 
-    def __init__(self, model: MAFT, proposer: MaskProposer, crops: str | None = None, crop_form: str = "zegformer"):
+    def __init__(self, model: MAFT, proposer: MaskProposer, crops: str | None = None):
         if crops is not None:
             one_of("crops", crops, MERGES)
-        self.model, self.proposer, self.crops, self.crop_form = model, proposer, crops, crop_form
+        self.model, self.proposer, self.crops = model, proposer, crops
 
     def predict(self, request: Request) -> Prediction:
         model, seen, size = self.model, request.seen or (), request.pixels.shape[:2]
@@ -437,7 +437,7 @@ class Proposing(Predictor):
         if self.crops is None:
             embeddings = model.encoder.proposal_head(encoded.tokens, mask_bits(proposals, encoded.grid))
             return replace(encoded, proposals=proposals, embeddings=embeddings)
-        cut = sub_images(frame, proposals, self.crops, self.crop_form)
+        cut = sub_images(frame, proposals, self.crops)
         embeddings, grid = model.crop_embeddings(cut.images.to(like), cut.rows, proposals)
         return replace(encoded, grid=grid, proposals=proposals, embeddings=embeddings)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from zs3fast.text import TextEncoder
-    from zs3fast.text.encoder import Tokenizer
+    from zs3fast.text.tower import Tokenizer
 
 __all__ = ["TINY", "TINY_DEFAULT", "EncodedImage", "Segmenter", "find_weights", "is_converted", "read_official"]
 logger = logging.getLogger("zs3fast")

@@ -17,7 +17,7 @@ from zs3fast.text.vocabulary import ClassEntry, same_name
 
 if TYPE_CHECKING:
     from zs3fast.text import TextEncoder
-    from zs3fast.text.encoder import Tokenizer
+    from zs3fast.text.tower import Tokenizer
 
 logger = logging.getLogger("zs3fast")
 

@@ -55,8 +55,8 @@ class Pamr:
             )
 
     def _refined(self, maps: Tensor, image: Tensor) -> Tensor:
-        options = {"steps": self.steps, "dilations": self.dilations}
-        return refine_maps(image[None].to(maps.dtype), maps[None].detach(), **options)[0]
+        image = image[None].to(maps.dtype)
+        return refine_maps(image, maps[None].detach(), steps=self.steps, dilations=self.dilations)[0]
 
     def best_names(
         self,

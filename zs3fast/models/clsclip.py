@@ -186,7 +186,9 @@ class ClsCLIP(ZeroShotModel):
             text = self.check_text(text_embeddings)
             tokens = {int(i): linear(text) for i, linear in self.navigation.items()}
         grid = self.encoder.check_images(image)
-        return self.encoder.class_attention(image, tokens).unflatten(-1, grid)
+        maps: Tensor = self.encoder.class_attention(image, tokens)
+        by_patch: Tensor = maps.unflatten(-1, grid)
+        return by_patch
 
     def pairs_at_once(self, images: Tensor) -> int:
         """How many pairs `memory_budget` holds, going by the largest live tensors of a block and of the decoder."""

@@ -210,10 +210,11 @@ class TextEncoder:
         with _tokenizing:
             tokens = self.tokenizer(sentences)
         # Tokenizers cut silently. CLIP's own lets us see the uncut length: words, start and end.
-        if is_clip_tokenizer(self.tokenizer):
+        encode = getattr(self.tokenizer, "encode", None) if is_clip_tokenizer(self.tokenizer) else None
+        if encode is not None:
             context = tokens.shape[1]
             for sentence in sentences:
-                if len(self.tokenizer.encode(sentence)) + 2 > context:
+                if len(encode(sentence)) + 2 > context:
                     raise ValueError(f"classes: too long for the text tower ({context} tokens): {sentence!r}")
         return tokens
 

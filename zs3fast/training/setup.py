@@ -102,7 +102,7 @@ def training_set(config: TrainConfig, dataset: SegmentationDataset, model: ZeroS
         std=model.pixel_std,
         ignore_index=dataset.ignore_index,
     )
-    if config.method == "clsclip":
+    if model.pairwise:
         return PairSet(
             dataset,
             transform,
@@ -172,7 +172,7 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: Ze
 
     A file may leave out the background of a fold, which is never asked for: its row is 0 then.
     """
-    if config.text.shuffle and (config.method != "clsclip" or config.text.embeddings is not None):
+    if config.text.shuffle and (not model_class(config.method).pairwise or config.text.embeddings is not None):
         raise ValueError("text.shuffle: is for clsclip with its text tower, not for prepared text.embeddings")
     if config.text.embeddings is not None:
         rows = load_text_embeddings(config.text.embeddings)
@@ -210,9 +210,8 @@ def _encoded(dataset: Vocabulary, model: ZeroShotModel, *templates: str | Sequen
             "to load"
         )
     encoder = TextEncoder.from_open_clip(clip["clip"], clip["pretrained"] or "openai")
-    options = {"text_token": model.text_token} if model.method == "clsclip" else {}
     names = dataset.classes if isinstance(dataset, SegmentationDataset) else whole_names(dataset.class_names)
-    return [encoder.encode(names, template, **options) for template in templates]
+    return [encoder.encode(names, template, text_token=model.text_token) for template in templates]
 
 
 def build_step(
@@ -314,7 +313,7 @@ def _model_options(config: TrainConfig, dataset: Vocabulary) -> dict[str, Any]:
 def _derived_options(config: TrainConfig) -> dict[str, Any]:
     """Options of the model that follow from the rest of the configuration, unless it says otherwise."""
     options: dict[str, Any] = {}
-    if config.method != "maft":  # whose images are squashed to CLIP's size after they were cropped
+    if model_class(config.method).protocol != "proposals":  # those images are squashed to CLIP's size once cropped
         options["image_size"] = config.data.crop_size
     if config.setting == "transductive":
         options["seen_offset"] = 0.0

@@ -17,6 +17,7 @@ from zs3fast.evaluation.protocols import labeller, resolve_setting
 from zs3fast.inference.segmenter import Segmenter
 from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.clsclip import ClsCLIP
+from zs3fast.models.registry import model_class
 from zs3fast.text import whole_names
 from zs3fast.training import setup
 from zs3fast.training.config import ONE_STAGE, TrainConfig
@@ -82,13 +83,14 @@ def _draw(
 
 def check(config: TrainConfig) -> None:
     """Raise now what a validation would: the split is opened, and the method has to be one that can be validated."""
-    if config.method not in (*ONE_STAGE, "clsclip"):
+    if config.method not in ONE_STAGE and not model_class(config.method).pairwise:
         raise ValueError(f"validation.every: {config.method} is scored by `zs3fast eval`, expected 0")
-    known = PAIR_METRICS if config.method == "clsclip" else METRICS
+    pairwise = model_class(config.method).pairwise
+    known = PAIR_METRICS if pairwise else METRICS
     if config.validation.metric not in known:
         raise ValueError(f"validation.metric: expected one of {', '.join(known)}, got {config.validation.metric!r}")
     dataset = setup.open_data(config, config.validation.split)
-    if config.method == "clsclip" and not test_pairs(dataset, dataset.unseen):
+    if pairwise and not test_pairs(dataset, dataset.unseen):
         raise ValueError(
             f"validation.every: {dataset.name} {dataset.split} holds no pair of fold {dataset.fold} to score"
         )

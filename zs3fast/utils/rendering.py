@@ -126,7 +126,7 @@ def save_labels(labels: np.ndarray, path: str | os.PathLike[str], count: int) ->
     if count <= 255:
         colours = np.full((256, 3), 255, np.uint8)
         colours[:count] = palette(count)
-        kind = np.dtype(np.uint8)  # -1 wraps round to 255
+        kind: np.dtype[np.unsignedinteger] = np.dtype(np.uint8)  # -1 wraps round to 255
     else:
         kind = np.dtype(np.uint16)  # or to 65535
     height, width = labels.shape
