@@ -395,6 +395,7 @@ def test_convert(place, monkeypatch):
     monkeypatch.setattr(official, "load_official", lambda *a, f=official.load_official, **k: f(*a, heads=4, **k))
     monkeypatch.setattr(weights, "load_official", official.load_official)
     official_checkpoint("voc.pth", **text_state(tiny_clip(), "text_encoder."))
+    assert run("convert", "none.pth", "x.safetensors", code=2) == "error OFFICIAL: no file none.pth"
     with files_up_to(10_000):
         output = run("convert", "voc.pth", "voc.safetensors", code=1)
         assert output.endswith("error voc.safetensors: File too large") and not list(place.glob("*voc*.safetensors"))

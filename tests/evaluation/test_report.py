@@ -175,3 +175,14 @@ def test_worst_images_are_segmented_again_as_they_were():
     for index, truth, predicted in first.classes:
         assert truth == (sample.labels == index).sum() and predicted == (toy_labels(sample.image) == index).sum()
     assert SEEN == list(report.setting.seen)
+
+
+def test_tables_fit_80_columns_and_cut_no_word() -> None:
+    report = evaluate(toy_labels, ToyDataset(), settings={"method": "clip_rc"})
+    rows = [replace(ROW, method="a method of two words", source="CVPR 2024, table 12")]
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(score_table(report, rows), class_table(report))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    for name in ("clip_rc", "this run", "a method", "FB-IoU", *report.scores.headline()):
+        assert name in text

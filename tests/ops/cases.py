@@ -153,11 +153,13 @@ def judge_labels(request: Request, got: Any, _want: Any) -> None:
         assert labels.shape[1] == request["top_k"] and labels.sort(1).values.diff(dim=1).all()  # each class once
         labels, best = labels[:, 0], None if best is None else best[:, 0]
     largest = scores.max(1).values
-    if largest.isnan().any():  # what is NaN by a weight of 0 alone may be so or not
+    narrow = label_scores(**{k: v.float() if isinstance(v, Tensor) else v for k, v in arguments.items()})
+    rounded = narrow.isnan().any(1) != largest.isnan()  # a weight that is 0 but for how a position is rounded
+    if largest.isnan().any() or rounded.any():  # what is NaN by a weight of 0 alone may be so or not
         maps = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
         marked = label_scores(**arguments | {k: v.isnan().double() for k, v in maps.items()})
         blank = label_scores(**arguments | {k: torch.zeros_like(v) for k, v in maps.items()})
-        unsure = largest.isnan() & (marked == blank).all(1)
+        unsure = rounded | largest.isnan() & (marked == blank).all(1)
         labels = torch.where(unsure, scores.max(1).indices, labels.long())
         best = None if best is None else torch.where(unsure, largest, best.double())
     _best(scores, labels, 3e-5 * (1 + scores.nan_to_num().abs().max().item() if scores.numel() else 1))

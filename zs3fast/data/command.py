@@ -87,7 +87,8 @@ def _table(reports: list[CheckReport]) -> Table:
 
     table = Table()
     for heading in ("dataset", "split", "pairs", "published", "read", "broken", "classes present", "ignored pixels"):
-        table.add_column(heading, justify="left" if heading in ("dataset", "split") else "right")
+        left = heading in ("dataset", "split")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for report in reports:
         pixels = int(report.pixels.sum()) + report.ignored
         table.add_row(

@@ -27,7 +27,7 @@ QUANTIZE_HELP = "Run the image tower in 8 bits: int8, int8-weights or fp8; needs
 USER_ERRORS = (Zs3fastError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
 _LONGEST_MESSAGE = 800  # characters
 # What functions of ours call their arguments, where commands have another name for the same.
-_OTHER_NAMES = {"root": "data", "name": "dataset", "name_or_path": "weights"}
+_OTHER_NAMES = {"root": "data", "path": "official", "name": "dataset", "name_or_path": "weights"}
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
