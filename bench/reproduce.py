@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -103,7 +104,8 @@ def folder_of(row: Row, args: argparse.Namespace) -> Path:
 
 def result(row: Row, report: Report, args: argparse.Namespace) -> dict[str, Any]:
     """What is kept of a run: ours, each published row with the difference, and what made it."""
-    ours = {key: round(value, 3) for key, value in report.scores.headline().items()}
+    scores = report.scores.headline()  # of a split that the row has not, NaN, which is no JSON
+    ours = {key: round(value, 3) for key, value in scores.items() if not math.isnan(value)}
     published = []
     for paper in row.published:
         differences = {key: round(ours[key] - value, 3) for key, value in paper.values.items() if key in ours}

@@ -42,6 +42,7 @@ def test_a_row_from_weights_to_the_file_of_results(place, capsys) -> None:
     assert (first["row"], first["images"], second["row"]) == ("scclip/voc20", 2, "naclip/voc20")
     ours, paper = first["ours"]["mIoU"], first["published"][0]
     assert paper["difference"]["mIoU"] == pytest.approx(ours - 84.3, abs=1e-3) and "torch" in first["versions"]
+    assert "NaN" not in (place / "reproduced.json").read_text() and "nan" not in printed
     assert first["settings"]["protocol"] == "scclip" and second["settings"]["refine"] == 0
 
 

@@ -79,7 +79,6 @@ def test_a_row_needs_method_protocol_and_dataset(place, weights) -> None:
         (("--pretrained", "x.pt", "--method", "zegclip"), "'x.pt' is neither a file nor a tag"),
         (("--pretrained", "x.pt", "--protocol", "sclp"), "protocol: expected one of"),
         (("--weights", "zs3fast-tiny", "--method", "sclip"), "method: is for CLIP's weights alone"),
-        (("--pretrained", "x.pt", "--refine", "10"), "refine: goes with a protocol"),
     ],
 )
 def test_mistakes_are_one_line(place, options, message) -> None:
