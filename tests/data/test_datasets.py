@@ -317,6 +317,20 @@ def test_ade847_and_its_split_by_training_images(tmp_path):
         assert dataset.unseen == list(range(1, 847))
 
 
+def test_ade847_knows_its_names(tmp_path):
+    """Those of a class file go first; the package's are detectron2's, in the order of the label values."""
+    place = ade847_tree(tmp_path, training=11)
+    assert open_dataset("ade847", tmp_path, "val").class_names[3] == "name 3"
+    (place / "class_names.txt").unlink()
+    names = open_dataset("ade847", tmp_path, "val").class_names
+    assert names == class_names("ade847") and len(set(names)) == 847
+    known = {0: "wall", 99: "aircraft carrier, carrier, flattop, attack aircraft carrier", 165: "horse, equus caballus"}
+    known |= {312: "grille door", 468: "alembic", 560: "mechanical shovel", 716: "card game, cards"}
+    known |= {803: "videocassette recorder, vcr", 846: "adding machine, totalizer, totaliser"}
+    assert {index: names[index] for index in known} == known
+    assert not any(name != " ".join(name.split()) for name in names)
+
+
 def test_ade847_without_training_images_has_no_split(tmp_path, caplog):
     place = ade847_tree(tmp_path, training=1)
     for folder in ("images_detectron2", "annotations_detectron2"):

@@ -22,7 +22,7 @@ def ade150(root: Path, split: str) -> Source:
 
 
 def ade847(root: Path, split: str) -> Source:
-    """16-bit masks 0..846, 65535 ignored, as detectron2's preparation writes them; names from a class file."""
+    """16-bit masks 0..846, 65535 ignored, as detectron2's preparation writes them; names from a class file, or ours."""
     part = _SPLITS[split]
     table = value_table({k: k for k in range(847)}, (65535,), 65535)
     layouts = [
@@ -32,4 +32,4 @@ def ade847(root: Path, split: str) -> Source:
     ]
     prefixes = ("ADE20K_2021_17_01", "ade/ADE20K_2021_17_01")
     place, layout = find_folders(root, prefixes, layouts, f"ADE20K-847, {split}")
-    return folder_source(place, layout, read_class_names("ade847", place, 847), 65535)
+    return folder_source(place, layout, read_class_names("ade847", place, 847, class_names("ade847")), 65535)

@@ -1,8 +1,9 @@
-"""Class names that come with a dataset on disk: ADE20K-847 and PASCAL Context 459."""
+"""Class names that come with a dataset on disk: PASCAL Context 459, and ADE20K-847 where it has its own."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from zs3fast.utils.errors import FileFormatError
@@ -13,8 +14,10 @@ CLASS_FILES = ("class_names.txt", "classes.txt", "labels.txt", "{}.txt", "{}.jso
 _NUMBERED = re.compile(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*$")
 
 
-def read_class_names(dataset: str, place: Path, count: int) -> tuple[str, ...]:
+def read_class_names(dataset: str, place: Path, count: int, known: Sequence[str] | None = None) -> tuple[str, ...]:
     """The `count` names of a dataset, from the first of `CLASS_FILES` in its folder or the folder above.
+
+    Where there is none they are the `known` ones; an error where none are.
 
     Text files hold a name a line, or "7: name" with numbers 1..count (0, the background, may be there) or
     0..count - 1, in any order. Synonyms after commas stay in the name. JSON files hold a list of names.
@@ -24,6 +27,8 @@ def read_class_names(dataset: str, place: Path, count: int) -> tuple[str, ...]:
         for name in files:
             if (folder / name).is_file():
                 return _read(folder / name, count)
+    if known is not None:
+        return tuple(known)
     raise ValueError(
         f"root: {place} holds no class names of {dataset}; expected {count} of them, in dataset order, in one of "
         f"{', '.join(files)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from zs3fast.proposals import _library
@@ -36,7 +37,9 @@ def load_mask_proposer(spec: str, device: str = "cpu", **options: Any) -> MaskPr
 
     Args:
         spec: "mask2former:NAME", "maskformer:NAME" or "sam:NAME", where NAME is a repository of huggingface.co or a
-            local folder; "freeseg:FILE", the generator inside an official MAFT checkpoint; or "files:PATH", masks on
+            local folder; "maskformer:FILE", a MaskFormer of detectron2 in a torch file, such as the generators of
+            ZegFormer and ZSSeg, for its masks alone (see `maskformer_official`; no released file was at hand to try);
+            "freeseg:FILE", the generator inside an official MAFT checkpoint; or "files:PATH", masks on
             disk (see `FileMaskProposer`).
         device: where its model runs.
         options: arguments of TransformersMaskProposer, SamProposer or FileMaskProposer.
@@ -52,6 +55,10 @@ def load_mask_proposer(spec: str, device: str = "cpu", **options: Any) -> MaskPr
 
         found = FreeSegProposer.from_official(name, device=device, **options)
         return found  # type: ignore[return-value]  # it is given its class list first, see `for_classes`
+    if kind == "maskformer" and Path(name).is_file():
+        from zs3fast.proposals.maskformer_official import load_official_maskformer
+
+        return TransformersMaskProposer(load_official_maskformer(name).to(device), classes=False, **options)
     model_class, model_types, _ = MASK_KINDS[kind]
     model = _library.load(model_class, name, model_types).to(device)
     if kind == "sam":

@@ -30,6 +30,7 @@ class TransformersMaskProposer:
 
     Args:
         model: Mask2FormerForUniversalSegmentation or MaskFormerForInstanceSegmentation, or one with their outputs.
+        classes: False: its masks alone, for weights whose class scores mean nothing.
         mean, std: what the weights were trained with, for pixels in 0..255.
         short_side, long_side, divisor: the frame, see `resize_for_proposer`.
     """
@@ -38,13 +39,14 @@ class TransformersMaskProposer:
         self,
         model: nn.Module,
         *,
+        classes: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         short_side: int = SHORT_SIDE,
         long_side: int = LONG_SIDE,
         divisor: int = DIVISOR,
     ) -> None:
-        self.model = model.eval()
+        self.model, self.classes = model.eval(), classes
         self.mean, self.std = tuple(mean), tuple(std)
         self.frame = {"short_side": short_side, "long_side": long_side, "divisor": divisor}
         config: Any = model.config  # the library's own
@@ -68,6 +70,6 @@ class TransformersMaskProposer:
             padded_size=frames[0].padded_size,
             image_sizes=tuple(frame.image_size for frame in frames),
             original_sizes=tuple(frame.original_size for frame in frames),
-            class_scores=class_scores,
-            class_names=self.class_names,
+            class_scores=class_scores if self.classes else None,
+            class_names=self.class_names if self.classes else None,
         )

@@ -6,6 +6,8 @@ ADE20K names are the first of each row of the benchmark's own object list.
 
 from __future__ import annotations
 
+from zs3fast.text.ade847 import ADE847
+
 
 def _split(names: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in names.split(","))
@@ -86,6 +88,7 @@ CLASS_NAMES = {
     "context59": CONTEXT59,
     "context60": CONTEXT60,
     "ade150": ADE150,
+    "ade847": ADE847,
     "cityscapes": CITYSCAPES,
 }
 
