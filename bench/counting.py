@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bench.setting import ONE_STAGE
 
@@ -38,12 +40,31 @@ class Counted:
     def __call__(self) -> Any:
         if self.gmac is not None:
             return self.run()
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with frozen(self.model), FlopCounterMode(display=False) as counter:
+        with frozen(self.model), without_fast_path(), counter() as counted:
             result = self.run()
-        self.gmac = round(counter.get_total_flops() / 2e9, 3)
+        self.gmac = round(counted.get_total_flops() / 2e9, 3)
         return result
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter, with the attention on a CPU that it has no formula for."""
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={on_cpu: _sdpa})
+
+
+def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """torch's own attention without its fused path, of which the counter sees nothing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
