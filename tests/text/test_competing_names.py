@@ -63,3 +63,17 @@ def test_imagenet_templates_are_clips_own():
 def test_templates_and_names_do_not_bring_open_clip():
     code = "import sys, zs3fast.text as t; t.competing_names('voc21'); assert not {'open_clip'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_a_text_encoder_travels_to_other_processes():
+    """Ray pickles it for its actors, and open_clip's tokenizers are of a module that no name leads to."""
+    code = """
+import pickle, subprocess, sys
+from zs3fast.inference.segmenter import Segmenter
+encoder = Segmenter.from_pretrained("zs3fast-tiny", device="cpu").text_encoder
+assert "open_clip" not in sys.modules
+check = "import pickle, sys; encoder = pickle.load(sys.stdin.buffer); print(encoder.tokenizer(['a star']).tolist())"
+done = subprocess.run([sys.executable, "-c", check], input=pickle.dumps(encoder), capture_output=True, check=True)
+assert done.stdout.decode().strip() == str(encoder.tokenizer(["a star"]).tolist())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -6,6 +6,7 @@ are open_clip's. The tokenizer is open_clip's own.
 
 from __future__ import annotations
 
+import copyreg
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -115,6 +116,11 @@ def is_clip_tokenizer(tokenizer: Tokenizer) -> bool:
     return type(tokenizer).__name__ == "SimpleTokenizer" and hasattr(tokenizer, "encode")
 
 
+def _reduced(tokenizer: Any) -> tuple[Any, tuple[int]]:
+    """How a tokenizer of the file alone is pickled: it is made again."""
+    return clip_tokenizer, (tokenizer.context_length,)
+
+
 _alone: Any = None
 
 
@@ -132,5 +138,7 @@ def _tokenizers() -> Any:
             spec.loader.exec_module(module)
         except (ImportError, OSError):  # a version whose tokenizers are laid out otherwise
             import open_clip as module  # type: ignore[no-redef]
+        else:  # its functions are of a module that no other process could import by name
+            copyreg.pickle(module.SimpleTokenizer, _reduced)
         _alone = module
     return _alone
