@@ -87,8 +87,25 @@ VARIANTS = {
     "clip_rc-published": Variant(
         "clip_rc", "CLIP-RC, M = 16, published start", ("model.init=official", "model.output_gain=1.0")
     ),
+    "clip_rc-l2": Variant("clip_rc", "CLIP-RC, recovery by L2", ("model.recovery_loss=l2",)),
+    "clip_rc-kd": Variant("clip_rc", "CLIP-RC, recovery by KD", ("model.recovery_loss=kd",)),
+    "clip_rc-no-decoder": Variant("clip_rc", "CLIP-RC, recovery without a decoder", ("model.recovery_layers=0",)),
+    "clip_rc-updated": Variant("clip_rc", "CLIP-RC, region tokens trained", ("model.update_regions=true",)),
+    "tagclip-zeros": Variant("tagclip", "TagCLIP, its token from zeros", ("model.trusty_init=zeros",)),
+    "tagclip-dice": Variant("tagclip", "TagCLIP, trusty loss by dice", ("model.trusty_loss=dice",)),
+    "tagclip-classes": Variant("tagclip", "TagCLIP, class prediction times mask", ("model.class_prediction=true",)),
     "clsclip": Variant("clsclip", "ClsCLIP, the best of 64 masks a pixel"),
+    "clsclip-channel": Variant("clsclip", "ClsCLIP, a gate of channels", ("model.navigation=channel",)),
+    "clsclip-spatial": Variant("clsclip", "ClsCLIP, a gate of places", ("model.navigation=spatial",)),
     "maft": Variant("maft", "MAFT, on the true regions: an upper bound"),
+    "maft-l1": Variant("maft", "MAFT by L1, on the true regions", ("model.ma_loss=l1",)),
+    "maft-kl": Variant("maft", "MAFT by KL, on the true regions", ("model.ma_loss=kl",)),
+    "maft-no-distillation": Variant(
+        "maft", "MAFT without distillation, on the true regions", ("proposals.distillation=false",)
+    ),
+    "maft-transductive": Variant(
+        "maft", "MAFT, transductive, on the true regions", ("setting=transductive",), "transductive", "maft"
+    ),
     "zegclip-transductive": Variant(
         "zegclip", "ZegCLIP, transductive", ("setting=transductive",), "transductive", "zegclip"
     ),

@@ -220,6 +220,27 @@ def test_a_command_runs(command: str, switches: tuple[str, ...], here: Path) -> 
         segmented(words)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "switch"),
+    [
+        ("zegclip", "prompt_depth=2"),
+        ("tagclip", "descriptor=attn:q_s_s"),
+        ("clip_rc", "recovery_loss=l2"),
+        ("maft", "ma_loss=kl"),
+        ("clsclip", "navigation=channel"),
+    ],
+)
+def test_switches_train_in_the_world_too(method: str, switch: str, here: Path) -> None:
+    folder = Path("runs") / f"{method}-in-the-world"
+    small = ["iterations=2", "batch_size=2", "schedule.warmup_iterations=0", "precision=fp32", "data.workers=0"]
+    lines = [word for line in [*small, f"model.{switch}"] for word in ("--set", line)]
+    invoke("train", f"{method}_world", *lines, "-o", str(folder), "--device", "cpu")
+    key, _, value = switch.partition("=")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"][key] == yaml.safe_load(value)
+    assert (folder / "weights.safetensors").stat().st_size > 0
+
+
 def invoke(*words: str) -> str:
     from zs3fast.cli import app
 
