@@ -32,6 +32,22 @@ def test_another_ignore_index() -> None:
     assert targets.inductive_labels(labels, SEEN, 300, 65535).tolist() == [[[0, 65535, 65535]]]
 
 
+@pytest.mark.parametrize("ignore", [-1, -100])
+def test_a_negative_ignore_index_is_no_class(ignore: int) -> None:
+    """As an index it stood for the last class, or for none at all."""
+    labels = torch.tensor([[[0, 1, 4, ignore]]])
+    assert targets.inductive_labels(labels, SEEN, 5, ignore).tolist() == [[[0, ignore, 2, ignore]]]
+    assert targets.unseen_pixels(labels, SEEN, 5, ignore).tolist() == [[[False, True, False, False]]]
+    logits = torch.zeros(1, 5, 1, 4)
+    assert targets.pseudo_labels(labels, logits, SEEN, 5, ignore).tolist() == [[[0, 1, 4, ignore]]]
+
+
+def test_classes_an_image_has() -> None:
+    labels = torch.tensor([[[0, 0, 2]], [[255, -1, 3]]])
+    assert targets.present_classes(labels, 3).tolist() == [[True, False, True], [False, False, False]]
+    assert targets.present_classes(labels.to(torch.int16), 4)[1].tolist() == [False, False, False, True]
+
+
 def test_pseudo_labels_are_unseen_and_ties_take_the_lowest() -> None:
     """Saturated sigmoids tie: the lowest unseen index wins, as in the official argmax over scores."""
     logits = torch.full((1, 5, 2, 2), 50.0)

@@ -421,7 +421,7 @@ def test_bad_loss_input_is_named() -> None:
         ((out, labels[:1]), {}, "out: expected 1 images with 5 classes"),
         ((out, labels), {"pairs": PAIRS}, "out: expected that of these 5 pairs, got 2 x 5 masks"),
         ((some, labels), {}, "out: expected 2 images with 5 classes"),
-        ((model(images, text, unseen), labels), {"pairs": unseen}, r"pairs: .* seen classes only, got \[3\]"),
+        ((model(images, text, unseen), labels), {"pairs": unseen}, r"pairs: .* seen classes only, got \[3\] in row 0"),
         ((out, torch.full((2, 64, 64), 9)), {}, r"labels: value 9 at \[b, y, x\] = \[0, 0, 0\]"),
     ]:
         with pytest.raises(ValueError, match=message):

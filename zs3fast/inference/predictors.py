@@ -36,6 +36,7 @@ from zs3fast.types import BoxProposals, Details, ImageFeatures, Proposals, Segme
 from zs3fast.utils.images import resize
 from zs3fast.utils.options import one_of
 from zs3fast.utils.resizing import bilinear, resizes_there
+from zs3fast.utils.waiting import check
 
 if TYPE_CHECKING:
     from zs3fast.models.maskclip import MaskCLIP
@@ -428,8 +429,11 @@ class Proposing(Predictor):
     ) -> EncodedProposals:
         model, like, frame = self.model, next(self.model.parameters()), encoded.frame
         proposals = propose([pixels], None if source is None else [source]).to(like.device)
-        if not bool(proposals.valid.any()):
-            raise ValueError(f"proposer: it found no region in {source or 'the image'}")
+        nothing = ValueError(f"proposer: it found no region in {source or 'the image'}")
+        if not proposals.valid.shape[1]:
+            raise nothing
+        none = ~proposals.valid.any()
+        check(none, none, lambda place, value: nothing)
         if (frame.padded_size, (frame.image_size,)) != (proposals.padded_size, proposals.image_sizes):
             raise ValueError(
                 f"proposer: its masks lie on a frame of {proposals.padded_size}, the image's is {frame.padded_size}"

@@ -17,6 +17,7 @@ from zs3fast.inference.predictors import Prediction, Predictor, Request
 from zs3fast.inference.streaming import default_workers, overlapped
 from zs3fast.types import Segmentation
 from zs3fast.utils.images import read_image, strips
+from zs3fast.utils.waiting import Checks, collecting
 
 if TYPE_CHECKING:
     from zs3fast.inference.segmenter import Segmenter
@@ -63,8 +64,19 @@ class Runner:
     @torch.no_grad()
     def one(self, plan: Plan, read: ReadImage) -> Segmentation:
         """The segmentation of an image."""
-        (prediction,) = self.predictor([_request(plan, read)])
-        return _segmentation(plan, read, prediction.labels.cpu().numpy(), prediction.scores.cpu().numpy(), prediction)
+        with collecting() as checks:
+            (prediction,) = self.predictor([_request(plan, read)])
+        labels, scores = prediction.labels.cpu().numpy(), prediction.scores.cpu().numpy()
+        checks.settle()
+        return _segmentation(plan, read, labels, scores, prediction)
+
+    @torch.no_grad()
+    def encode(self, pixels: np.ndarray, source: str | None) -> Any:
+        """What the predictor keeps of an image."""
+        with collecting() as checks:
+            features = self.predictor.encode(pixels, source)
+        checks.settle()
+        return features
 
     def stream(
         self,
@@ -84,7 +96,8 @@ class Runner:
         if batch_size > 1 and not self.predictor.together:
             method = self.predictor.model.method
             raise ValueError(f"batch_size: expected 1, as {method} takes images one by one, got {batch_size}")
-        kept: dict[int, Prediction] = {}  # details stay on this side of the copies
+        # Details stay on this side of the copies, and so do checks, which are settled when those are through.
+        kept: dict[int, tuple[Prediction | None, Checks]] = {}
 
         def prepare(image: Any) -> tuple[ReadImage, Tensor | None]:
             found = read(image)
@@ -92,13 +105,16 @@ class Runner:
 
         @torch.no_grad()
         def compute(items: list[tuple[ReadImage, Tensor | None]]) -> list[tuple[Tensor, ...]]:
-            predictions = self.predictor([_request(plan, found, prepared) for found, prepared in items])
-            if plan.details:
-                kept.update((id(found), prediction) for (found, _), prediction in zip(items, predictions, strict=True))
+            with collecting() as checks:
+                predictions = self.predictor([_request(plan, found, prepared) for found, prepared in items])
+            for (found, _), prediction in zip(items, predictions, strict=True):
+                kept[id(found)] = (prediction if plan.details else None, checks)
             return [(prediction.labels, prediction.scores) for prediction in predictions]
 
         def finish(found: ReadImage, labels: np.ndarray, scores: np.ndarray) -> Segmentation:
-            return _segmentation(plan, found, labels, scores, kept.pop(id(found), None), compact)
+            prediction, checks = kept.pop(id(found))
+            checks.settle()
+            return _segmentation(plan, found, labels, scores, prediction, compact)
 
         device = plan.text.device  # the model's
         workers = default_workers(device) if workers is None else workers

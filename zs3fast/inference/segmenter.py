@@ -188,8 +188,7 @@ class Segmenter:
         MAFT's encoder and its proposals, but for a proposer that is led by the class list (FreeSeg).
         """
         pixels, source, _ = self._read(image)
-        with torch.no_grad():
-            return EncodedImage(pixels, source, self._predictor.encode(pixels, source), self)
+        return EncodedImage(pixels, source, self._runner.encode(pixels, source), self)
 
     @overload
     def __call__(

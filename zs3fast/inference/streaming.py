@@ -128,8 +128,8 @@ def overlapped(
         compute: `batch_size` of these, their tensors on the device, -> tensors on the device for each.
         finish: what was kept, and the computed tensors as arrays -> the result.
         workers: see `ahead`.
-        failed: told of an item whose preparation or computation raises one of `ITEM_ERRORS`, and the rest goes on.
-            None: that is raised. A batch that fails is computed again item by item.
+        failed: told of an item whose preparation, computation or end raises one of `ITEM_ERRORS`, and the rest goes
+            on. None: that is raised. A batch that fails is computed again item by item.
     """
     transfers = Transfers(device)
 
@@ -152,9 +152,13 @@ def overlapped(
             ]
         return [one for member in group for one in computed([member])]
 
-    def finished(item: Item, kept: Kept, arrays: Callable[[], list[np.ndarray]]) -> tuple[Item, Result]:
-        with working_on(item):
-            return item, finish(kept, *arrays())
+    def finished(item: Item, kept: Kept, arrays: Callable[[], list[np.ndarray]]) -> list[tuple[Item, Result]]:
+        try:
+            with working_on(item):
+                return [(item, finish(kept, *arrays()))]
+        except ITEM_ERRORS as error:
+            _report(failed, item, error)
+            return []
 
     copying: deque[tuple[Item, Kept, Callable[[], list[np.ndarray]]]] = deque()
     with closing(ahead(items, begin, workers)) as outcomes:
@@ -162,9 +166,9 @@ def overlapped(
             copying.extend(computed(group))
             # A GPU is given its next items before the results of the last ones are waited for.
             while len(copying) > (len(group) if transfers.stream else 0):
-                yield finished(*copying.popleft())
+                yield from finished(*copying.popleft())
         while copying:
-            yield finished(*copying.popleft())
+            yield from finished(*copying.popleft())
 
 
 _Begun = tuple[Any, Any, Callable[[], Tensor | None]]

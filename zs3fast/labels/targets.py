@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from zs3fast import ops
+from zs3fast.utils.waiting import check, constant
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Labels [B, H, W] of an integer type, each 0..num_classes - 1 or `ignore_index`; else an error with the place.
 
-    Values are not looked at while a graph is traced.
+    Values are not looked at while a graph is traced; on a GPU they are without waiting for it, see
+    `zs3fast.utils.waiting`.
     """
     if labels.dim() != 3:
         raise ValueError(f"labels: expected [B, H, W], got {list(labels.shape)}")
@@ -23,32 +25,37 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
         return
     values = labels.long()  # in a narrow type a bound may wrap round
     bad = (values != ignore_index) & ((values < 0) | (values >= num_classes))
-    if bad.any():
-        place = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"labels: value {labels[tuple(place)].item()} at [b, y, x] = {place}, "
-            f"expected 0..{num_classes - 1} or {ignore_index} (ignore)"
-        )
+
+    def error(place: list[int], value: int) -> ValueError:
+        expected = f"expected 0..{num_classes - 1} or {ignore_index} (ignore)"
+        return ValueError(f"labels: value {value} at [b, y, x] = {place}, {expected}")
+
+    check(bad, labels, error)
 
 
-def _table(values: dict[int, int], size: int, fill: int, device: torch.device) -> Tensor:
-    table = torch.full((size,), fill, dtype=torch.long)
-    table[list(values)] = torch.tensor(list(values.values()), dtype=torch.long)
-    return table.to(device)
+def _mapped(labels: Tensor, values: dict[int, int], size: int, fill: int) -> Tensor:
+    """`values[label]`, or `fill` for one that is not there; keys lie in 0..size - 1, labels anywhere."""
+    table = [fill] * (size + 2)  # one more at both ends, for what lies outside
+    for label, value in values.items():
+        table[label + 1] = value
+    return constant(table, labels.device)[labels.long().clamp(-1, size) + 1]
+
+
+def present_classes(labels: Tensor, count: int) -> Tensor:
+    """Bool [B, count]: which of the labels 0..count - 1 an image [B, ...] has; other values are nobody's."""
+    held = labels.flatten(1).long().clamp(-1, count) + 1
+    present = held.new_zeros(len(held), count + 2, dtype=torch.bool).scatter_(1, held, True)
+    return present[:, 1:-1]
 
 
 def inductive_labels(labels: Tensor, seen: Sequence[int], num_classes: int, ignore_index: int = 255) -> Tensor:
     """Seen classes become 0..S-1 in the order of `seen`; unseen pixels become `ignore_index`."""
-    size = max(num_classes, ignore_index + 1)
-    table = _table({c: i for i, c in enumerate(seen)}, size, ignore_index, labels.device)
-    return table[labels.long()]
+    return _mapped(labels, {c: i for i, c in enumerate(seen)}, num_classes, ignore_index)
 
 
 def unseen_pixels(labels: Tensor, seen: Sequence[int], num_classes: int, ignore_index: int = 255) -> Tensor:
     """Bool [B, H, W]: where the unmapped label is a class outside `seen`; ignored pixels are not."""
-    size = max(num_classes, ignore_index + 1)
-    seen_or_ignored = dict.fromkeys((*seen, ignore_index), 0)
-    return _table(seen_or_ignored, size, 1, labels.device)[labels.long()].bool()
+    return _mapped(labels, dict.fromkeys(seen, 0), num_classes, 1).bool() & (labels != ignore_index)
 
 
 @torch.no_grad()
@@ -63,6 +70,6 @@ def pseudo_labels(
     unseen = sorted(set(range(num_classes)) - set(seen))
     if not unseen:
         return labels
-    index = torch.tensor(unseen, device=labels.device)
+    index = constant(unseen, labels.device)
     best = ops.masks_to_labels(mask_logits[:, index], tuple(labels.shape[-2:]))
     return torch.where(unseen_pixels(labels, seen, num_classes, ignore_index), index[best], labels.long())

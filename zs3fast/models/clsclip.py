@@ -22,6 +22,7 @@ from zs3fast.ops.masks_to_labels import reference_scores
 from zs3fast.types import SegmentationOutput
 from zs3fast.utils.open_clip import clip_model_config
 from zs3fast.utils.options import one_of
+from zs3fast.utils.waiting import check, constant, deferred
 from zs3fast.utils.weight_cache import WeightCache
 
 NAVIGATIONS = {"replace": None, "channel": ChannelGate, "spatial": SpatialGate}
@@ -148,7 +149,7 @@ class ClsCLIP(ZeroShotModel):
         """
         text = self.check_text(text_embeddings)
         if pairs is not None:
-            _check_pairs(pairs, len(images), text)
+            pairs = _checked_pairs(pairs, len(images), text)
         classes = self._class_tokens(text) if self.gate is None else text
         if torch.compiler.is_exporting() and pairs is None:  # a graph of any B and C has no loop over chunks
             prefix = self.encoder.prefix(images)
@@ -331,10 +332,11 @@ class ClsCLIP(ZeroShotModel):
             if (rows, channels) != (len(pairs), 1):
                 raise ValueError(f"out: expected that of these {len(pairs)} pairs, got {rows} x {channels} masks")
             image, asked = pairs.unbind(1)
-            checked = setting == "inductive" and not torch.compiler.is_compiling()
-            unseen = sorted(set(asked.tolist()) - set(self.seen)) if checked else []
-            if unseen:
-                raise ValueError(f"pairs: the inductive loss may ask for seen classes only, got {unseen}")
+            if setting == "inductive":
+                unseen = (asked.unsqueeze(1) != constant(self.seen, asked.device)).all(1)
+                check(unseen, asked, _unseen_asked)
+            if deferred(pairs.device):
+                image = image.clamp(0, len(labels) - 1)
             return asked.view(-1, 1, 1, 1), labels[image].unsqueeze(1)
         known = self.seen if setting == "inductive" else range(self.num_classes or channels)
         if channels != len(known) or rows != len(labels):
@@ -342,7 +344,11 @@ class ClsCLIP(ZeroShotModel):
                 f"out: expected {len(labels)} images with {len(known)} classes, as labels and setting ({setting}) "
                 f"have them, got {rows} with {channels}"
             )
-        return torch.tensor(list(known), device=labels.device).view(1, -1, 1, 1), labels.unsqueeze(1)
+        return constant(list(known), labels.device).view(1, -1, 1, 1), labels.unsqueeze(1)
+
+
+def _unseen_asked(place: list[int], value: int) -> ValueError:
+    return ValueError(f"pairs: the inductive loss may ask for seen classes only, got [{value}] in row {place[0]}")
 
 
 def _assemble(chunks: Iterator[tuple[Any, Tensor]], shape: tuple[int, int]) -> Tensor:
@@ -365,7 +371,8 @@ def _text_width(clip: str | dict[str, Any], text_token: str) -> int:
     return int(clip_model_config(clip, ("text_cfg",))["text_cfg"].get("width", 512))
 
 
-def _check_pairs(pairs: Tensor, images: int, text: Tensor) -> None:
+def _checked_pairs(pairs: Tensor, images: int, text: Tensor) -> Tensor:
+    """The pairs, such that they index both."""
     if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64:
         got = pairs.dtype if isinstance(pairs, Tensor) else type(pairs).__name__
         raise TypeError(f"pairs: expected an int64 tensor [P, 2] of (image, class), got {got}")
@@ -373,12 +380,12 @@ def _check_pairs(pairs: Tensor, images: int, text: Tensor) -> None:
         raise ValueError(f"pairs: expected [P, 2] of (image, class) with P >= 1, got {list(pairs.shape)}")
     if pairs.device != text.device:
         raise ValueError(f"pairs: on {pairs.device}, but the model is on {text.device}")
-    if torch.compiler.is_compiling():
-        return
-    bad = (pairs < 0) | (pairs >= torch.tensor([images, len(text)], device=pairs.device))
-    if bad.any():
-        row = int(bad.any(1).nonzero()[0])
-        raise ValueError(
-            f"pairs: row {row} is {pairs[row].tolist()}, expected an image in 0..{images - 1} and a class in "
-            f"0..{len(text) - 1}"
-        )
+    limits = constant([images, len(text)], pairs.device)
+
+    def error(place: list[int], pair: list[int]) -> ValueError:
+        expected = f"expected an image in 0..{images - 1} and a class in 0..{len(text) - 1}"
+        return ValueError(f"pairs: row {place[0]} is {pair}, {expected}")
+
+    bad = ((pairs < 0) | (pairs >= limits)).any(1)
+    check(bad, lambda row: pairs.index_select(0, row)[0], error)
+    return pairs.clamp(min=0).minimum(limits - 1) if deferred(pairs.device) else pairs

@@ -25,6 +25,7 @@ from zs3fast.types import ProposalOutput, Proposals
 from zs3fast.utils.open_clip import clip_model_config
 from zs3fast.utils.options import one_of
 from zs3fast.utils.precision import without_autocast
+from zs3fast.utils.waiting import check, deferred
 
 TEMPERATURE = 100.0
 
@@ -349,6 +350,8 @@ class MAFT(ZeroShotModel):
             teacher_embedding: [B, D] of the untouched CLIP for the same images; None leaves loss_dis out.
         """
         self._check_targets(out, gt_masks, gt_labels)
+        if deferred(gt_labels.device):
+            gt_labels = gt_labels.clamp(-1, out.proposal_logits.shape[-1] - 1)
         probabilities = _wide(out.proposal_logits).softmax(-1)
         masks = soft_masks(out.proposals)
         columns, ranges = [], []
@@ -396,11 +399,16 @@ class MAFT(ZeroShotModel):
                 f"gt_labels: expected integers [B, G] = {list(gt_masks.shape[:2])}, got {gt_labels.dtype} "
                 f"{list(gt_labels.shape)}"
             )
-        if gt_labels.numel() and (gt_labels.min() < -1 or gt_labels.max() >= classes):
-            raise ValueError(
-                f"gt_labels: expected classes 0..{classes - 1} or -1 (none), got {gt_labels.min().item()}.."
-                f"{gt_labels.max().item()}"
-            )
+
+        def error(place: list[int], found: list[int]) -> ValueError:
+            value, low, high = found
+            expected = f"expected classes 0..{classes - 1} or -1 (none), got {low}..{high}"
+            return ValueError(f"gt_labels: {expected}; first {value} at [b, g] = {place}")
+
+        def named(first: Tensor) -> Tensor:
+            return torch.cat([gt_labels.flatten()[first], torch.stack(gt_labels.aminmax())])
+
+        check((gt_labels < -1) | (gt_labels >= classes), named, error)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -454,6 +462,19 @@ def usable_proposals(proposals: Proposals, chunk: int = 8) -> Tensor:
     return torch.cat(parts, dim=1) & proposals.valid
 
 
+def _check_mask_values(given: Tensor, soft: bool) -> None:
+    def hold_nan(place: list[int], value: float) -> ValueError:
+        return ValueError(f"proposals: the masks hold NaN, first at [b, n, y, x] = {place}")
+
+    def outside(place: list[int], found: list[float]) -> ValueError:
+        got = f"got {found[0]:.4g}..{found[1]:.4g}; logits go in mask_logits"
+        return ValueError(f"proposals: soft masks are in 0..1, {got}; the first outside is at [b, n, y, x] = {place}")
+
+    check(given.isnan(), given, hold_nan)
+    if soft:
+        check((given < 0) | (given > 1), lambda first: torch.stack(given.float().aminmax()), outside)
+
+
 def as_proposals(proposals: Proposals | Tensor, batch: int) -> Proposals:
     """Proposals from themselves or from soft masks [B, Nq, Hp, Wp] that cover the image; checked.
 
@@ -471,12 +492,7 @@ def as_proposals(proposals: Proposals | Tensor, batch: int) -> Proposals:
         raise ValueError(f"proposals: expected masks [B, Nq, H, W] with B = {batch}, got {list(given.shape)}")
     if not given.shape[1]:
         raise ValueError("proposals: expected at least one, got none")
-    if not torch.compiler.is_compiling():
-        low, high = (value.item() for value in given.float().aminmax())
-        if low != low or high != high:
-            raise ValueError("proposals: the masks hold NaN")
-        if masks is not None and (low < 0 or high > 1):
-            raise ValueError(f"proposals: soft masks are in 0..1, got {low:.4g}..{high:.4g}; logits go in mask_logits")
+    _check_mask_values(given, soft=masks is not None)
     if masks is not None and not masks.is_floating_point():
         masks = masks.float()
     if isinstance(proposals, Proposals):

@@ -214,9 +214,7 @@ class TagCLIP(SegmentationModel):
         """Binary cross entropy of "class c has a pixel in the image", for the trusty token "an unseen class has"."""
         assert out.class_logits is not None
         channels = out.mask_logits.shape[1]
-        held = mapped.flatten(1).long()
-        counts = torch.zeros(len(held), max(channels, ignore_index + 1), device=held.device)
-        present = counts.scatter_(1, held, 1.0)[:, :channels]
+        present = targets.present_classes(mapped, channels).float()
         if self.trusty_token is not None:
             unseen = targets.unseen_pixels(labels, self.seen, classes, ignore_index)
             present = torch.cat([present, unseen.flatten(1).any(1, keepdim=True).to(present)], 1)

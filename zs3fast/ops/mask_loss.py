@@ -30,6 +30,7 @@ from torch import Tensor
 from zs3fast.ops import _dispatch, _flops
 from zs3fast.ops._checks import check_float_tensor, check_strided
 from zs3fast.ops._register import Backward, register_op
+from zs3fast.utils.waiting import check
 
 OP = "mask_loss"
 
@@ -127,8 +128,8 @@ def mask_loss(
         alpha, gamma: weight of the positives, 0..1, and focusing exponent, >= 0.
         num_masks:    the normaliser n; None: max(1, number of (image, present class) pairs), the number averaged over
                       the workers (one all_reduce) where torch.distributed is initialised.
-        validate:     look at the label values (on a GPU this waits for it); never done while a graph is traced. An
-                      invalid label that is not looked for is treated as ignored.
+        validate:     look at the label values, on a GPU without waiting for it (`zs3fast.utils.waiting`); never done
+                      while a graph is traced. An invalid label that is not looked for is treated as ignored.
     Returns:
         MaskLossTerms(focal, dice, num_masks): scalars, float32 (float64 for float64 logits), unweighted.
     Raises:
@@ -146,7 +147,8 @@ def mask_loss(
     if num_masks is None:
         num_masks = _average_masks(present, target_count.dtype)
     else:
-        num_masks = torch.as_tensor(num_masks, dtype=target_count.dtype, device=target_count.device).reshape(())
+        given = isinstance(num_masks, Tensor)  # a number is filled in there, where a copy would wait for the device
+        num_masks = num_masks.to(target_count).reshape(()) if given else target_count.new_full((), num_masks)
     overlap = (2 * intersection + 1) / (prob_sum + target_count + 1)
     return MaskLossTerms(
         focal=focal_sum.sum() / (labels.shape[1] * labels.shape[2]) / num_masks,
@@ -198,12 +200,12 @@ def _check(
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
     values = labels.long()  # in a narrow type 255 == -1 and 300 is 44
     wrong = ((values < 0) | (values >= classes)) & (values != ignore_index)
-    if wrong.any():
-        b, y, x = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"{OP}: labels must be channels 0..{classes - 1} or ignore_index = {ignore_index}, "
-            f"got {labels[b, y, x].item()} at (b, y, x) = ({b}, {y}, {x})"
-        )
+
+    def error(place: list[int], value: int) -> ValueError:
+        expected = f"channels 0..{classes - 1} or ignore_index = {ignore_index}"
+        return ValueError(f"{OP}: labels must be {expected}, got {value} at (b, y, x) = {tuple(place)}")
+
+    check(wrong, labels, error)
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 from zs3fast.proposals.components import label_masks
 from zs3fast.proposals.frames import DIVISOR, LONG_SIDE, SHORT_SIDE, frame_size, padded_size
 from zs3fast.types import Proposals
+from zs3fast.utils.waiting import check
 
 _AT_ONCE = 8
 _CHECKED = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)  # checked as they are
@@ -161,20 +162,30 @@ def _check_scores(proposals: Proposals, batch: int, count: int) -> None:
         )
     unknown = scores.isnan().flatten(0, 1)  # a column of NaN is a class that the proposer does not know
     partly = unknown.any(0) & ~unknown.all(0)
-    if bool(scores.isinf().any() | partly.any() | unknown[:, -1].any()):
-        raise ValueError("proposals: class_scores hold values that are not finite")
+
+    def error(place: list[int], value: float) -> ValueError:
+        return ValueError(
+            f"proposals: class_scores hold values that are not finite, first {value} at [b, n, class] = {place}"
+        )
+
+    last = torch.arange(scores.shape[2], device=scores.device) == scores.shape[2] - 1
+    check(scores.isinf() | (scores.isnan() & (partly | last)), scores, error)
 
 
 def _check_values(given: Tensor, name: str) -> None:
     if given.numel() == 0 or given.dtype == torch.bool:
         return
-    if not bool(torch.isfinite(given).all()):
-        raise ValueError(f"{name}: expected finite values, got nan or infinity")
-    if name == "mask_logits":
-        return
-    low, high = (float(value) for value in torch.aminmax(given))
-    if low < 0 or high > 1:
-        raise ValueError(f"{name}: expected values in [0, 1], got {low:g} to {high:g}")
+
+    def infinite(place: list[int], value: float) -> ValueError:
+        return ValueError(f"{name}: expected finite values, got nan or infinity, first {value} at {place}")
+
+    def outside(place: list[int], found: list[float]) -> ValueError:
+        got = f"got {found[0]:g} to {found[1]:g}, the first outside at {place}"
+        return ValueError(f"{name}: expected values in [0, 1], {got}")
+
+    check(~torch.isfinite(given), given, infinite)
+    if name != "mask_logits":
+        check((given < 0) | (given > 1), lambda first: torch.stack(torch.aminmax(given)), outside)
 
 
 def _check_sizes(own: Sequence[tuple[int, int]], expected: Sequence[tuple[int, int]]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zs3fast.labels import targets
 from zs3fast.labels.proposal_targets import class_masks
 from zs3fast.types import Proposals
+from zs3fast.utils.waiting import constant
 
 if TYPE_CHECKING:
     from zs3fast.models.base import SegmentationModel, ZeroShotModel
@@ -81,10 +82,8 @@ class OneStageStep(Step):
     def count(self, batch: Batch) -> Tensor | None:
         if self.setting == "transductive":
             return None
-        labels = batch["labels"].flatten(1).long()
-        present = labels.new_zeros(len(labels), max(self.ignore_index, *self._counted) + 1)
-        present.scatter_(1, labels, 1)
-        return present[:, self._counted].sum().float()
+        present = targets.present_classes(batch["labels"], max(self._counted) + 1)
+        return present[:, constant(self._counted, present.device)].sum().float()
 
     def forward(self, batch: Batch, average: Tensor | None = None) -> Terms:
         with self.autocast():
