@@ -14,6 +14,7 @@ from tests.inference.test_segmenter import SIZES, make_model, photo, text_rows
 from tests.tiny import tiny_inputs, tiny_model
 from zs3fast.inference.compiled import MAX_SHAPES, CompiledModel
 from zs3fast.inference.predictors import Request, Windows, fitted_size
+from zs3fast.inference.repeated import RepeatedModel
 from zs3fast.inference.segmenter import Segmenter
 from zs3fast.inference.streaming import Transfers
 from zs3fast.utils.resizing import bilinear
@@ -85,12 +86,29 @@ def test_compiled_with_cuda_graphs(method: str) -> None:
     run = CompiledModel(model, backend="inductor" if ON_GPU else "aot_eager")
     problems = [[x.to(DEVICE) for x in tiny_inputs(2)], [x.to(DEVICE) for x in tiny_inputs(3, classes=4)]]
     problems.append([problems[0][0].flip(0).contiguous(), problems[0][1].flip(0).contiguous()])
+    problems.append([problems[0][0][:1], problems[0][1]])
     for _ in range(3):  # warm-up, recording, replay
         results = [run(*problem) for problem in problems]
         for problem, got in zip(problems, results, strict=True):  # the last replay has not written over the others
             out = model(*problem)
             assert relative(got.mask_logits, out.mask_logits) < 1e-4
             assert (got.trusty_logits is None) == (out.trusty_logits is None)
+
+
+@pytest.mark.parametrize("method", ["zegclip", "tagclip", "clip_rc", "maskclip"])
+@torch.no_grad()
+def test_recorded(method: str) -> None:
+    """The plain model in CUDA graphs, small batches of two sizes in turn; weights are written to in between."""
+    model = tiny_model(method).to(DEVICE)
+    run = RepeatedModel(model)
+    problems = [[x.to(DEVICE) for x in tiny_inputs(batch)] for batch in (1, 2)]
+    for turn in range(6):
+        if turn == 3:
+            next(p for name, p in model.named_parameters() if "prompt" in name or "proj" in name).mul_(2)
+        results = [run(*problem) for problem in problems]
+        for problem, got in zip(problems, results, strict=True):
+            assert relative(got.mask_logits, model(*problem).mask_logits) < 1e-4
+    assert not run.repeated.broken and len(run.repeated) == (2 if ON_GPU else 0)
 
 
 @torch.no_grad()

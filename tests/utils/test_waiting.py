@@ -202,6 +202,11 @@ def test_a_bad_label_stops_the_step(method: str, setting: str, make: Make, value
     run(step, batch, optimizer)
 
 
+def test_a_step_on_a_device_is_still_one_graph(device: torch.device) -> None:
+    step, batch = pairs("clsclip", "inductive")
+    torch.compile(step.eval(), fullgraph=True, backend="eager")(batch)["loss"].backward()
+
+
 @pytest.mark.parametrize("pair", [[2, 0], [-1, 0], [0, 7]])
 def test_a_bad_pair_stops_the_step(pair: list[int], device: torch.device) -> None:
     model, (images, text) = tiny_model("clsclip").train(), tiny_inputs()
@@ -249,9 +254,9 @@ def test_no_region_is_said_before_a_result_is_handed_out(device: torch.device) -
     model = tiny_model("maft", num_classes=5, class_names=NAMES, seen=[0, 1])
     seg = Segmenter(model, text_embeddings=text_rows(5), class_names=NAMES, proposer=NothingValid())
     for call in (seg, seg.encode, lambda image: list(seg.stream([image]))):
-        with pytest.raises(ValueError, match="proposer: it found no region in the picture"):
+        with pytest.raises(ValueError, match="proposer: it found no region in the image"):
             call(photo(64, 64))
     failures: list[tuple[Any, Exception]] = []
     image = photo(64, 64)
     assert list(seg.stream([image, image], failed=lambda *what: failures.append(what))) == []
-    assert [str(error) for _, error in failures] == ["proposer: it found no region in the picture"] * 2
+    assert [str(error) for _, error in failures] == ["proposer: it found no region in the image"] * 2

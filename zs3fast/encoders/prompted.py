@@ -13,6 +13,8 @@ from zs3fast.encoders.config import ClipVisionConfig
 from zs3fast.types import ImageFeatures
 from zs3fast.utils.weight_cache import WeightCache
 
+PromptContext = list[tuple[Tensor, Tensor] | None]  # a layer: keys and values [B or 1, K, heads, dh] of its prompts
+
 
 class PromptedClipViT(ClipViT):
     """Frozen CLIP ViT whose blocks see learned prompt tokens between the class token and the patches.
@@ -84,25 +86,37 @@ class PromptedClipViT(ClipViT):
         out: Tensor = projected
         return out
 
-    def prompt_context(self, batch: int) -> list[tuple[Tensor, Tensor] | None]:
+    def prompt_context(self, batch: int) -> PromptContext:
         """Keys and values of every layer's own prompts: functions of the weights alone outside training."""
 
-        def compute() -> list[tuple[Tensor, Tensor] | None]:
+        def compute() -> PromptContext:
             prompts = (self.layer_prompts(layer) for layer in range(self.config.layers))
             blocks = self.transformer.resblocks
             return [None if p is None else b.context(self.project_prompts(p, batch)) for p, b in zip(prompts, blocks)]
 
         return compute() if self.training else self._prompt_cache.get(self.parameters(), compute)
 
-    def forward(self, images: Tensor) -> ImageFeatures:
-        """Images [B, 3, H, W] -> unit global token [B, D] and patch tokens [B, N, D]."""
+    def kept_context(self) -> PromptContext | None:
+        """What `forward` may be given, so that a compiled or recorded graph need not compute it; None: there is none.
+
+        As long as the weights stay it is the same object.
+        """
+        return None if self.prompt_depth == 0 else self.prompt_context(1)
+
+    def forward(self, images: Tensor, contexts: PromptContext | None = None) -> ImageFeatures:
+        """Images [B, 3, H, W] -> unit global token [B, D] and patch tokens [B, N, D].
+
+        Args:
+            contexts: `kept_context()` of these weights, outside training; None: computed here.
+        """
         x, grid = self.embed(images)
-        x = self._shallow(x) if self.prompt_depth == 0 else self.prompt_norm(self._deep(x))
+        x = self._shallow(x) if self.prompt_depth == 0 else self.prompt_norm(self._deep(x, contexts))
         joint = self.project(x)
         return ImageFeatures(global_token=joint[:, 0], patch_tokens=joint[:, 1:], grid_size=grid)
 
-    def _deep(self, x: Tensor) -> Tensor:
-        for block, context in zip(self.transformer.resblocks, self.prompt_context(x.shape[0])):
+    def _deep(self, x: Tensor, contexts: PromptContext | None) -> Tensor:
+        contexts = self.prompt_context(x.shape[0]) if contexts is None else contexts
+        for block, context in zip(self.transformer.resblocks, contexts):
             x = block(x, context)
         return x
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zs3fast import ops
 from zs3fast.encoders.config import ClipVisionConfig
-from zs3fast.encoders.prompted import PromptedClipViT
+from zs3fast.encoders.prompted import PromptContext, PromptedClipViT
 from zs3fast.types import ImageFeatures
 
 
@@ -67,13 +67,17 @@ class RegionBridgeClipViT(PromptedClipViT):
                 f"{grid[0]} x {grid[1]}; expected at most one a patch"
             )
 
-    def forward(self, images: Tensor) -> ImageFeatures:
-        """Images [B, 3, H, W] -> unit global token [B, D], patch tokens [B, N, D] and region tokens [B, M, D]."""
+    def forward(self, images: Tensor, contexts: PromptContext | None = None) -> ImageFeatures:
+        """Images [B, 3, H, W] -> unit global token [B, D], patch tokens [B, N, D] and region tokens [B, M, D].
+
+        Args:
+            contexts: `kept_context()` of these weights, outside training; None: computed here.
+        """
         x, grid = self.embed(images)
         self._check_grid(grid)
         batch, live = x.shape[:2]
         tokens = torch.cat([x, self.ln_pre(self.region_level_bridge).expand(batch, -1, -1)], dim=1)
-        contexts = self.prompt_context(batch)
+        contexts = self.prompt_context(batch) if contexts is None else contexts
         attend = partial(
             ops.region_bridge_attention,
             num_prefix=1 + self.prompt_embeddings.shape[1],

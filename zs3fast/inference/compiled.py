@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
-from collections.abc import Callable
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zs3fast.inference.repeated import Contexts, Logits, Repeated, kept_context, model_logits, weights_of
+
+__all__ = ["CompiledModel", "Logits"]
 logger = logging.getLogger("zs3fast")
 
-_turn = threading.RLock()  # of the threads that share a model; one inside would make it uncopyable
-MAX_SHAPES = 8  # a CUDA graph each, with the memory of a forward pass; torch's own limit is 8 as well
-
-
-class Logits(NamedTuple):
-    """mask_logits: [B, C, h, w].  trusty_logits: [B, 1, h, w], or None."""
-
-    mask_logits: Tensor
-    trusty_logits: Tensor | None
+MAX_SHAPES = 8  # torch's own limit of what it compiles of a piece of code
+_turn = threading.Lock()  # of the threads that share a model; one inside would make it uncopyable
 
 
 class CompiledModel:
     """Stands in for `model(images, text_embeddings)` where only its logits are asked for, and no gradient.
 
-    Text embeddings are an input: another list of as many classes runs the same code, and so do new weights.
-        - CPU: numbers of images and classes are inputs too, so that it compiles once for several images and classes,
-          and again for a single one of either. Another size of images compiles again.
-        - CUDA: "reduce-overhead", a CUDA graph with static buffers for each (images, classes), the images filled up to
-          the next power of two, so that a few graphs serve any number of windows. Threads take turns.
-          This branch has not run on a GPU so far; `tests/gpu/test_pipeline.py` is what to run there.
-    Beyond `MAX_SHAPES` of these, others run as the plain model; the log says so once.
+    Text embeddings are an input: another list of classes runs the same code, and so do new weights. Numbers of images
+    and classes are inputs too, so that it compiles once for several images and classes, and again for a single one of
+    either. Another size of images compiles again; beyond `MAX_SHAPES` of these, others run as the plain model, and the
+    log says so once. Keys and values of prompts are an input as well, computed once. On CUDA small batches whose sizes
+    come again are replayed, see `zs3fast.inference.repeated`; this has not run on a GPU so far.
 
     Args:
         model: a one-stage method in eval mode.
@@ -43,51 +37,43 @@ class CompiledModel:
     """
 
     def __init__(self, model: nn.Module, backend: str = "inductor"):
-        device = next(model.parameters()).device
         if backend == "inductor":
-            _check_compiler(device)
-        self.model = model
-        self.cuda_graphs = device.type == "cuda"
+            _check_compiler(next(model.parameters()).device)
+        self.model, self.backend = model, backend
         self.shapes: set[tuple[object, ...]] = set()
 
-        def logits(images: Tensor, text_embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
-            out = model(images, text_embeddings)
-            return out.mask_logits, out.trusty_logits
+        def logits(images: Tensor, text_embeddings: Tensor, contexts: Contexts) -> tuple[Tensor, Tensor | None]:
+            return model_logits(model, images, text_embeddings, contexts)
 
         # torch keeps what it compiled with the code, which all models here would share, and its limit with them.
         own = FunctionType(logits.__code__.replace(), logits.__globals__, closure=logits.__closure__)
-        mode, dynamic = ("reduce-overhead", False) if self.cuda_graphs else (None, None)
-        compiled = torch.compile(own, fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
-        self._run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] = compiled
+        self._compiled = torch.compile(own, fullgraph=True, backend=backend)
+        self.repeated = Repeated(self._run, self._weights)
 
     def __call__(self, images: Tensor, text_embeddings: Tensor) -> Logits:
         """Images [B, 3, H, W] and text embeddings [C, D] -> the logits."""
-        if not self.cuda_graphs:
-            return self._call(images, text_embeddings)
-        with _turn:  # a graph's buffers are one call's
-            return self._call(images, text_embeddings)
+        if self._takes(images, text_embeddings):
+            return Logits(*self.repeated(images, text_embeddings, kept_context(self.model)))
+        out = self.model(images, text_embeddings)
+        return Logits(out.mask_logits, out.trusty_logits)
 
-    def _call(self, images: Tensor, text_embeddings: Tensor) -> Logits:
-        given, images = images, filled_up(images) if self.cuda_graphs else images
-        if not self._takes(images, text_embeddings):
-            out = self.model(given, text_embeddings)
-            return Logits(out.mask_logits, out.trusty_logits)
-        if not self.cuda_graphs:
-            # Marks are left on a tensor, and these two may be others' as well.
-            images, text_embeddings = images.view_as(images), text_embeddings.view_as(text_embeddings)
-            for tensor in (images, text_embeddings):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return Logits(*self._run(images, text_embeddings))
-        torch.compiler.cudagraph_mark_step_begin()
-        masks, trusty = self._run(images, text_embeddings)
-        # The next call writes to the same memory.
-        return Logits(masks[: len(given)].clone(), None if trusty is None else trusty[: len(given)].clone())
+    def _run(self, images: Tensor, text_embeddings: Tensor, contexts: Contexts) -> tuple[Tensor, Tensor | None]:
+        # Marks are left on a tensor, and these two may be others' as well.
+        images, text_embeddings = images.view_as(images), text_embeddings.view_as(text_embeddings)
+        for tensor in (images, text_embeddings):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        logits: tuple[Tensor, Tensor | None] = self._compiled(images, text_embeddings, contexts)
+        return logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        return CompiledModel(copy.deepcopy(self.model, memo), self.backend)  # what is compiled runs the model it is of
+
+    def _weights(self) -> list[Tensor]:
+        return weights_of(self.model)
 
     def _takes(self, images: Tensor, text_embeddings: Tensor) -> bool:
         """Whether this shape is compiled, or may still be."""
-        counts = [len(images), len(text_embeddings)]
-        if not self.cuda_graphs:
-            counts = [min(count, 2) for count in counts]  # torch tells one from several
+        counts = [min(count, 2) for count in (len(images), len(text_embeddings))]  # torch tells one from several
         shape = (*counts, *images.shape[1:], images.dtype, text_embeddings.dtype)
         with _turn:
             return self._counted(shape)
@@ -100,12 +86,6 @@ class CompiledModel:
             return False
         self.shapes.add(shape)
         return True
-
-
-def filled_up(images: Tensor) -> Tensor:
-    """Images [B, ...] and zeros up to the next power of two."""
-    missing = (1 << (len(images) - 1).bit_length()) - len(images)
-    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
 
 
 def _check_compiler(device: torch.device) -> None:

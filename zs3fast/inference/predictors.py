@@ -19,7 +19,8 @@ from torch import Tensor
 
 from zs3fast import ops
 from zs3fast.encoders.navigated import ImagePrefix
-from zs3fast.inference.compiled import CompiledModel, Logits
+from zs3fast.inference.compiled import CompiledModel
+from zs3fast.inference.repeated import Logits, RepeatedModel
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.labels.refinement import Pamr, refined_labels
 from zs3fast.labels.windows import sliding_windows
@@ -131,7 +132,7 @@ class InWindows(Predictor):
         batch: windows the model sees at once.
 
     Attributes:
-        run: gives the logits of a batch of windows: `model`, or a compiled one that stands in its place.
+        run: gives the logits of a batch of windows: `model`, its CUDA graphs, or a compiled one in its place.
     """
 
     together = True
@@ -140,7 +141,7 @@ class InWindows(Predictor):
 
     def __init__(self, model: FeatureModel, batch: int):
         self.model, self.batch = model, batch
-        self.run = model
+        self.run = RepeatedModel(model)
 
     def compile(self) -> None:
         self.run = CompiledModel(self.model)

@@ -299,6 +299,30 @@ class Segmenter:
         """
         self._texts.release()
 
+    def warmup(
+        self, classes: Classes | None = None, sizes: Iterable[tuple[int, int]] = ((512, 512),), *, batch_size: int = 1
+    ) -> None:
+        """Do now what first calls would: encode names, compile kernels and graphs, record what small batches replay.
+
+        An image of noise of each size is segmented, on a GPU three times (first call, recording, replay).
+
+        Args:
+            classes: as for a call. With `compile=True` any other list of several classes runs the same code.
+            sizes: (height, width) of the images to come; images whose windows are as many cost nothing more.
+            batch_size: as for `stream`.
+        """
+        plan = self._plan(classes, None, None, (), False)
+        sizes = list(sizes)
+        for size in sizes:
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"sizes: expected (height, width) of at least 1 x 1, got {size}")
+        noise = np.random.default_rng(0)
+        for height, width in sizes:
+            pixels = noise.integers(0, 256, (height, width, 3), np.uint8)
+            for _ in range(3 if self.device.type == "cuda" else 1):
+                for _ in self._runner.stream(plan, [pixels] * batch_size, self._read, batch_size, 0):
+                    pass
+
     def check(
         self,
         classes: Classes | None = None,

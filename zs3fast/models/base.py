@@ -13,7 +13,7 @@ from zs3fast import ops
 from zs3fast.encoders.clip_vit import ClipViT
 from zs3fast.encoders.config import ClipVisionConfig, vision_config
 from zs3fast.encoders.open_clip_weights import load_clip_weights
-from zs3fast.encoders.prompted import PromptedClipViT
+from zs3fast.encoders.prompted import PromptContext, PromptedClipViT
 from zs3fast.labels import targets
 from zs3fast.ops.masks_to_labels import reference_scores
 from zs3fast.types import ImageFeatures, SegmentationOutput
@@ -280,6 +280,15 @@ class SegmentationModel(FeatureModel):
     @property
     def patch_size(self) -> int:
         return self.encoder.config.patch_size
+
+    def encode(self, images: Tensor, contexts: PromptContext | None = None) -> ImageFeatures:
+        """Images [B, 3, H, W], normalised -> what the encoder knows of them.
+
+        Args:
+            contexts: keys and values of the prompts, `encoder.kept_context()`; None: computed here.
+        """
+        features: ImageFeatures = self.encoder(images, contexts)
+        return features
 
     def upsample_size(self, out: SegmentationOutput) -> tuple[int, int]:
         """The size mask logits are upsampled to before they become scores.

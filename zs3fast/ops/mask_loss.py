@@ -145,15 +145,16 @@ def mask_loss(
     focal_sum, intersection, prob_sum, target_count = sums
     present = target_count > 0
     if num_masks is None:
-        num_masks = _average_masks(present, target_count.dtype)
+        n = _average_masks(present, target_count.dtype)
+    elif isinstance(num_masks, Tensor):
+        n = num_masks.to(target_count).reshape(())
     else:
-        given = isinstance(num_masks, Tensor)  # a number is filled in there, where a copy would wait for the device
-        num_masks = num_masks.to(target_count).reshape(()) if given else target_count.new_full((), num_masks)
+        n = target_count.new_full((), num_masks)  # filled in there: a copy would wait for the device
     overlap = (2 * intersection + 1) / (prob_sum + target_count + 1)
     return MaskLossTerms(
-        focal=focal_sum.sum() / (labels.shape[1] * labels.shape[2]) / num_masks,
-        dice=torch.where(present, 1 - overlap, 0).sum() / num_masks,
-        num_masks=num_masks,
+        focal=focal_sum.sum() / (labels.shape[1] * labels.shape[2]) / n,
+        dice=torch.where(present, 1 - overlap, 0).sum() / n,
+        num_masks=n,
     )
 
 

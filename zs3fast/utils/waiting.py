@@ -129,7 +129,9 @@ def check(bad: Tensor, values: Values, error: MakeError) -> None:
 
 def deferred(device: torch.device) -> bool:
     """Whether a check of a tensor there is read later: what it guards must not be read out of bounds till then."""
-    return waits(device) and (_block.get() is not None or torch.is_grad_enabled())
+    if torch.compiler.is_compiling() or not waits(device):
+        return False
+    return _block.get() is not None or torch.is_grad_enabled()
 
 
 def _of_thread() -> Checks:

@@ -13,8 +13,8 @@ from torch import Tensor
 class WeightCache:
     """Holds one result, computed from given tensors, until any of them is another tensor or was written to.
 
-    Nothing is kept while gradients are recorded or a graph is traced, or for tensors born in inference mode, whose
-    writes torch does not count. Writes through `.data` are invisible to torch too: call `clear` after them.
+    Nothing is kept while gradients are recorded or a graph is traced or captured, or for tensors born in inference
+    mode, whose writes torch does not count. Writes through `.data` are invisible to torch too: call `clear` after them.
     Threads may share one: each gets the result of its own tensors.
     """
 
@@ -37,6 +37,8 @@ class WeightCache:
             return compute()
         sources = list(sources)
         kind = sources[0].device.type
+        if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+            return compute()  # a replay reads what the weights and the class list are then
         if any(source.is_inference() for source in sources) or (kind != "meta" and torch.is_autocast_enabled(kind)):
             return compute()
         stamp = [(source._version, source.data_ptr(), source.device, source.dtype) for source in sources]
