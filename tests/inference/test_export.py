@@ -57,6 +57,35 @@ def test_other_runtimes(method: str, ending: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "ending"), [(method, ".onnx") for method in METHODS] + [("zegclip", ".xml"), ("naclip", ".onnx")]
+)
+def test_images_of_any_size(method: str, ending: str, tmp_path: Path) -> None:
+    """Those it was traced with, its own, which the model takes another way, and others."""
+    pytest.importorskip({".onnx": "onnxruntime", ".xml": "openvino"}[ending], reason="the extra [export] is absent")
+    pytest.importorskip("onnxscript", reason="the extra [export] is absent")
+    report = export_model(tiny_model(method), text(5), tmp_path / f"model{ending}", any_size=True)
+    assert report.difference < 1e-4 and report.agreement in (None, pytest.approx(1, abs=1e-3))
+
+
+def test_proposals_over_more_patches_than_a_words_bits(tmp_path: Path) -> None:
+    """ONNX divides in float32: masks of 32 patches and more, packed into words with a sign, came out wrong."""
+    pytest.importorskip("onnxruntime", reason="the extra [export] is absent")
+    pytest.importorskip("onnxscript", reason="the extra [export] is absent")
+    assert export_model(tiny_model("maft"), text(3), tmp_path / "m.onnx", size=(96, 128)).difference < 1e-5
+
+
+def test_any_number_of_proposals_and_one_class_as_an_input(tmp_path: Path) -> None:
+    model = tiny_model("maft")
+    report = export_model(model, text(1), tmp_path / "m.pt2", classes="input")
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    masks = torch.rand(3, 9, 64, 64)
+    program = torch.export.load(report.path).module()
+    for classes in (1, 4):
+        assert program(images, masks, text(classes))[0].shape == (3, 9, classes)
+
+
+@pytest.mark.slow
 def test_aot_inductor_from_cpp(tmp_path: Path) -> None:
     """A package runs from C++ alone: docs/export/main.cpp, built here."""
     report = export_model(tiny_model("zegclip"), text(), tmp_path / "model.aoti.pt2", dynamic_batch=False)
@@ -101,6 +130,8 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         export_model(model, text(), tmp_path / "model.onnx", format="coreml")
     with pytest.raises(ValueError, match="size: expected multiples of the patch size 16, got 64 x 60"):
         export_model(model, text(), tmp_path / "model.pt2", size=(64, 60))
+    with pytest.raises(ValueError, match="any_size: expected ONNX or OpenVINO"):
+        export_model(model, text(), tmp_path / "model.pt2", any_size=True)
     with pytest.raises(ValueError, match="classes: expected one of baked, input, got 'both'"):
         export_model(model, text(), tmp_path / "model.pt2", classes="both")
 
@@ -108,4 +139,26 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r'onnx is not installed; pip install "zs3fast\[export\]"'):
-        export._package("onnxruntime", "onnx")
+        export._package("onnx")
+
+
+def test_weights_too_large_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript", reason="the extra [export] is absent")
+    monkeypatch.setattr(export, "_ONE_FILE", 1000)
+    with pytest.raises(ValueError, match=r"path: an ONNX file holds weights below 2 GiB, got 0\.0 GiB"):
+        export_model(tiny_model("zegclip"), text(), tmp_path / "m.onnx")
+
+
+def test_nothing_is_left_of_an_ir_that_disagrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights lie in a second file."""
+    pytest.importorskip("openvino", reason="the extra [export] is absent")
+
+    def wrong(program, path, inputs, outputs):
+        path.write_text("graph")
+        path.with_suffix(".bin").write_text("weights")
+        raise ExportError("it cannot take this graph")
+
+    monkeypatch.setitem(export._WRITERS, "openvino", wrong)
+    with pytest.raises(ExportError):
+        export_model(tiny_model("maskclip"), text(), tmp_path / "m.xml")
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,25 @@ def test_a_model_becomes_a_file(tmp_path: Path) -> None:
 def test_arguments_that_are_no_good(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["export", *arguments])
     assert result.exit_code == 2 and said in result.output and len(result.output.splitlines()) == 1
+
+
+def test_help_without_the_extra() -> None:
+    """And running names it, before any work is done."""
+    absent = "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime', 'openvino')); "
+    run = [sys.executable, "-c", absent + "from zs3fast.__main__ import main; main()", "export"]
+    shown = subprocess.run([*run, "--help"], capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0 and "--any-size" in shown.stdout, shown.stderr
+    for name in ("m.onnx", "m.xml"):
+        failed = subprocess.run([*run, "zs3fast-tiny", name], capture_output=True, text=True, timeout=300)
+        assert failed.returncode == 2 and "zs3fast[export]" in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.xml", "m.pt2"])
+def test_a_graph_is_no_weights(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    result = CliRunner().invoke(app, ["export", str(tmp_path / name), str(tmp_path / "out.pt2")])
+    assert result.exit_code == 2 and "is a graph for another runtime" in result.output
+    assert len(result.output.splitlines()) == 1
 
 
 def test_embed() -> None:

@@ -215,10 +215,21 @@ def resize_positions(
             lie at (i + 0.5) g / (h + scale_offset) - 0.5. DINO's code has 0.1, which training-free methods took over.
     """
     side = math.isqrt(table.shape[0] - 1)
-    if grid == (side, side):
+    free = not all(isinstance(length, int) for length in grid)  # a graph for any size is exported: no case apart
+    if not free and grid == (side, side):
         return table
     square = table[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)  # [1, width, g, g]
-    if scale_offset:
+    if scale_offset and free:  # interpolation takes scales for constants; sampling at the same points does not
+        lengths = [torch.full((), length, device=table.device) for length in grid]
+        stored = (lengths[0] == side) & (lengths[1] == side)
+        offset = torch.where(stored, 0.0, scale_offset)  # without it the samples are the table's own rows
+        y, x = (
+            2 * (torch.arange(length, device=table.device) + 0.5) / (wide + offset) - 1
+            for length, wide in zip(grid, lengths)
+        )
+        points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).unsqueeze(0).to(table.dtype)
+        resized = F.grid_sample(square, points, mode=mode, padding_mode="border", align_corners=False)
+    elif scale_offset:
         scales = tuple((length + scale_offset) / side for length in grid)
         resized = F.interpolate(
             square, scale_factor=scales, mode=mode, align_corners=align_corners, recompute_scale_factor=False

@@ -8,6 +8,7 @@ that nothing of ours is needed to run a file.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ logger = logging.getLogger("zs3fast")
 FORMATS = {".pt2": "pt2", ".aoti.pt2": "aoti", ".onnx": "onnx", ".xml": "openvino"}
 OUTPUTS = ("labels", "mask_logits")
 OPSET = 20
+_NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}  # packages of the extra [export]
+_ONE_FILE = 2**31 - 2**24  # bytes of weights that fit into an ONNX file, which is a protobuf message
 MOST_DIFFERENT, LEAST_AGREEING = 1e-4, 0.999
 
 
@@ -108,6 +111,7 @@ def export_model(
     classes: str = "baked",
     dynamic_batch: bool = True,
     size: tuple[int, int] | None = None,
+    any_size: bool = False,
     images: Sequence[Tensor] = (),
 ) -> ExportReport:
     """Write a model as a graph and run the file against the model.
@@ -122,15 +126,27 @@ def export_model(
             then, so nothing is offset.
         dynamic_batch: any B; else one image.
         size: (H, W) of the images, multiples of the patch size; None: the model's own.
+        any_size: images of any size in multiples of the patch size, at least two a side; for ONNX and OpenVINO. Logits
+            are upsampled to the image's own size then, also those of square images that are not of the model's size.
         images: uint8 [3, H, W] to compare on; noise is compared on as well.
     Raises:
-        ValueError: options that do not fit.  ImportError: the format's package is absent.
+        ValueError: options that do not fit, or a model that cannot be traced.
+        ImportError: the format's package is absent.
         ExportError: logits differ by more than 1e-4 (relative norm) or labels agree in less than 99.9 %.
     """
     target = Path(path)
     kind = _format_of(target, format)
     one_of("output", output, OUTPUTS)
     one_of("classes", classes, ("baked", "input"))
+    for package in _NEEDS.get(kind, ()):
+        _package(package)
+    if any_size and kind not in _NEEDS:
+        raise ValueError(f"any_size: expected ONNX or OpenVINO, torch ties a {kind} graph to how its sizes compare")
+    weigh = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if kind == "onnx" and weigh > _ONE_FILE:
+        raise ValueError(
+            f"path: an ONNX file holds weights below 2 GiB, got {weigh / 2**30:.1f} GiB; take .xml or .pt2"
+        )
     example = _example(model, size, images)
     text = model.check_text(text_embeddings).detach()
     rest = {}
@@ -139,20 +155,24 @@ def export_model(
     if classes == "input":
         rest["text_embeddings"] = text
     graph = _Graph(model, None if classes == "input" else text, output).eval()
-    program = _traced(graph, example, rest, dynamic_batch)
+    program = _traced(graph, example, rest, dynamic_batch, any_size)
     target.parent.mkdir(parents=True, exist_ok=True)
     names = ("images", *rest)
     outputs = ("proposal_logits",) if model.protocol == "proposals" else ("labels", "scores")
     outputs = ("mask_logits",) if len(outputs) == 2 and output == "mask_logits" else outputs
     with replacing(target) as temporary:
-        run = _WRITERS[kind](program, temporary, names, outputs)
-        difference, agreement = _compare(graph, run, example, list(rest.values()), dynamic_batch)
-        if difference > MOST_DIFFERENT or (agreement is not None and agreement < LEAST_AGREEING):
-            agree = "" if agreement is None else f", {100 * agreement:.2f} % of labels agree"
-            raise ExportError(
-                f"{target}: expected a difference below {MOST_DIFFERENT:g} and {100 * LEAST_AGREEING:g} % of labels, "
-                f"got {difference:.1e}{agree}"
-            )
+        try:
+            run = _WRITERS[kind](program, temporary, names, outputs)
+            difference, agreement = _compare(graph, run, example, rest, dynamic_batch, any_size)
+            if difference > MOST_DIFFERENT or (agreement is not None and agreement < LEAST_AGREEING):
+                agree = "" if agreement is None else f", {100 * agreement:.2f} % of labels agree"
+                raise ExportError(
+                    f"{target}: expected a difference below {MOST_DIFFERENT:g} and {100 * LEAST_AGREEING:g} % of "
+                    f"labels, got {difference:.1e}{agree}"
+                )
+        except BaseException:
+            _bin_of(temporary).unlink(missing_ok=True)
+            raise
     if kind == "openvino":
         _bin_of(temporary).replace(_bin_of(target))
     return ExportReport(target, kind, names, outputs, difference, agreement)
@@ -169,7 +189,7 @@ def _format_of(path: Path, format: str | None) -> str:
 
 def _example(model: ZeroShotModel, size: tuple[int, int] | None, images: Sequence[Tensor]) -> Tensor:
     """uint8 [B >= 2, 3, H, W]: noise of two textures, and the images given."""
-    patch = model.encoder.config.patch_size if isinstance(model.encoder, ClipViT) else 32
+    patch = _patch_of(model)
     height, width = (model.image_size,) * 2 if size is None else size
     if min(height, width) < patch or height % patch or width % patch:
         raise ValueError(f"size: expected multiples of the patch size {patch}, got {height} x {width}")
@@ -184,24 +204,51 @@ def _example(model: ZeroShotModel, size: tuple[int, int] | None, images: Sequenc
     return torch.cat([made, *(image[None] for image in images)])
 
 
+def _patch_of(model: ZeroShotModel) -> int:
+    return model.encoder.config.patch_size if isinstance(model.encoder, ClipViT) else 32
+
+
 def _blobs(images: Tensor, count: int = 5) -> Tensor:
     coarse = torch.rand(len(images), count, 4, 4, generator=torch.Generator().manual_seed(1))
     return nn.functional.interpolate(coarse, tuple(images.shape[-2:]), mode="bilinear")
 
 
-def _traced(graph: _Graph, example: Tensor, rest: dict[str, Tensor], dynamic_batch: bool) -> ExportedProgram:
-    shapes: list[dict[int, Any] | None] = [{0: Dim("B", min=1)} if dynamic_batch else None]
-    for name in rest:
-        axis = "C" if name == "text_embeddings" else "B"
-        free = name == "text_embeddings" or dynamic_batch
-        shapes.append({0: Dim(axis, min=1)} if free else None)
+def _traced(
+    graph: _Graph, example: Tensor, rest: dict[str, Tensor], dynamic_batch: bool, any_size: bool
+) -> ExportedProgram:
+    """The graph for images of the example's size, or of any; of proposals and of classes as an input: any number."""
+    batch = {0: Dim("B", min=1)} if dynamic_batch else {}
+    sides: dict[int, Any] = {}
+    if any_size:
+        patch = _patch_of(graph.model)
+        sides = {2: patch * Dim("h", min=2), 3: patch * Dim("w", min=2)}
+        example, rest = _resized(example, rest, (patch, 2 * patch))  # no square, which is a case apart
     rows = slice(None) if dynamic_batch else slice(1)
-    given = (example[rows], *(value if name == "text_embeddings" else value[rows] for name, value in rest.items()))
-    with torch.no_grad(), _dispatch.use_backend("reference"):
-        varied = (shapes[0], tuple(shapes[1:])) if rest else (shapes[0],)
-        program = torch.export.export(graph, given, dynamic_shapes=varied)
-        out: ExportedProgram = program.run_decompositions(decompositions())
-        return out
+    given, shapes = [example[rows]], [{**batch, **sides}]
+    if "proposal_masks" in rest:
+        given.append(rest["proposal_masks"][rows])
+        shapes.append({**batch, 1: Dim("Nq", min=1), **sides})
+    if "text_embeddings" in rest:
+        text = rest["text_embeddings"]
+        given.append(torch.cat([text, text[:1]]))  # not one, which torch takes for a constant
+        shapes.append({0: Dim("C", min=1)})
+    try:
+        with torch.no_grad(), _dispatch.use_backend("reference"):
+            varied = (shapes[0], tuple(shapes[1:]))[: len(given)]
+            program = torch.export.export(graph, tuple(given), dynamic_shapes=varied)
+            out: ExportedProgram = program.run_decompositions(decompositions())
+            return out
+    except (torch._dynamo.exc.UserError, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode) as error:
+        free = " for images of any size" if any_size else ""
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model: {graph.model.method} cannot be traced{free}: {reason}") from None
+
+
+def _resized(example: Tensor, rest: dict[str, Tensor], more: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images and proposals some pixels higher and wider."""
+    size = (example.shape[2] + more[0], example.shape[3] + more[1])
+    images = nn.functional.interpolate(example.float(), size, mode="bilinear").to(torch.uint8)
+    return images, {**rest, **({"proposal_masks": _blobs(images)} if "proposal_masks" in rest else {})}
 
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -222,7 +269,7 @@ def _write_aoti(program: ExportedProgram, path: Path, inputs: tuple[str, ...], o
 
 
 def _write_onnx(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
-    onnxruntime = _package("onnxruntime", "onnx", "onnxscript")
+    onnxruntime = _package("onnxruntime")
     written = torch.onnx.export(
         program,
         dynamo=True,
@@ -293,33 +340,33 @@ def _bin_of(path: Path) -> Path:
     return path.with_suffix(".bin")
 
 
-def _package(name: str, *others: str) -> Any:
-    """A package of the extra [export], with those it needs."""
-    import importlib
-
-    for needed in (*others, name):
-        try:
-            module = importlib.import_module(needed)
-        except ImportError:
-            raise ImportError(f'{needed} is not installed; pip install "zs3fast[export]"') from None
-    return module
+def _package(name: str) -> Any:
+    """A package of the extra [export]."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(f'{name} is not installed; pip install "zs3fast[export]"') from None
 
 
 @torch.no_grad()
 def _compare(
-    graph: _Graph, run: Run, example: Tensor, rest: list[Tensor], dynamic_batch: bool
+    graph: _Graph, run: Run, example: Tensor, rest: dict[str, Tensor], dynamic_batch: bool, any_size: bool
 ) -> tuple[float, float | None]:
     """The largest relative difference over all images, one by one and together, and the share of equal labels."""
-    batches = [example[i : i + 1] for i in range(len(example))] + ([example] if dynamic_batch else [])
-    proposals = graph.model.protocol == "proposals"
-    masks = [rest[0][i : i + 1] for i in range(len(example))] + [rest[0]] if proposals else [None] * len(batches)
+    patch = _patch_of(graph.model)
+    tried = [(example, rest)]
+    if any_size:  # its own size, which it was not traced with, and others, none of them square
+        tried += [_resized(example, rest, (down * patch, right * patch)) for down, right in ((1, 2), (3, 0), (0, 1))]
     difference, same, pixels = 0.0, 0, 0
-    for images, mask in zip(batches, masks):
-        given = (images, *([] if mask is None else [mask]), *(rest[1:] if proposals else rest))
-        expected, got = graph(*given), run(*given)
-        wide, values = expected[-1].double(), got[-1].double()
-        difference = max(difference, float((values - wide).norm() / wide.norm().clamp_min(1e-30)))
-        if len(expected) == 2:
-            same += int((got[0] == expected[0]).sum())
-            pixels += expected[0].numel()
+    for images, further in tried:
+        rows = [slice(i, i + 1) for i in range(len(images))] + ([slice(None)] if dynamic_batch else [])
+        for part in rows:
+            given = [images[part]]
+            given += [value if name == "text_embeddings" else value[part] for name, value in further.items()]
+            expected, got = graph(*given), run(*given)
+            wide, values = expected[-1].double(), got[-1].double()
+            difference = max(difference, float((values - wide).norm() / wide.norm().clamp_min(1e-30)))
+            if len(expected) == 2:
+                same += int((got[0] == expected[0]).sum())
+                pixels += expected[0].numel()
     return difference, same / pixels if pixels else None

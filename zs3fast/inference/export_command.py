@@ -27,6 +27,9 @@ def export(
     result: Annotated[str, typer.Option("--output", help="labels (with scores) or mask_logits.")] = "labels",
     height: Annotated[int | None, typer.Option(help="Of the images, in pixels; left out: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Of the images, in pixels; left out: the model's own.")] = None,
+    any_size: Annotated[
+        bool, typer.Option("--any-size", help="A graph for images of any size in whole patches (ONNX and OpenVINO).")
+    ] = False,
     one_image: Annotated[bool, typer.Option("--one-image", help="A graph for one image, not for any batch.")] = False,
     images: Annotated[
         list[str] | None, typer.Option("--image", help="Images to compare file and model on, besides noise.")
@@ -65,6 +68,7 @@ def export(
                 classes=classes_as,
                 dynamic_batch=not one_image,
                 size=size,
+                any_size=any_size,
                 images=shown,
             )
     except ExportError as error:

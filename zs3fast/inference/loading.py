@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TINY, TINY_DEFAULT = "zs3fast-tiny", "clip_rc"  # the small models in the package, and the best of them
 
+_GRAPHS = (".onnx", ".xml", ".pt2")  # as `zs3fast export` writes them
+
 # What segments where nothing is named: no training, OpenAI's CLIP.
 DEFAULT_METHOD, DEFAULT_CLIP, DEFAULT_PRETRAINED = "scclip", "ViT-B-16", "openai"
 
@@ -66,6 +68,8 @@ def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
     """The weight file of a path, of a name in the cache folder, or of a name in the package."""
     path, kept = Path(name_or_path), cache_dir() / "weights"
     if path.is_file():
+        if path.suffix in _GRAPHS:
+            raise ValueError(f"name_or_path: expected weights, {path} is a graph for another runtime (docs/export.md)")
         return path
     named = kept / f"{os.fspath(name_or_path)}.safetensors"
     if named.is_file():

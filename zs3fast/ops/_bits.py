@@ -39,11 +39,12 @@ def unpack_bits(bits: Tensor, N: int) -> Tensor:
         raise TypeError(f"unpack_bits: bits must be an int32 tensor, got {getattr(bits, 'dtype', type(bits).__name__)}")
     if bits.ndim < 1 or bits.shape[-1] != num_words(N):
         raise ValueError(f"unpack_bits: bits must be [..., {num_words(N)}] for N = {N}, got shape {list(bits.shape)}")
-    quotients = torch.div(bits.long().unsqueeze(-1), _places(bits.device).abs(), rounding_mode="floor")
-    return (quotients % 2).flatten(-2)[..., :N].bool()
+    # not by quotients: ONNX takes those of negative words, which have bit 31, in float32
+    found = bits.unsqueeze(-1) & _places(bits.device).to(torch.int32)
+    return (found != 0).flatten(-2)[..., :N]
 
 
 def _places(device: torch.device) -> Tensor:
-    """What the 32 bits of an int32 count, the last one negative: sums and quotients, which every runtime has."""
+    """What the 32 bits of an int32 count, the last one negative: to be summed up, which every runtime can."""
     place = torch.arange(32, device=device)
     return torch.where(place == 31, -1, 1) * 2**place
