@@ -309,3 +309,12 @@ def test_other_towers_are_refused_by_name(clip: str) -> None:
         ValueError, match=f"clip: the image tower of {clip} is not a plain CLIP ViT .*expected one such as"
     ):
         zs3fast.create_model("scclip", clip=clip)
+
+
+@pytest.mark.parametrize("count", [1, 2, 21, 36, 1024])
+def test_quantile_is_torch_s(count: int) -> None:
+    x = torch.randn(3, count, generator=torch.Generator().manual_seed(count))
+    x[2, count // 2] = torch.nan
+    for given in (x, x.double()):
+        want = torch.quantile(given, 0.95, dim=1, keepdim=True)
+        torch.testing.assert_close(self_calibrated.quantile(given, 0.95), want, rtol=1e-6, atol=1e-6, equal_nan=True)

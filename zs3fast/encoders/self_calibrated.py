@@ -70,8 +70,16 @@ def self_calibrated(states: list[Tensor], last: Block, grid: tuple[int, int], c:
 def anomalies(x: Tensor) -> Tensor:
     """Which patches [B, N] of x [B, N, width] lie apart: those whose score is above the 0.95 quantile of the image."""
     scores = outlier_scores(x)
-    limit = torch.quantile(scores, 1 - SHARE, dim=1, keepdim=True)
-    return scores > limit
+    return scores > quantile(scores, 1 - SHARE)
+
+
+def quantile(x: Tensor, q: float) -> Tensor:
+    """`torch.quantile(x, q, dim=1, keepdim=True)` of x [B, N], which torch 2.11 cannot trace for any B."""
+    rank = torch.full_like(x[:, :1], q) * (x.shape[1] - 1)
+    below = rank.long()
+    ordered = x.sort(1).values
+    found = torch.lerp(ordered.gather(1, below), ordered.gather(1, rank.ceil().long()), rank - below)
+    return found.masked_fill(x.isnan().any(1, keepdim=True), torch.nan)
 
 
 def outlier_scores(x: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def load_official_maskformer(path: str | os.PathLike[str], *, heads: int = 8) ->
     spare = len(given) - len({name for name in given if _READ.match(name)})
     if spare:
         logger.info("%s: %d tensors beside the generator's are left out (class head, CLIP, criterion)", path, spare)
-    return model.float().eval()
+    whole: nn.Module = model.float().eval()
+    return whole
 
 
 def _layers(state: dict[str, Tensor]) -> Iterator[int]:
