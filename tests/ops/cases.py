@@ -359,17 +359,23 @@ class Case:
 
     differentiable: the tensors whose gradients are compared.
     batched:        the tensors whose first dimension may be 0, all at once.
+    free:           another size that an exported program and an empty request leave open: tensor -> its dimension.
     """
 
     draw: Callable[[Draw], Request]
     judge: Callable[[Request, Any, Any], None] = close
     differentiable: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
+    free: tuple[tuple[str, int], ...] = ()
+
+    def sizes(self) -> list[dict[str, int]]:
+        """The sizes that may be any, 0 included: each as tensor -> dimension."""
+        return [{label: 0 for label in self.batched}] + ([dict(self.free)] if self.free else [])
 
 
 _QKV = ("q", "k", "v")
 CASES: dict[str, Case] = {
-    "attention_to_mask": Case(_attention_to_mask, close, _QKV, _QKV),
+    "attention_to_mask": Case(_attention_to_mask, close, _QKV, _QKV, (("q", 2),)),
     "encoder_attention": Case(_encoder_attention, close, _QKV, _QKV),
     "fused_linear": Case(_fused_linear, close_after_activation, ("x", "weight", "bias", "residual"), ("x", "residual")),
     "mask_loss": Case(_mask_loss, close, ("mask_logits",), ("mask_logits", "labels")),
@@ -380,12 +386,19 @@ CASES: dict[str, Case] = {
         close,
         ("q", "k_self", "v_self", "k", "v"),
         ("q", "k_self", "v_self", "k", "v", "masks"),
+        (("q", 2), ("k_self", 2), ("v_self", 2), ("masks", 1)),
     ),
-    "proposals_to_labels": Case(_proposals_to_labels, judge_proposals, (), ("class_weights", "masks")),
+    "proposals_to_labels": Case(
+        _proposals_to_labels, judge_proposals, (), ("class_weights", "masks"), (("class_weights", 1), ("masks", 1))
+    ),
     "refine_maps": Case(_refine_maps, close, (), ("image", "maps")),
     "region_bridge_attention": Case(_region_bridge_attention, close, _QKV, _QKV),
     "relationship_descriptor": Case(
-        _relationship_descriptor, close, ("text", "visual", "weight", "bias", "text_term"), ("visual",)
+        _relationship_descriptor,
+        close,
+        ("text", "visual", "weight", "bias", "text_term"),
+        ("visual",),
+        (("text", 0), ("text_term", 0)),
     ),
     "self_similarity_attention": Case(_self_similarity_attention, close, _QKV, _QKV),
 }

@@ -176,12 +176,6 @@ def test_gradients(shared: bool) -> None:
         assert torch.allclose(a, b, atol=1e-12), name
 
 
-@pytest.mark.parametrize("with_context", [False, True])
-def test_opcheck(with_context: bool) -> None:
-    q, k, v, context = make((2, 5, 6, 3, 2, 8), torch.float32)
-    torch.library.opcheck(op, (q, k, v, *(context if with_context else (None, None)), 0.3))
-
-
 def test_compiles_as_one_graph() -> None:
     inputs = make((1, 20, 20, 3, 2, 16), torch.float32)
     compiled = torch.compile(encoder_attention, fullgraph=True, backend="aot_eager")

@@ -144,12 +144,6 @@ def test_gradients(activation: str) -> None:
         torch.autograd.gradcheck(lambda x, w: op(x, w, None, None, index), inputs[:2])
 
 
-def test_opcheck() -> None:
-    inputs = make(((2, 3), 5, 4), torch.float32)
-    torch.library.opcheck(op, (*inputs, 1))
-    torch.library.opcheck(op, (inputs[0], inputs[1], None, None, 2))
-
-
 def test_compiled_is_left_to_the_compiler() -> None:
     inputs = make(SHAPES[2], torch.float32)
     graphs = []

@@ -212,13 +212,6 @@ def test_float64_runs_on_the_reference():
 
 
 @pytest.mark.parametrize("backend", ["reference", CPP])
-def test_opcheck(backend):
-    with use_backend(backend):
-        torch.library.opcheck(op, (make(ANY), (4, 4), (28, 36), True, True))
-        torch.library.opcheck(op, (make(ANY).sigmoid(), (4, 4), (7, 9), False, False))
-
-
-@pytest.mark.parametrize("backend", ["reference", CPP])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_full_graph(backend, dynamic):
     logits = make(ANY).requires_grad_()

@@ -265,20 +265,6 @@ def test_default_scale_and_float64():
 
 
 @pytest.mark.parametrize("backend", ["reference", CPP])
-def test_opcheck(backend):
-    tensors, grad, masks = make(ANY)
-    bits, scale = pack_bits(masks), 0.3
-    with use_backend(backend):
-        torch.library.opcheck(op, (*(x.detach().requires_grad_() for x in tensors), bits, scale))
-        output, lse = op(*tensors, bits, scale)
-        torch.library.opcheck(
-            op_backward,
-            (grad, *tensors, bits, output, lse, scale),
-            test_utils=("test_schema", "test_faketensor"),  # its own gradient is not defined
-        )
-
-
-@pytest.mark.parametrize("backend", ["reference", CPP])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_full_graph(backend, dynamic):
     tensors, grad, masks = make(ANY)

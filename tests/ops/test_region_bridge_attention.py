@@ -324,19 +324,6 @@ def positional(shape, **kwargs):
 
 
 @pytest.mark.parametrize("backend", ["reference", CPP])
-def test_opcheck(backend):
-    q, k, v, grad, layout = positional(ANY, skip=True)
-    with use_backend(backend):
-        torch.library.opcheck(op, (*(x.detach().requires_grad_() for x in (q, k, v)), *layout))
-        output, lse = op(q, k, v, *layout)
-        torch.library.opcheck(
-            op_backward,
-            (grad, q, k, v, output, lse, *layout),
-            test_utils=("test_schema", "test_faketensor"),  # its own gradient is not defined
-        )
-
-
-@pytest.mark.parametrize("backend", ["reference", CPP])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_full_graph(backend, dynamic):
     (q, k, v), grad, layout = make(ANY, skip=True)

@@ -208,18 +208,6 @@ def test_gradients(similarity):
         torch.testing.assert_close(g, w, msg=f"{name} of {similarity}")
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_opcheck(backend):
-    q, k, v = _inputs((2, 2, (3, 4), 8, 1))
-    _skip_unless_possible(backend, q)
-    if backend == "reference":  # which has the one backward pass
-        q, k, v = (x.requires_grad_() for x in (q, k, v))
-    with use_backend(backend):
-        for std in (None, 2.0):
-            args = (q, k, v, "qq+kk", 0.3, (3, 4), 1, std)
-            torch.library.opcheck(torch.ops.zs3fast.self_similarity_attention, args)
-
-
 def test_compiles_whole():
     shape = (1, 2, (3, 4), 8, 1)
     q, k, v = _inputs(shape)

@@ -274,7 +274,7 @@ def _check_classes(
     classes: int, seen: Sequence[int] | None, seen_offset: float, top_k: int, dtype: torch.dtype
 ) -> None:
     check_number(OP, "seen_offset", seen_offset)
-    if not math.isfinite(seen_offset):
+    if not abs(seen_offset) < math.inf:  # which, unlike math.isfinite, a traced number may be asked
         raise ValueError(f"{OP}: seen_offset must be finite, got {seen_offset}")
     if seen is not None:
         if isinstance(seen, Tensor):
