@@ -491,21 +491,14 @@ def _note_strange_words(weights: str, entries: list[ClassEntry] | None) -> None:
 
 
 def _class_list(classes: str | None, classes_file: Path | None, dataset: str | None) -> list[ClassEntry] | None:
-    from zs3fast.text import class_names, parse_classes, read_class_file
-
-    given = {"--classes": classes, "--classes-file": classes_file, "--dataset": dataset}
-    named = [option for option, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise ValueError(f"expected one class list, got {' and '.join(named)}")
-    if classes is not None:
-        return parse_classes(classes, "--classes")
-    if classes_file is not None:
-        return read_class_file(classes_file)
-    if dataset is None:
-        return None
+    """`class_list`, whose dataset may be one of the user's own."""
     from zs3fast.data.registered import described_classes
+    from zs3fast.inference.chosen import class_list
 
-    return described_classes(dataset) or [(name,) for name in class_names(dataset)]
+    described = (
+        None if dataset is None or classes is not None or classes_file is not None else described_classes(dataset)
+    )
+    return described or class_list(classes, classes_file, dataset)
 
 
 def _training_vocabulary(trained_on: str | None) -> dict[str, Any]:

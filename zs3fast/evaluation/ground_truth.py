@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from zs3fast.evaluation.protocols import LabelledImages
 from zs3fast.labels.proposal_targets import class_masks, soft_iou
 from zs3fast.proposals import MaskProposer, boxes_from_labels, for_classes, from_labels, soft_masks
 from zs3fast.types import BoxProposals, Proposals
@@ -19,27 +19,11 @@ from zs3fast.types import BoxProposals, Proposals
 GROUND_TRUTH = "ground_truth"  # as a proposer's name
 
 
-class Labelled(Protocol):
-    """What is asked of a dataset (`zs3fast.data.SegmentationDataset`)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def split(self) -> str: ...
-
-    @property
-    def class_names(self) -> list[str]: ...
-
-    @property
-    def ignore_index(self) -> int: ...
+class Labelled(LabelledImages, Protocol):
+    """A dataset that gives its labels as they are stored."""
 
     @property
     def background(self) -> int | None: ...
-
-    def __len__(self) -> int: ...
-
-    def image_path(self, index: int) -> Path: ...
 
     def read_labels(self, index: int) -> np.ndarray: ...
 

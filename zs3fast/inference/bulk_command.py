@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -55,26 +54,12 @@ def bulk(
     with one_line_errors(USAGE_ERROR):
         from zs3fast.inference import bulk as work
         from zs3fast.inference.bulk_files import find_source
-        from zs3fast.inference.loading import find_weights, from_clip
+        from zs3fast.inference.chosen import class_list, segmenter_of
         from zs3fast.inference.options import SegmenterOptions
-        from zs3fast.inference.segmenter import Segmenter
-        from zs3fast.text import class_names, parse_classes, read_class_file
 
-        given = {"--classes": classes, "--classes-file": classes_file, "--dataset": dataset}
-        named = [option for option, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise ValueError(f"expected one class list, got {' and '.join(named)}")
-        source: dict[str, Any] = {"method": method, "clip": clip, "pretrained": pretrained}
-        needless = [f"--{name}" for name, value in source.items() if value is not None]
-        if weights is not None and needless:
-            raise ValueError(f"expected --weights or {' and '.join(needless)}, got both")
-        entries = None
-        if classes is not None:
-            entries = parse_classes(classes, "--classes")
-        elif classes_file is not None:
-            entries = read_class_file(classes_file)
-        elif dataset is not None:
-            entries = [(name,) for name in class_names(dataset)]
+        entries = class_list(classes, classes_file, dataset)
+        if entries is None and weights is None:
+            raise ValueError("expected class names: give --classes, --classes-file or --dataset")
         run = work.BulkOptions(
             labels=labels,
             min_score=min_score,
@@ -90,15 +75,9 @@ def bulk(
             address=address,
         )
         found = find_source(inputs, output)  # what is not there is said before weights load
-        chosen = SegmenterOptions(templates=templates, dtype="float32", device="cpu")  # actors choose theirs
-        if weights is not None:
-            name = Path(find_weights(weights)).stem
-            segmenter = Segmenter.from_pretrained(weights, class_names=entries, options=chosen)
-        else:
-            if entries is None:
-                raise ValueError("expected class names: give --classes, --classes-file or --dataset")
-            model = from_clip(**source, seen=[], num_classes=len(entries))
-            segmenter, name = Segmenter(model, class_names=entries, options=chosen), f"{method or 'default'} on {clip}"
+        settings = SegmenterOptions(templates=templates, dtype="float32", device="cpu")  # actors choose theirs
+        clips = {"method": method, "clip": clip, "pretrained": pretrained}
+        segmenter, name = segmenter_of(weights, entries, clips, settings)
     with one_line_errors(RUN_ERROR), progress_bar() as bar:
         task = bar.add_task("Segmenting", total=None)
         report = work.bulk(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -51,16 +50,14 @@ def serve(
     Requests for the same classes share the model's batches. Needs `zs3fast[ray]`.
     """
     with one_line_errors(USAGE_ERROR):
-        given: dict[str, Any] = {"max_upload": max_upload, "max_pixels": max_pixels, "max_classes": max_classes}
+        given: dict[str, float] = {"max_upload": max_upload, "max_pixels": max_pixels, "max_classes": max_classes}
         for name, value in given.items():
             if not 0 < value < 1e6:
                 raise ValueError(f"{name}: expected a number above 0, got {value:g}")
         from zs3fast.inference import serve as work
+        from zs3fast.inference.chosen import class_list, segmenter_of
         from zs3fast.inference.limits import Limits
-        from zs3fast.inference.loading import find_weights, from_clip
         from zs3fast.inference.options import SegmenterOptions
-        from zs3fast.inference.segmenter import Segmenter
-        from zs3fast.text import class_names, parse_classes, read_class_file
 
         run = work.ServeOptions(
             limits=Limits(int(max_upload * 2**20), int(max_pixels * 1e6), max_classes),
@@ -77,28 +74,10 @@ def serve(
             port=port,
             address=address,
         )
-        lists = {"--classes": classes, "--classes-file": classes_file, "--dataset": dataset}
-        named = [option for option, value in lists.items() if value is not None]
-        if len(named) > 1:
-            raise ValueError(f"expected one class list, got {' and '.join(named)}")
-        source: dict[str, Any] = {"method": method, "clip": clip, "pretrained": pretrained}
-        needless = [f"--{name}" for name, value in source.items() if value is not None]
-        if weights is not None and needless:
-            raise ValueError(f"expected --weights or {' and '.join(needless)}, got both")
-        entries = None
-        if classes is not None:
-            entries = parse_classes(classes, "--classes")
-        elif classes_file is not None:
-            entries = read_class_file(classes_file)
-        elif dataset is not None:
-            entries = [(name,) for name in class_names(dataset)]
-        chosen = SegmenterOptions(templates=templates, dtype="float32", device="cpu")
-        if weights is not None:
-            shown = Path(find_weights(weights)).stem
-            segmenter = Segmenter.from_pretrained(weights, class_names=entries, options=chosen)
-        else:
-            model = from_clip(**source, seen=[], num_classes=len(entries or ()))
-            segmenter, shown = Segmenter(model, class_names=entries, options=chosen), model.method
+        entries = class_list(classes, classes_file, dataset)
+        settings = SegmenterOptions(templates=templates, dtype="float32", device="cpu")  # replicas choose theirs
+        clips = {"method": method, "clip": clip, "pretrained": pretrained}
+        segmenter, shown = segmenter_of(weights, entries, clips, settings)
         with one_line_errors(RUN_ERROR), work.serving(segmenter, shown, run) as where:
             ended = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):  # Ray has handlers of its own, which would end it at once
