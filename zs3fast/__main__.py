@@ -19,13 +19,30 @@ def main() -> None:
 
     sys.unraisablehook = _interrupt_again
     if listens:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _strike)
     code = run()
+    for again in _again:
+        again.cancel()
     sys.stdout.flush()
     if listens:
         signal.signal(signal.SIGINT, _leave)
     exec("pass")  # Python kills itself at the end if an interrupt once struck in an `exec`; the next one forgets it
     sys.exit(code)
+
+
+_again: list[threading.Timer] = []
+
+
+def _strike(number: int, frame: FrameType | None) -> None:
+    """A KeyboardInterrupt, and once more if it strikes an import: PyTorch's own loses what NumPy's raises."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _again.append(threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]))
+            _again[-1].daemon = True
+            _again[-1].start()
+            break
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

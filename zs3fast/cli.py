@@ -95,7 +95,7 @@ ELSEWHERE = {
     "serve": Elsewhere(
         "zs3fast.inference.serve_command",
         "serve",
-        "Answer images with label maps over HTTP, on Ray Serve.",
+        "Answer images with label maps over HTTP, on Ray Serve: POST /segment, GET /health.",
     ),
     "app": Elsewhere(
         "zs3fast.app.command",
@@ -598,6 +598,8 @@ def run() -> int | str | None:
     try:
         app(prog_name="zs3fast")
     except SystemExit as end:
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):  # outside of `one_line_errors`
+            stderr.print("[yellow]interrupted[/]")
         return end.code
     except BaseException as error:
         if not by_interrupt(error):

@@ -23,14 +23,15 @@ CLEAN = AotReport("a request", 90, "", registers=64, spills=0, shared_bytes=1024
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[str, list[Compiled]]:
     """Of the ops whose tests run, all at once: starting a compiling process costs seconds."""
-    asked = {item.callspec.params["op"] for item in request.session.items if "compiled" in _fixtures(item)}
+    asked = {item.callspec.params["op"] for item in request.session.items if _needs_it(item, request)}
     chosen = [c for op in sorted(asked) for c in plan(op, everything=False)]
     everything = compile_plan(chosen, jobs=min(2, os.cpu_count() or 1))
     return {op: [c for c in everything if c[0].op == op] for op in asked}
 
 
-def _fixtures(item: pytest.Item) -> list[str]:
-    return list(getattr(item, "fixturenames", []))
+def _needs_it(item: pytest.Item, request: pytest.FixtureRequest) -> bool:
+    """Another module's fixture may have the name."""
+    return item.path == request.path and "compiled" in getattr(item, "fixturenames", [])
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -62,6 +62,8 @@ class CompiledModel:
         images, text_embeddings = images.view_as(images), text_embeddings.view_as(text_embeddings)
         for tensor in (images, text_embeddings):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            for dim in range(1, tensor.ndim):  # or torch would learn from other models' sizes that they vary
+                torch._dynamo.mark_static(tensor, dim)
         logits: tuple[Tensor, Tensor | None] = self._compiled(images, text_embeddings, contexts)
         return logits
 

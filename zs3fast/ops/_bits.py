@@ -47,4 +47,5 @@ def unpack_bits(bits: Tensor, N: int) -> Tensor:
 def _places(device: torch.device) -> Tensor:
     """What the 32 bits of an int32 count, the last one negative: to be summed up, which every runtime can."""
     place = torch.arange(32, device=device)
-    return torch.where(place == 31, -1, 1) * 2**place
+    powers = torch.pow(2.0, place.double()).long()  # AOTInductor's powers of integers are others
+    return torch.where(place == 31, -1, 1) * powers
