@@ -102,6 +102,17 @@ def test_more_shapes_than_may_be_compiled_run_as_the_model(monkeypatch, caplog):
     assert graphs.count == 2 and caplog.text.count("2 shapes are compiled, further ones run as they are") == 1
 
 
+@torch.no_grad()
+def test_sizes_of_another_model_are_not_learnt():
+    """What Dynamo saw vary in one model of the process, it would take for an input in the next."""
+    for _ in range(2):
+        graphs = Graphs()
+        run = CompiledModel(Toy(), backend=graphs)
+        for size in ((64, 64), (48, 80)):
+            run(*tiny_inputs(size=size))
+        assert graphs.count == 2
+
+
 def test_without_a_compiler_it_says_so():
     from torch._inductor import config
 
