@@ -94,14 +94,15 @@ def work() -> list[Work]:
     taps = ("LDG", 4.0)
     tensor = {80: "HMMA", 90: "HMMA"}[80]
     attention = (tensor, 1.0)
+    exponents = ("MUFU.EX2", 1.0)  # a score each, and one a row; its products are HMMA or HGMMA by the tile
     found = [
         Work("masks_to_labels", "one window, C = 171", labels(single, False), {"one_window": taps}),
         Work("masks_to_labels", "windows, C = 171", labels(single, True), {"windows": ("MUFU.EX2", 1.0)}),
         Work("masks_to_labels", "windows, trusty", labels(single, True, "both"), {"windows": ("MUFU.EX2", 1.0)}),
         Work("mask_loss", "B = 16, C = 156", launches._mask_loss(half, torch.uint8), {"": ("MUFU.EX2", 1.0)}),
         Work("attention_to_mask", "C = 171, N = 1024, masks", launches._attention_to_mask(half, 64, dropout=0.0),
-             {"": attention}),
-        Work("attention_to_mask", "dropout", launches._attention_to_mask(half, 64, masks=False), {"": attention}),
+             {"": exponents}),
+        Work("attention_to_mask", "dropout", launches._attention_to_mask(half, 64, masks=False), {"": exponents}),
         Work("region_bridge_attention", "32 x 32, 16 regions", launches._region_bridge(half, 64), {"bwd": attention}),
         Work("proposal_attention", "100 of 1600", launches._proposal_attention(half, 64), {"": attention}),
         Work("proposals_to_labels", "100 x 171", launches._proposals_to_labels(single, True, True, False, False),
