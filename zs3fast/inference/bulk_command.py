@@ -27,7 +27,7 @@ def bulk(
     classes_file: options.ClassesFile = None,
     dataset: options.ClassDataset = None,
     weights: options.Weights = None,
-    method: Annotated[str | None, typer.Option(help="Method without training, where no --weights are given.")] = None,
+    method: options.TrainingFree = None,
     clip: options.Clip = None,
     pretrained: options.Pretrained = None,
     templates: options.Templates = None,
@@ -42,9 +42,7 @@ def bulk(
     workers: Annotated[int | None, typer.Option(min=0, help="Threads of an actor that decode images ahead.")] = None,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster's address, or auto; left out: Ray on this machine.")
-    ] = None,
+    address: options.Address = None,
 ) -> None:
     """Segment any number of images on Ray into Parquet shards, each exactly once.
 

@@ -23,7 +23,7 @@ def serve(
     classes_file: options.ClassesFile = None,
     dataset: options.ClassDataset = None,
     weights: options.Weights = None,
-    method: Annotated[str | None, typer.Option(help="Method without training, where no --weights are given.")] = None,
+    method: options.TrainingFree = None,
     clip: options.Clip = None,
     pretrained: options.Pretrained = None,
     templates: options.Templates = None,
@@ -41,9 +41,7 @@ def serve(
     max_pixels: Annotated[float, typer.Option(help="Largest image, in millions of pixels.")] = 25.0,
     max_classes: Annotated[int, typer.Option(help="Most class names of a request.")] = 1000,
     dtype: options.Dtype = "auto",
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster's address, or auto; left out: Ray on this machine.")
-    ] = None,
+    address: options.Address = None,
 ) -> None:
     """Answer images with label maps over HTTP, on Ray Serve: POST /segment, GET /health.
 

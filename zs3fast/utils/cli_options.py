@@ -38,6 +38,7 @@ Method = Annotated[
     str | None,
     typer.Option(help="Method without training, such as maskclip; with --untrained any. Where no --weights are given."),
 ]
+TrainingFree = Annotated[str | None, typer.Option(help="Method without training, where no --weights are given.")]
 Clip = Annotated[str | None, typer.Option(help=f"open_clip name of the CLIP {CLIP_NOTE}; left out: ViT-B-16.")]
 Pretrained = Annotated[
     str | None, typer.Option(help=f"open_clip tag or file with the weights of the CLIP {CLIP_NOTE}; left out: openai.")
@@ -131,3 +132,4 @@ LearnedOn = Annotated[
 SeenOffset = Annotated[
     float | None, typer.Option(help="Taken off the scores of seen classes; 0 for self-trained checkpoints.")
 ]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster's address, or auto; left out: Ray on this machine.")]
