@@ -206,7 +206,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, max_bytes: int) -> str:
         ),
         css=_file("page.css"),
     )
-    return address
+    return str(address)
 
 
 def _told(work: Callable[..., Any]) -> Callable[..., Any]:

@@ -141,9 +141,9 @@ class SegmentationDataset(Dataset[Sample]):
         if note is not None:
             self.note("palette", note)
         table = self._source.table
-        known = values.max(initial=0) < len(table) and values.min(initial=0) >= 0
+        known = np.max(values, initial=0) < len(table) and np.min(values, initial=0) >= 0
         labels = table[values] if known else np.full(values.shape, INVALID, np.int32)
-        if labels.min(initial=0) == INVALID:
+        if np.min(labels, initial=0) == INVALID:
             value = values[_invalid(values, table)][0]
             raise ValueError(f"labels: {path} holds the value {value}, which is no label of {self.name}")
         return labels

@@ -212,7 +212,7 @@ def varied(labels: np.ndarray, ignore_index: int, largest: float = 0.75) -> bool
     """Whether more than one class is labelled and none covers `largest` or more of the labelled pixels."""
     counts = np.bincount(labels.ravel())
     counts[ignore_index:] = 0
-    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < largest)
+    return bool(np.count_nonzero(counts) > 1 and int(np.max(counts)) / int(np.sum(counts)) < largest)
 
 
 def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:

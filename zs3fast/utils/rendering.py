@@ -34,7 +34,7 @@ def palette(count: int) -> np.ndarray:
     distance = np.min(np.linalg.norm(lab[:, None] - taken, axis=-1), axis=1)
     chosen = []
     for _ in range(count):
-        best = int(distance.argmax())
+        best = int(np.argmax(distance))
         chosen.append(best)
         distance = np.minimum(distance, np.linalg.norm(lab - lab[best], axis=-1))
     colours = candidates[chosen].round().astype(np.uint8).reshape(count, 3)

@@ -156,7 +156,7 @@ def _random_things(rng: np.random.Generator, size: tuple[int, int], concepts: Se
         overlap = np.zeros(_TRIES)
         for y, x, other in placed:
             overlap += np.maximum(0, radius + other - np.hypot(ys - y, xs - x)) / min(radius, other)
-        best = int(np.argmax(overlap < 0.5)) if (overlap < 0.5).any() else int(overlap.argmin())
+        best = int(np.argmax(overlap < 0.5)) if (overlap < 0.5).any() else int(np.argmin(overlap))
         centre = float(ys[best]), float(xs[best])
         placed.append((*centre, radius))
         quarter = np.radians(rng.uniform(-18, 18))
