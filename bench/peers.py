@@ -62,7 +62,7 @@ def make_peer(name: str, baseline: nn.Module, setting: Setting, threads: int) ->
     Raises:
         PeerRefused: it is not installed, or does not take this setting.
     """
-    if setting.method not in ("zegclip", "tagclip", "clip_rc"):
+    if setting.method not in ONE_STAGE:
         raise PeerRefused(f"{name}: {setting.method} is not one graph from image and text to labels")
     if name != "frozen" and importlib.util.find_spec(name) is None:
         raise PeerRefused(f"{name}: not installed ({INSTALL})")

@@ -527,7 +527,7 @@ def _backend_table(device: str) -> Table:
     """For every op and backend, what it has against a float32 request on this device."""
     import torch
 
-    from zs3fast import ops  # noqa: F401 - registers them
+    from zs3fast import ops  # noqa: F401  # the import registers them
     from zs3fast.ops import _dispatch
 
     table = Table(title=f"float32 on {device}", title_justify="left", show_lines=True)
@@ -567,7 +567,7 @@ def _version(package: str) -> str:
 def _loading(what: str) -> Iterator[None]:
     """A status line while weights load; a download, which may take minutes, is a line of its own."""
     handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: stderr.print(escape(record.getMessage()))  # type: ignore[method-assign]
+    handler.emit = lambda record: stderr.print(escape(record.getMessage()))  # type: ignore[method-assign]  # this one's alone
     logger = logging.getLogger("zs3fast.downloads")
     level, propagates = logger.level, logger.propagate
     logger.addHandler(handler)

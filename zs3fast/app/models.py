@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from zs3fast.inference.loading import TINY, TINY_DEFAULT, find_weights, from_clip
+from zs3fast.inference.loading import DEFAULT_METHOD, TINY, TINY_DEFAULT, find_weights, from_clip
 from zs3fast.inference.options import SegmenterOptions
 from zs3fast.inference.segmenter import Segmenter
 from zs3fast.models.registry import list_models, model_class
@@ -91,7 +91,7 @@ def offered(
     free = [method for method in list_models() if model_class(method).training_free]
     plain = {
         f"{method} ({which})": _plain(method, clip, pretrained, options)
-        for method in sorted(free, key=lambda method: method != "scclip")
+        for method in sorted(free, key=lambda method: method != DEFAULT_METHOD)
     }
     first = {**given, **(plain if clip or pretrained else {})}
     return Models({**first, **small, **kept, **plain, **first})

@@ -28,13 +28,8 @@ from pycocotools import mask as coco
 
 from zs3fast.inference.bulk_tar import Sample, samples
 from zs3fast.utils.console import first_line
-from zs3fast.utils.files import replacing
+from zs3fast.utils.files import lock, replacing
 from zs3fast.utils.images import image_suffixes
-
-try:
-    import fcntl
-except ImportError:  # not on every system
-    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "bulk.json"
 FORMAT = 1
@@ -306,14 +301,12 @@ class Shards:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Within the block no other run writes to the folder; of local folders on systems with locks."""
-        if not self.local or fcntl is None:
+        if not self.local:
             yield
             return
         with open(self.manifest) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"OUTPUT: another run is writing to {self.url}") from None
+            if lock(file.fileno()) is False:
+                raise ValueError(f"OUTPUT: expected a folder of this run alone, another is writing to {self.url}")
             yield
 
     def remove_unfinished(self) -> None:

@@ -53,6 +53,7 @@ def figures(
     with one_line_errors(USAGE_ERROR):
         from zs3fast.inference.figures import FIGURES, figure, side_by_side
         from zs3fast.inference.results import distinct_stems, find_images
+        from zs3fast.models.registry import model_class
         from zs3fast.utils.options import one_of
         from zs3fast.utils.rendering import save_image
 
@@ -61,7 +62,8 @@ def figures(
         if method != COMPARE and weights is not None and len(weights) > 1:
             raise ValueError(f"--weights: expected one file for {method}, got {len(weights)}; compare takes several")
         if weights is None:
-            small = [name for name in FIGURES if name != "maft"] if method == COMPARE else [method]
+            one_image = [name for name in FIGURES if model_class(name).protocol != "proposals"]
+            small = one_image if method == COMPARE else [method]
             weights = [f"zs3fast-tiny-{name}" for name in small]
             stderr.print("[yellow]note[/]: no --weights, so small models draw, which have seen painted scenes alone")
         if classes is not None and classes_file is not None:
@@ -119,10 +121,12 @@ def _segmenter(
 
 
 def _takes_proposals(path: Path) -> bool:
-    """Whether weights are MAFT's, which alone takes proposals."""
+    """Whether weights are of a method that takes proposals."""
+    from zs3fast.models.registry import list_models, model_class
     from zs3fast.utils.checkpoint_io import read_metadata, read_state_dict
     from zs3fast.weights.files import METADATA_KEY
     from zs3fast.weights.official import detect_method
 
     kept = read_metadata(path).get(METADATA_KEY) if path.suffix == ".safetensors" else None
-    return (detect_method(list(read_state_dict(path))) if kept is None else json.loads(kept).get("method")) == "maft"
+    method = detect_method(list(read_state_dict(path))) if kept is None else json.loads(kept).get("method")
+    return method in list_models() and model_class(method).protocol == "proposals"

@@ -39,7 +39,7 @@ def model_logits(model: nn.Module, images: Tensor, text: Tensor, contexts: Conte
     if contexts is None:
         out = model(images, text)
     else:
-        out = model.decode(model.encode(images, contexts), model.check_text(text))  # type: ignore[operator]
+        out = model.decode(model.encode(images, contexts), model.check_text(text))  # type: ignore[operator]  # contexts: a one-stage one
     return out.mask_logits, out.trusty_logits
 
 

@@ -70,6 +70,7 @@ class MAFT(ZeroShotModel):
     default_loss_weights = {"ma": 1.0, "dis": 0.1}
     templates = "maft"
     protocol = "proposals"
+    self_training = True
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ class _AfterImport:
             while _waiting:
                 _hand_over(module, *_waiting.pop())
 
-        spec.loader.exec_module = load_and_hand_over  # type: ignore[method-assign]
+        spec.loader.exec_module = load_and_hand_over  # type: ignore[method-assign]  # this loader's alone
         return spec
 
 

@@ -137,7 +137,7 @@ def _tokenizers() -> Any:
         try:
             spec.loader.exec_module(module)
         except (ImportError, OSError):  # a version whose tokenizers are laid out otherwise
-            import open_clip as module  # type: ignore[no-redef]
+            import open_clip as module  # type: ignore[no-redef]  # in place of the file alone
         else:  # its functions are of a module that no other process could import by name
             copyreg.pickle(module.SimpleTokenizer, _reduced)
         _alone = module

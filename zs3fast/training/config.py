@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from zs3fast.models.registry import model_class
 from zs3fast.training.settings import (
     Count,
     CountOrZero,
@@ -44,8 +45,6 @@ Setting = Literal["inductive", "transductive", "supervised"]
 Method = Literal["zegclip", "tagclip", "clip_rc", "clsclip", "maft"]
 SETTINGS: tuple[str, ...] = get_args(Setting)
 METHODS: tuple[str, ...] = get_args(Method)
-ONE_STAGE = ("zegclip", "tagclip", "clip_rc")
-SELF_TRAINED = (*ONE_STAGE, "maft")  # can learn unseen classes from labels of their own making
 
 # Keys that a resumed run may change: where things lie, how they are spread and shown, but not what is computed.
 FREE = (
@@ -212,10 +211,9 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        if self.setting == "transductive" and self.method not in SELF_TRAINED:
-            raise ValueError(
-                f"setting: {self.method} has no transductive training, only {', '.join(SELF_TRAINED)} have"
-            )
+        if self.setting == "transductive" and not model_class(self.method).self_training:
+            able = ", ".join(method for method in METHODS if model_class(method).self_training)
+            raise ValueError(f"setting: expected one of {able} for transductive training, got {self.method}")
         if (self.iterations is None) == (self.epochs is None):
             given = "both" if self.iterations is not None else "neither"
             raise ValueError(f"iterations, epochs: expected one of them, got {given}")

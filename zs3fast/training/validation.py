@@ -20,7 +20,7 @@ from zs3fast.models.clsclip import ClsCLIP
 from zs3fast.models.registry import model_class
 from zs3fast.text import whole_names
 from zs3fast.training import setup
-from zs3fast.training.config import ONE_STAGE, TrainConfig
+from zs3fast.training.config import TrainConfig
 from zs3fast.training.export import whole_model
 from zs3fast.training.logs import RunLog
 from zs3fast.utils.distributed import DistEnv
@@ -83,9 +83,11 @@ def _draw(
 
 def check(config: TrainConfig) -> None:
     """Raise now what a validation would: the split is opened, and the method has to be one that can be validated."""
-    if config.method not in ONE_STAGE and not model_class(config.method).pairwise:
-        raise ValueError(f"validation.every: {config.method} is scored by `zs3fast eval`, expected 0")
-    pairwise = model_class(config.method).pairwise
+    method = model_class(config.method)
+    if method.protocol == "proposals":  # of another model, which training does not hold
+        every = config.validation.every
+        raise ValueError(f"validation.every: expected 0 for {config.method}, scored by `zs3fast eval`, got {every}")
+    pairwise = method.pairwise
     known = PAIR_METRICS if pairwise else METRICS
     if config.validation.metric not in known:
         raise ValueError(f"validation.metric: expected one of {', '.join(known)}, got {config.validation.metric!r}")

@@ -83,7 +83,7 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
     """
     hints = get_type_hints(options, include_extras=True)
     parameters = []
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]  # a dataclass, by the contract above
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hints[field.name]))
@@ -93,7 +93,7 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
             command(options(**given))
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads of any function
         run.__annotations__ = hints
         return run
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 try:
     import fcntl
 except ImportError:  # not on every system
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 _LONGEST_NAME = 255  # bytes, on every common file system
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
@@ -71,7 +71,7 @@ def _temporary(path: Path) -> tuple[int, Path]:
     except FileExistsError:
         handle = _taken_over(first)
     else:
-        locked = _lock(handle)
+        locked = lock(handle)
         if locked is False or (locked and not _is(handle, first)):  # another writer found it before it was locked
             os.close(handle)
             handle = None
@@ -87,14 +87,14 @@ def _taken_over(path: Path) -> int | None:
         handle = os.open(path, _OPEN, 0o666)
     except OSError:
         return None
-    if stat.S_ISREG(os.fstat(handle).st_mode) and _lock(handle) and _is(handle, path):
+    if stat.S_ISREG(os.fstat(handle).st_mode) and lock(handle) and _is(handle, path):
         os.truncate(handle, 0)
         return handle
     os.close(handle)
     return None
 
 
-def _lock(handle: int) -> bool | None:
+def lock(handle: int) -> bool | None:
     """Lock an open file for as long as it is open: False where another has the lock, None where there are no locks."""
     if fcntl is None:
         return None

@@ -238,7 +238,7 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
     if image.mode == "F":
         raise ImageError(f"image: {name} holds floating-point pixels of unknown range, expected 8 or 16 bits a channel")
     if image.mode == "I":
-        low, high = (int(value) for value in image.getextrema())  # type: ignore[arg-type] # a pair: of one channel
+        low, high = (int(value) for value in image.getextrema())  # type: ignore[arg-type]  # a pair: of one channel
         if low < 0 or high > 65535:
             raise ImageError(f"image: {name} holds integers from {low} to {high}, expected 8 or 16 bits")
     transparent = image.has_transparency_data

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,25 +21,31 @@ from zs3fast.weights import official_maft
 
 logger = logging.getLogger("zs3fast")
 
-# A key that only the method's own checkpoints hold, tried in this order.
-_SIGNATURES = {
-    "maft": r"^(IPCLIP\.|clip_adapter\.)",
-    "clip_rc": r"^(backbone\.region_level_bridge|decode_head\.decoder_q\.)",
-    "tagclip": r"^decode_head\.(relationship_discriptor|decoder\.layers)\.",
-    "zegclip": r"^decode_head\.(decoder_1\.layers|q_proj)\.",
-}
 _VIT_B_16 = (768, 12, 12, 16, 512, 3072)  # width, layers, heads, patch, joint width, MLP width
-_DECODER = {
-    "zegclip": "decode_head.decoder_1.",
-    "tagclip": "decode_head.decoder.",
-    "clip_rc": "decode_head.decoder_q.",
-}
+Shape = Callable[[str], tuple[int, ...]]  # of the tensor under an official key
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the official checkpoints of a method look like.
+
+    signature: of a key that they alone hold.  key: our parameter name -> theirs.
+    decoder: prefix of the decoder's layers; None: they hold an image tower alone.
+    options: the method's own options of `create_model`, read off the shapes and the keys, given the shared ones.
+    unused: of keys that the forward pass never uses; None: it depends on the layer, see `_dead`.
+    """
+
+    signature: str
+    key: Callable[[str], str]
+    decoder: str | None = None
+    options: Callable[[Shape, dict[str, Tensor], dict[str, Any]], dict[str, Any]] | None = None
+    unused: str | None = None
 
 
 def detect_method(keys: Sequence[str]) -> str | None:
     """The method whose official checkpoints have such keys, or None."""
-    for method, signature in _SIGNATURES.items():
-        if any(re.match(signature, key) for key in keys):
+    for method, layout in _LAYOUTS.items():
+        if any(re.match(layout.signature, key) for key in keys):
             return method
     return None
 
@@ -83,11 +90,11 @@ def load_official(
     if method is not None and method != found:
         raise CheckpointError(f"{source}: method {method!r} was asked for, but these are weights of {found!r}")
     vocabulary = {"seen": seen, "num_classes": num_classes, **options}
-    if found == "maft":
+    if _LAYOUTS[found].decoder is None:
         tower = _tower_sizes(found, state, source, heads, "IPCLIP.")
         vocabulary.update(start_layer=start_layer, image_size=image_size or 480)
         build = partial(create_model, found, clip=tower["clip"], quick_gelu=True, **vocabulary)
-        return _load(build, state, source, lambda key: official_maft.is_other_part(key))
+        return _load(build, state, source, official_maft.is_other_part)
     sizes = _sizes(found, state, source, heads)
     if image_size is not None and image_size != sizes["image_size"]:
         logger.info("%s: trained at %d pixels, masks go to %d", source, sizes["image_size"], image_size)
@@ -117,13 +124,7 @@ def _load(
 
 def official_keys(model: ZeroShotModel) -> dict[str, str]:
     """Our parameter names -> the official ones of the same tensors."""
-    rename = {
-        "zegclip": _zegclip_key,
-        "tagclip": _tagclip_key,
-        "clip_rc": _clip_rc_key,
-        "maft": official_maft.maft_key,
-    }[model.method]
-    return {name: rename(name) for name in model.state_dict()}
+    return {name: _LAYOUTS[model.method].key(name) for name in model.state_dict()}
 
 
 def _zegclip_key(name: str) -> str:
@@ -159,14 +160,14 @@ def _dead(method: str, key: str, sizes: dict[str, Any]) -> bool:
     """Whether the official forward pass never uses this tensor (or it is the text tower's)."""
     if key.startswith("text_encoder.") or key == "decode_head.loss_decode.criterion.empty_weight":
         return True
-    if method == "clip_rc":  # every layer is live but for its self-attention; Jittor saves its mask too
-        unused = r"decode_head\..*\.(self_attn\..*|norm1\.(weight|bias))|.*\.attn_mask"
-        return re.fullmatch(unused, key) is not None
-    layer = re.fullmatch(re.escape(_DECODER[method]) + r"layers\.(\d+)\.(\w+)\.(.+)", key)
+    layout = _LAYOUTS[method]
+    if layout.unused is not None:
+        return re.fullmatch(layout.unused, key) is not None
+    layer = re.fullmatch(re.escape(layout.decoder or "") + r"layers\.(\d+)\.(\w+)\.(.+)", key)
     if not layer:
         return False
     index, part, rest = int(layer[1]), layer[2], layer[3]
-    letters = sizes["layout"].split("_") if method == "tagclip" else ["n"] * sizes["decoder_layers"]
+    letters = sizes["layout"].split("_") if "layout" in sizes else ["n"] * sizes["decoder_layers"]
     if part in ("self_attn", "norm1"):
         return letters[index] == "n"
     last = index == len(letters) - 1
@@ -194,7 +195,7 @@ def _tower_sizes(method: str, state: dict[str, Tensor], source: str, heads: int 
 def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None) -> dict[str, Any]:
     """Options of `create_model` read off the shapes."""
     tower = _tower_sizes(method, state, source, heads, "backbone.")
-    embed_dim = tower.pop("embed_dim")
+    del tower["embed_dim"]
 
     def shape(key: str) -> tuple[int, ...]:
         return _shape(method, state, source, key)
@@ -205,33 +206,63 @@ def _sizes(method: str, state: dict[str, Tensor], source: str, heads: int | None
     if prompts is None:
         raise CheckpointError(f"{source}: {_described(method)} has no prompt embeddings")
     depth = 0 if deep is None else deep.shape[0] * (-1 if shallow is None else 1)
-    decoder = re.escape(_DECODER[method])
-    decoder_layers = _count(state, decoder + r"layers\.(\d+)\.")
+    layout = _LAYOUTS[method]
+    decoder = layout.decoder or ""
     sizes: dict[str, Any] = {
         **tower,
         "quick_gelu": True,
         "num_prompts": prompts.shape[1],
         "prompt_depth": depth,
-        "decoder_width": shape(_DECODER[method] + "layers.0.linear1.weight")[0],
+        "decoder_width": shape(decoder + "layers.0.linear1.weight")[0],
+        "decoder_layers": _count(state, re.escape(decoder) + r"layers\.(\d+)\."),
     }
-    if method == "clip_rc":
-        recovery = _count(state, r"decode_head\.recovery_decoder\.decouple_q\.(\d+)\.")
-        del sizes["prompt_depth"]
-        return {
-            **sizes,
-            "decoder_layers": decoder_layers,
-            "regions": shape("backbone.region_level_bridge")[0],
-            "recovery_layers": recovery if "decode_head.recovery_decoder.linear_q_in.weight" in state else None,
-            **_alignment(shape("decode_head.lateral_proj.weight"), embed_dim),
-        }
-    if method == "zegclip":
-        return {**sizes, "decoder_layers": decoder_layers}
-    letters = [f"{_DECODER[method]}layers.{i}.self_attn.in_proj_weight" in state for i in range(decoder_layers)]
+    return sizes if layout.options is None else layout.options(shape, state, sizes)
+
+
+def _clip_rc_options(shape: Shape, state: dict[str, Tensor], shared: dict[str, Any]) -> dict[str, Any]:
+    recovery = _count(state, r"decode_head\.recovery_decoder\.decouple_q\.(\d+)\.")
+    dim = shape("backbone.proj")[1]
     return {
-        **sizes,
-        "layout": "_".join("a" if letter else "n" for letter in letters),
+        **{name: value for name, value in shared.items() if name != "prompt_depth"},
+        "regions": shape("backbone.region_level_bridge")[0],
+        "recovery_layers": recovery if "decode_head.recovery_decoder.linear_q_in.weight" in state else None,
+        **_alignment(shape("decode_head.lateral_proj.weight"), dim),
+    }
+
+
+def _tagclip_options(shape: Shape, state: dict[str, Tensor], shared: dict[str, Any]) -> dict[str, Any]:
+    layers = range(shared["decoder_layers"])
+    mixed = [f"decode_head.decoder.layers.{i}.self_attn.in_proj_weight" in state for i in layers]
+    return {
+        **{name: value for name, value in shared.items() if name != "decoder_layers"},
+        "layout": "_".join("a" if one else "n" for one in mixed),
         "trusty_token": "decode_head.disc_token" in state,
     }
+
+
+# Tried in this order.
+_LAYOUTS = {
+    "maft": _Layout(signature=r"^(IPCLIP\.|clip_adapter\.)", key=official_maft.maft_key),
+    "clip_rc": _Layout(
+        signature=r"^(backbone\.region_level_bridge|decode_head\.decoder_q\.)",
+        key=_clip_rc_key,
+        decoder="decode_head.decoder_q.",
+        options=_clip_rc_options,
+        # every layer is live but for its self-attention; Jittor saves its mask too
+        unused=r"decode_head\..*\.(self_attn\..*|norm1\.(weight|bias))|.*\.attn_mask",
+    ),
+    "tagclip": _Layout(
+        signature=r"^decode_head\.(relationship_discriptor|decoder\.layers)\.",
+        key=_tagclip_key,
+        decoder="decode_head.decoder.",
+        options=_tagclip_options,
+    ),
+    "zegclip": _Layout(
+        signature=r"^decode_head\.(decoder_1\.layers|q_proj)\.",
+        key=_zegclip_key,
+        decoder="decode_head.decoder_1.",
+    ),
+}
 
 
 def _alignment(shape: tuple[int, ...], dim: int) -> dict[str, str]:
