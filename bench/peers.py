@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.setting import Setting, make_inputs
+from bench.setting import ONE_STAGE, Setting, make_inputs
 
 NAMES = ("openvino", "onnxruntime", "frozen")
 INSTALL = "pip install 'zs3fast[bench]'"
