@@ -9,6 +9,7 @@ from bench.op_script import OpScript
 OPS = (
     "encoder_attention",
     "fused_linear",
+    "fused_linear_int8",
     "attention_to_mask",
     "relationship_descriptor",
     "region_bridge_attention",
@@ -25,6 +26,7 @@ NAMED = {
     "voc-512-b16": {
         "encoder_attention": "vit-b16-512-b16",
         "fused_linear": "block-b16-512-b4",
+        "fused_linear_int8": "block-b16-512-b4",
         "attention_to_mask": "voc20-512-b16",
         "relationship_descriptor": "voc20-512-b16",
         "region_bridge_attention": "voc-M16-b16",

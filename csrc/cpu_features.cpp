@@ -49,8 +49,11 @@ CpuFeatures find() {
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) found.avx512_bf16 = a >> 5 & 1;
   found.zen5 = found.avx512_bf16 && amd_family() >= 26;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-    const bool tiles = d >> 24 & 1, multiplies_bf16 = d >> 22 & 1;
-    found.amx_bf16 = found.avx512_bf16 && tiles && multiplies_bf16 && system_saves_tiles() && tiles_permitted();
+    found.avx512_vnni = c >> 11 & 1;
+    const bool multiplies_bf16 = d >> 22 & 1, there = d >> 24 & 1, multiplies_int8 = d >> 25 & 1;
+    const bool tiles = there && found.avx512_bf16 && system_saves_tiles() && tiles_permitted();
+    found.amx_bf16 = tiles && multiplies_bf16;
+    found.amx_int8 = tiles && multiplies_int8 && found.avx512_vnni;
   }
 #endif
   return found;

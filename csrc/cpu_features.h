@@ -5,9 +5,11 @@ namespace zs3fast {
 
 struct CpuFeatures {
   bool avx512_bf16 = false;
+  bool avx512_vnni = false;
   // 512-bit units measured at full rate, vdpbf16ps at twice that, and MKL at the rate of AVX2 (docs/performance.md).
   bool zen5 = false;
   bool amx_bf16 = false;  // there, and allowed to this process by the operating system
+  bool amx_int8 = false;
 };
 
 const CpuFeatures& cpu_features();

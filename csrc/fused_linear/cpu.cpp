@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "flat_rows.h"
 #include "fused_linear/kernel.h"
 #include "isa.h"
 #include "workspace.h"
@@ -40,12 +41,6 @@ std::vector<Choice> kernels(bool bf16) {
   return able;
 }
 
-// [..., depth] as rows, without a copy where they lie evenly.
-at::Tensor rows_of(const at::Tensor& x) {
-  const auto flat = x.reshape({-1, x.size(-1)});
-  return flat.stride(1) == 1 || flat.size(1) == 1 ? flat : flat.contiguous();
-}
-
 // The problem of `step` rows from one on.
 Problem rows_of(Problem f, int64_t first, int64_t step, int64_t size) {
   const auto at = [&](const void* x, int64_t stride) { return static_cast<const char*>(x) + first * stride * size; };
@@ -63,10 +58,10 @@ at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& x_in, const at::Ten
   sizes.back() = weight_in.size(0);
   auto out = at::empty(sizes, x_in.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
-  const auto x = rows_of(x_in), weight = rows_of(weight_in);
+  const auto x = flat_rows(x_in), weight = flat_rows(weight_in);
   at::Tensor bias, residual;
   if (bias_in) bias = bias_in->contiguous();
-  if (residual_in) residual = rows_of(*residual_in);
+  if (residual_in) residual = flat_rows(*residual_in);
   Problem whole{x.size(0),
                   weight.size(0),
                   x.size(1),

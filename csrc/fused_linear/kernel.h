@@ -9,9 +9,9 @@
 
 #include <cstdint>
 
-namespace zs3fast::fused_linear {
+#include "activation.h"
 
-enum class Activation : int64_t { none = 0, quick_gelu = 1, gelu = 2, relu = 3 };
+namespace zs3fast::fused_linear {
 
 struct Problem {
   int64_t rows, outputs, depth;  // x [rows, depth], W [outputs, depth]: depth and outputs are multiples of 32

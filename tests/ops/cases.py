@@ -131,6 +131,11 @@ def close_after_activation(request: Request, got: Any, want: Any) -> None:
     close(request, got, want, least=max(0.01 * size, 1e-6))
 
 
+def close_after_int8(request: Request, got: Any, want: Any) -> None:
+    weight = request["weight"].double() * request["scale"].double()[:, None]
+    close_after_activation(request | {"weight": weight}, got, want)
+
+
 def _widened(request: Request) -> Request:
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in request.items()}
 
@@ -226,6 +231,18 @@ def _fused_linear(d: Draw) -> Request:
     return {
         "x": d.tensor(*rows, width),
         "weight": d.tensor(out, width),
+        "bias": d.tensor(out) if d.flip() else None,
+        "activation": d.random.choice(("none", "quick_gelu", "gelu", "relu")),
+        "residual": d.tensor(*rows, out) if d.flip() else None,
+    }
+
+
+def _fused_linear_int8(d: Draw) -> Request:
+    rows, width, out = (d.batch(), d.size(40)), d.random.choice((64, 192)), d.random.choice((32, 160))
+    return {
+        "x": d.tensor(*rows, width),
+        "weight": d.lay_out(torch.randint(-127, 128, (out, width), generator=d.torch, dtype=torch.int8)),
+        "scale": 0.01 * d.chance(out),
         "bias": d.tensor(out) if d.flip() else None,
         "activation": d.random.choice(("none", "quick_gelu", "gelu", "relu")),
         "residual": d.tensor(*rows, out) if d.flip() else None,
@@ -378,6 +395,7 @@ CASES: dict[str, Case] = {
     "attention_to_mask": Case(_attention_to_mask, close, _QKV, _QKV, (("q", 2),)),
     "encoder_attention": Case(_encoder_attention, close, _QKV, _QKV),
     "fused_linear": Case(_fused_linear, close_after_activation, ("x", "weight", "bias", "residual"), ("x", "residual")),
+    "fused_linear_int8": Case(_fused_linear_int8, close_after_int8, (), ("x", "residual")),
     "mask_loss": Case(_mask_loss, close, ("mask_logits",), ("mask_logits", "labels")),
     "masks_to_bits": Case(_masks_to_bits, judge_bits, (), ("masks",)),
     "masks_to_labels": Case(_masks_to_labels, judge_labels, (), ("mask_logits", "trusty_logits")),

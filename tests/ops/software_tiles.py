@@ -13,8 +13,12 @@ from torch import Tensor
 from tests.ops.cxx import shared_library
 
 NAME = "amx_emulated"  # beside the names of kernels that the extension knows
-FLAGS = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mf16c -mprefer-vector-width=512".split()
-FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns of its own header
+FLAGS = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni -mfma -mf16c".split()
+FLAGS += [
+    "-mprefer-vector-width=512",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]  # gcc 12 warns of its own header
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).parent / "emulated" / "amx.cpp"
 
@@ -37,6 +41,23 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
     held = [None if t is None else t.contiguous() for t in (x, weight, bias, residual, out, packed)]
     tensors = (ctypes.c_void_p * 6)(*(None if t is None else t.data_ptr() for t in held))
     library().fused_linear_amx((ctypes.c_int64 * 3)(rows, outputs, depth), tensors, ctypes.c_int64(activation))
+    return out
+
+
+def fused_linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+) -> Tensor:
+    """As torch.ops.zs3fast_cpp.fused_linear_int8_by."""
+    rows, (outputs, depth) = x.numel() // x.shape[-1], weight.shape
+    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+    packed = torch.empty(-(-rows // 64) * 64 * (depth + 8) + 64, dtype=torch.uint8)
+    packed = packed[-packed.data_ptr() % 64 :]  # aligned to a cache line
+    held = [None if t is None else t.contiguous() for t in (x, weight, scale, bias, residual, out)] + [packed]
+    tensors = (ctypes.c_void_p * 7)(*(None if t is None else t.data_ptr() for t in held))
+    sizes = (ctypes.c_int64 * 3)(rows, outputs, depth)
+    library().fused_linear_int8_amx(
+        sizes, tensors, ctypes.c_int64(activation), ctypes.c_bool(x.dtype == torch.bfloat16)
+    )
     return out
 
 

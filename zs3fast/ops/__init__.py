@@ -5,6 +5,7 @@ from zs3fast.ops._dispatch import use_backend
 from zs3fast.ops.attention_to_mask import attention_to_mask
 from zs3fast.ops.encoder_attention import encoder_attention
 from zs3fast.ops.fused_linear import fused_linear
+from zs3fast.ops.fused_linear_int8 import fused_linear_int8
 from zs3fast.ops.mask_loss import MaskLossTerms, mask_loss
 from zs3fast.ops.masks_to_bits import masks_to_bits
 from zs3fast.ops.masks_to_labels import masks_to_labels
@@ -19,6 +20,7 @@ __all__ = [
     "MaskLossTerms",
     "encoder_attention",
     "fused_linear",
+    "fused_linear_int8",
     "mask_loss",
     "attention_to_mask",
     "masks_to_bits",

@@ -38,7 +38,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "quick_gelu": quick_gelu,
     "gelu": F.gelu,
@@ -50,7 +50,7 @@ def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none", residual: Tensor | None = None
 ) -> Tensor:
     """Step by step: see `fused_linear`."""
-    out = _FUNCTIONS[activation](F.linear(x, weight, bias))
+    out = FUNCTIONS[activation](F.linear(x, weight, bias))
     result: Tensor = out if residual is None else residual + out
     return result
 
@@ -82,10 +82,16 @@ def fused_linear(
 
 
 def linear(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-    """residual + activation(layer(x)): `fused_linear` of a plain layer, the layer itself where it is more than that."""
+    """residual + activation(layer(x)): `fused_linear` of a plain layer, the layer itself where it is more than that.
+
+    A layer of another kind may do all of it by a method `fused(x, activation, residual)`.
+    """
     if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
         return fused_linear(x, layer.weight, layer.bias, activation=activation, residual=residual)
-    out = _FUNCTIONS[activation](layer(x))
+    fused: Callable[..., Tensor] | None = getattr(layer, "fused", None)
+    if fused is not None:
+        return fused(x, activation, residual)
+    out = FUNCTIONS[activation](layer(x))
     return out if residual is None else residual + out
 
 
@@ -174,7 +180,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (rows @ weight).view(x.shape), rows.mT @ flat, dbias, grad if ctx.residual else None, None
 
 
-def _count(x: _flops.Shape, weight: _flops.Shape, *_args: object) -> int:
+def count(x: _flops.Shape, weight: _flops.Shape, *_args: object) -> int:
     return 2 * math.prod(x[:-1]) * weight[0] * weight[1]
 
 
@@ -209,7 +215,7 @@ register_op(
     schema=f"({_ARGUMENTS}) -> Tensor",
     fake=_fake,
     reference=_reference_run,
-    flops=_count,
+    flops=count,
     backends={"cpp": _cpp_objections},
     backward=Gradients(_setup_context, _gradients),
 )

@@ -2,6 +2,7 @@
 #include "emulated/software_tiles.h"
 #include "encoder_attention/pairs.h"
 #include "fused_linear/loops.h"
+#include "fused_linear_int8/loops.h"
 #include "tiles.h"
 
 namespace {
@@ -23,6 +24,33 @@ extern "C" void fused_linear_amx(const int64_t* sizes, void* const* tensors, int
                   tensors[5]};
   pack_blocks<uint16_t>(f, 0, blocks(rows));
   run_tasks<TileProducts<SoftwareTiles>, uint16_t>(f, 0, blocks(rows) * panels(outputs));
+}
+
+// tensors: x, weight, its scale, bias, residual, out and room for what is packed (fused_linear_int8/kernel.h).
+extern "C" void fused_linear_int8_amx(const int64_t* sizes, void* const* tensors, int64_t activation, bool bf16) {
+  using namespace zs3fast::fused_linear_int8;
+  const int64_t rows = sizes[0], outputs = sizes[1], depth = sizes[2];
+  const Problem f{rows,
+                  outputs,
+                  depth,
+                  tensors[0],
+                  static_cast<const int8_t*>(tensors[1]),
+                  static_cast<const float*>(tensors[2]),
+                  tensors[3],
+                  tensors[4],
+                  tensors[5],
+                  depth,
+                  depth,
+                  outputs,
+                  outputs,
+                  static_cast<Activation>(activation),
+                  static_cast<uint8_t*>(tensors[6])};
+  using Products = TileProducts<SoftwareTiles, TilesOfInt8>;
+  const auto run = [&](auto pack, auto multiply) {
+    pack(f, 0, blocks(rows));
+    multiply(f, 0, blocks(rows) * panels(outputs));
+  };
+  bf16 ? run(pack_blocks<uint16_t>, run_tasks<Products, uint16_t>) : run(pack_blocks<float>, run_tasks<Products, float>);
 }
 
 // operands: q, output, two runs of k, two of v; of each its address, strides of image, token and head, and its tokens.

@@ -66,6 +66,19 @@ struct SoftwareTiles {
         std::memcpy(tiles[C].row[m] + 4 * n, &sum, 4);
       }
   }
+  template <int C, int A, int B>
+  static void dot_int8() {  // int8 times uint8
+    static_assert(C != A && C != B && A != B, "three different tiles: others are an illegal instruction");
+    check();
+    for (int m = 0; m < 16; ++m)
+      for (int n = 0; n < 16; ++n) {
+        int32_t sum;
+        std::memcpy(&sum, tiles[C].row[m] + 4 * n, 4);
+        for (int k = 0; k < 64; ++k)
+          sum += static_cast<int8_t>(tiles[A].row[m][k]) * int{tiles[B].row[k / 4][4 * n + k % 4]};
+        std::memcpy(tiles[C].row[m] + 4 * n, &sum, 4);
+      }
+  }
 };
 
 }  // namespace
