@@ -1,12 +1,12 @@
 """A bulk run against the plain loop, with 1 and 2 actors; and the memory of runs of more and more rows.
 
-    python bench/bulk.py                                  # rows/s: the small model in the package, images of 128 pixels
-    python bench/bulk.py --vit --images 40 --shard-rows 4 # a ViT-B/16 (random weights: only speed), what Ray costs
-    python bench/bulk.py --memory 1000 10000              # peak memory by kind of process, extrapolated to 10^5 rows
+    python bench/bulk.py                         # rows/s: the small model in the package, images of 128 pixels
+    python bench/bulk.py --vit --images 40       # a ViT-B/16 (random weights: only speed), what Ray costs
+    python bench/bulk.py --memory 1000 10000     # peak memory by kind of process, extrapolated to 10^5 rows
 
 The plain loop is what an actor does, `segment_rows` and a shard written, without Ray; one thread a model. Rounds
-alternate between the contenders. The rate of a bulk run is taken between its first shards and its last, so start-up
-(told apart: until the first shard) is not in it. Memory is the command's: proportional set sizes (what processes share
+alternate between the contenders. The rate of a bulk run is taken between every actor's first shard and the last, so
+start-up (told apart: until the first shard) is not in it. Memory is the command's: proportional set sizes (what processes share
 is counted once), twice a second.
 """
 
@@ -39,6 +39,7 @@ from zs3fast.inference.segmenter import Segmenter  # noqa: E402
 CLASSES = "red sand, star, grass, water, stone wall"
 PLAIN = "plain loop"
 FAR = 100_000  # rows that memory is extrapolated to
+SHARDS = 20  # of a run, unless --shard-rows says otherwise: their times are what rates are made of
 Row = dict[str, Any]
 
 
@@ -94,7 +95,7 @@ def measure_rates(args: argparse.Namespace, folder: Path) -> list[Row]:
             seconds, start = on_ray(segmenter, folder / "in", folder / f"out{actors}-{number}", options)
             times[backend].append(seconds)
             starts[backend].append(start)
-    described, rows = harness.environment(), []
+    described, rows = harness.environment(), list[Row]()
     shape = f"{args.images} images of {args.side} pixels, shards of {args.shard_rows}"
     for backend, samples in times.items():
         timing = Timing(samples)
@@ -109,7 +110,7 @@ def measure_rates(args: argparse.Namespace, folder: Path) -> list[Row]:
 
 def measure_memory(args: argparse.Namespace, folder: Path) -> list[Row]:
     """A row for every number of images and kind of process: its peak; and what the line through the last two says."""
-    described, rows = harness.environment(), []
+    described, rows = harness.environment(), list[Row]()
     peaks: list[tuple[int, dict[str, int]]] = []
     for count in args.memory:
         make_images(folder / f"in{count}", count, args.side)
@@ -127,21 +128,10 @@ def measure_memory(args: argparse.Namespace, folder: Path) -> list[Row]:
         print(FAR, {kind: f"{peak / 2**20:.0f} MiB" for kind, peak in peaks[-1][1].items()}, "extrapolated")
     for count, of in peaks:
         shape = f"{count} images of {args.side} pixels, shards of {args.shard_rows}, {args.actors[-1]} actors"
-        extra = {"images": count, "described": described}
+        same: Row = {"pass_": "bulk memory", "described": described, "images": count}
         for kind, peak in of.items():
             kind = kind if count in args.memory else f"{kind}, extrapolated"
-            rows.append(
-                harness.row(
-                    "zs3fast-tiny",
-                    kind,
-                    shape,
-                    None,
-                    pass_="bulk memory",
-                    peak_bytes=peak,
-                    described=described,
-                    **extra,
-                )
-            )
+            rows.append(harness.row("zs3fast-tiny", kind, shape, None, peak_bytes=peak, **same))
     return rows
 
 
@@ -173,13 +163,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--side", type=int, default=128, help="of the images, in pixels")
-    parser.add_argument("--shard-rows", type=int, default=10)
+    parser.add_argument("--shard-rows", type=int, help=f"rows of a shard (so many that there are {SHARDS})")
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vit", action="store_true", help="MaskCLIP on a ViT-B/16 of random weights")
     parser.add_argument("--memory", type=int, nargs="+", help="measure memory instead, with these numbers of images")
     parser.add_argument("--json", type=Path, help="where to write (bench/results/<device>/bulk.json)")
     args = parser.parse_args(argv)
+    args.shard_rows = args.shard_rows or max(1, min([args.images, *(args.memory or ())]) // SHARDS)
+    if not args.memory and args.images < 3 * max(args.actors) * args.shard_rows:
+        parser.error(f"--images: expected at least {3 * max(args.actors)} shards' rows for a rate, got {args.images}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         rows = (measure_memory if args.memory else measure_rates)(args, Path(name))

@@ -1,6 +1,6 @@
 """Tables of measured numbers in Markdown files, always written from a results file.
 
-    python bench/report.py             # fill in every table between its markers in bench/results/README.md
+    python bench/report.py             # fill in every table between its markers in bench/results/README.md and docs/
     python bench/report.py --check     # exit 1 if a table is not what its results file says
 
 A table stands between `<!-- bench:DEVICE/NAME -->` and `<!-- /bench -->` and shows bench/results/DEVICE/NAME.json.
@@ -16,11 +16,25 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PAGES = [RESULTS / "README.md", *sorted((RESULTS.parents[1] / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?P<open><!-- bench:(?P<name>[\w./-]+) -->\n).*?(?P<close><!-- /bench -->)", re.DOTALL)
-# Rows of a pass without a time, known by a key: what to show of them.
+# Rows of a pass that hold more than a time, known by a key: what to show of them.
 COUNTS = {
     ("peak_mib", "activations"): {"peak_mib": "MiB an image"},
     ("largest_batch", "largest batch"): {"largest_batch": "images", "budget_gib": "in GiB", "peak_mib": "peak MiB"},
+    ("of_plain", "bulk"): {
+        "images_per_second": "rows/s",
+        "of_plain": "of the plain loop",
+        "first_shard_s": "s until the first shard",
+    },
+    ("images_per_second", "serve"): {
+        "images_per_second": "requests/s",
+        "of_alone": "of alone",
+        "p50_ms": "p50 ms",
+        "p99_ms": "p99 ms",
+        "resident_before_mib": "MiB before",
+        "resident_after_mib": "MiB after",
+    },
     ("peak_mib", "bulk memory"): {"images": "images", "peak_mib": "peak MiB"},
     ("agreement", "scores"): {"pacc": "pAcc", "miou": "mIoU", "hiou": "hIoU", "agreement": "same labels, %"},
 }
@@ -63,7 +77,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         counted = [r for r in rows if key in r and r["pass"] == pass_]
         if counted:
             header = ["shape", "pass", "dtype", "name", "backend", *columns.values()]
-            cells = [[*(r[k] for k in header[:5]), *(number(r[column]) for column in columns)] for r in counted]
+            cells = [[*(r[k] for k in header[:5]), *(number(r.get(column)) for column in columns)] for r in counted]
             parts.append(table(header, cells, 5))
     started = [r for r in rows if "import_s" in r or "outcome" in r]
     if started:
@@ -156,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, default=[RESULTS / "README.md"], help="Markdown with markers")
+    parser.add_argument("files", nargs="*", type=Path, default=PAGES, help="Markdown with markers")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is stale")
     args = parser.parse_args(argv)
     stale = []

@@ -65,6 +65,22 @@ def test_counts_have_tables_of_their_own():
     assert text.count("| peak MiB |") == 1 and "median" not in text
 
 
+def test_loads_show_what_their_clients_saw():
+    described = {"device": "Some CPU", "versions": {"torch": "2.10"}, "commit": "0123456789abcdef"}
+    times = Timing([0.1] * 98 + [0.2] * 2)
+    served = {"images_per_second": 40.0, "of_alone": 0.8, "resident_before_mib": 1000.0, "resident_after_mib": 1001.0}
+    rows = [
+        harness.row("tiny", "serve", "4 x 25", times, pass_="serve", described=described, **served),
+        harness.row("tiny", "alone", "4 x 25", times, pass_="serve", described=described, images_per_second=50.0),
+        harness.row("tiny", "2 actors", "20 images", times, pass_="bulk", described=described, of_plain=1.75),
+    ]
+    text = report.render(rows)
+    assert "| requests/s | of alone | p50 ms | p99 ms | MiB before | MiB after |" in text
+    assert "| 4 x 25 | serve | float32 | tiny | serve | 40 | 0.8 | 100 | 200 | 1000 | 1001 |" in text
+    assert "| 4 x 25 | serve | float32 | tiny | alone | 50 |  | 100 | 200 |  |  |" in text
+    assert "| 20 images | bulk | float32 | tiny | 2 actors |  | 1.75 |  |" in text
+
+
 def test_times_stand_beside_those_of_zs3fast():
     described = {"device": "Some GPU", "versions": {"torch": "2.10"}, "commit": "0123456789abcdef"}
 

@@ -299,6 +299,16 @@ def test_a_folder_twice_with_more_in_it(
         bulk([str(tmp_path / "in")], str(out), other, "tiny", options)
 
 
+def test_small_shards_are_work_for_every_actor(tmp_path: Path, local_ray: None) -> None:
+    """Once readers handed on 32 rows whatever a shard had: one task and one actor for 24 images."""
+    write_images(tmp_path / "in", range(24))
+    write_tar(tmp_path / "x.tar", {f"{number}.png": image_bytes(number) for number in range(24)})
+    for inputs in ("in", "x.tar"):
+        dataset = bulk_module._dataset(find_source([str(tmp_path / inputs)]), set(), BulkOptions(shard_rows=4))
+        sizes = [len(ray.get(one)) for one in dataset.materialize().to_arrow_refs()]
+        assert sizes == [4] * 6
+
+
 def test_webdataset_shards(segmenter: Segmenter, tmp_path: Path, local_ray: None) -> None:
     """Ids are the keys; what lies beside an image, between images or has none; a second run goes on inside a shard."""
     images = {f"a/{number:03}": image_bytes(number) for number in range(9)}

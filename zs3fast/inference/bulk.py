@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
     raise ImportError(f"bulk needs {error.name}: pip install 'zs3fast[ray]'") from None
 
 _READERS = 8  # files a task asks for at once: latency, not work
-_READ_ROWS = 32  # rows a reading task hands on at a time
+_READ_ROWS = 32  # rows a reading task hands on at a time, at most a shard's
 _GAP = 1 << 16  # bytes between images of a tar that are read and dropped rather than asked around
 
 
@@ -215,12 +215,14 @@ def _receipts(
 
 def _dataset(source: Source, have: set[str], options: BulkOptions) -> Any:
     """Rows (id, bytes, error) that are missing, read by tasks."""
+    # Ray gives a task no fewer rows than a batch has: more than a shard's, and few images would all be one actor's.
+    step = min(_READ_ROWS, options.shard_rows)
     if source.ids_by_file is None or source.samples is not None:
         left = [row for row in _places(source) if row["id"] not in have]
         parts = [left[at : at + options.shard_rows] for at in range(0, len(left), options.shard_rows)]
         read: Any = _read  # Ray's type of a function has no room for further arguments
         return ray.data.from_arrow([pa.Table.from_pylist(part, _PLACES) for part in parts]).map_batches(
-            read, fn_args=(source.fs,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5
+            read, fn_args=(source.fs,), batch_format="pyarrow", batch_size=step, num_cpus=0.5
         )
     pairs = zip(source.paths, source.ids_by_file, strict=True)
     paths = [path for path, ids in pairs if not have.issuperset(ids)]  # finished files are not opened again
@@ -229,7 +231,7 @@ def _dataset(source: Source, have: set[str], options: BulkOptions) -> Any:
     return (
         ray.data.read_parquet(paths, filesystem=source.fs)
         .select_columns(["id", "bytes"])
-        .map_batches(without, fn_args=(known,), batch_format="pyarrow", batch_size=_READ_ROWS, num_cpus=0.5)
+        .map_batches(without, fn_args=(known,), batch_format="pyarrow", batch_size=step, num_cpus=0.5)
     )
 
 
