@@ -6,8 +6,8 @@
 
 The plain loop is what an actor does, `segment_rows` and a shard written, without Ray; one thread a model. Rounds
 alternate between the contenders. The rate of a bulk run is taken between every actor's first shard and the last, so
-start-up (told apart: until the first shard) is not in it. Memory is the command's: proportional set sizes (what processes share
-is counted once), twice a second.
+start-up (told apart: until the first shard) is not in it. Memory is the command's: proportional set sizes (what
+processes share is counted once), twice a second.
 """
 
 from __future__ import annotations

@@ -396,20 +396,24 @@ def ray_started(address: str | None, actors: int, num_gpus: float, num_cpus: flo
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send statistics of the machine to its makers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # 60: on a busy machine it starts ever more
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends a run comes as an exception too
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is not None:
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise ValueError(f"address: no Ray cluster answers at {address} ({first_line(error)})") from None
-    else:
+    if address is None:
         gpus = torch.cuda.device_count()
         if num_gpus * actors > gpus:
             raise ValueError(f"num_gpus: {actors} x {num_gpus} are asked for, this machine has {gpus}")
         # Ray's CPUs are its book-keeping: actors may take all cores, and readers, which mostly wait, still get a turn.
         cpus = max(os.cpu_count() or 1, int(np.ceil(actors * num_cpus)) + 1)
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
+        quiet.update(num_cpus=cpus, include_dashboard=False)
+    try:
+        ray.init("local" if address is None else address, **quiet)
+    except Exception as error:  # Ray raises what it likes: a start that takes too long is a plain Exception
+        ray.shutdown()  # what has started by then
+        reason = first_line(error)
+        if address is None:
+            raise RuntimeError(f"Ray did not start on this machine: {reason}") from error
+        raise ValueError(f"address: no Ray cluster answers at {address} ({reason})") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

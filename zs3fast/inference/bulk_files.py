@@ -240,7 +240,9 @@ def _named(what: str, path: str) -> Iterator[None]:
     """What pyarrow says of a broken file, with its name."""
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # of damaged pages pyarrow says so by an OSError, without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         reason = str(error).splitlines()[0]
         raise ValueError(f"{what}: {path} is no whole Parquet file, it may be cut off or damaged ({reason})") from None
 
