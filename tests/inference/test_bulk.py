@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -127,6 +128,11 @@ def test_inputs_that_are_no_good(tmp_path: Path) -> None:
     whole = (tmp_path / "one.parquet").read_bytes()
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
     assert "half.parquet" in refused(tmp_path / "half.parquet")
+    for length in (0, 3, 10, len(whole) - 1):  # a transfer may end anywhere
+        (tmp_path / "half.parquet").write_bytes(whole[:length])
+        assert "half.parquet is no whole Parquet file" in refused(tmp_path / "half.parquet")
+    (tmp_path / "holes.parquet").write_bytes(whole[:20] + bytes(180) + whole[200:])  # damaged pages, a whole footer
+    assert "holes.parquet is no whole Parquet file" in refused(tmp_path / "holes.parquet")
     write_images(tmp_path / "images", range(1))
     assert "got images and Parquet files" in refused(tmp_path / "images", tmp_path / "one.parquet")
     write_tar(tmp_path / "one.tar", {"a.png": b"x", "b.png": b"x"})
@@ -251,6 +257,56 @@ def test_a_gpu_that_fails_is_no_images_error(segmenter: Segmenter) -> None:
             segment_rows(segmenter, rows, BulkOptions())
     finally:
         hook.remove()
+
+
+def test_refinement_is_told_and_reaches_the_actors(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command's --refine, as segment has it; another number of steps is another run; without it as ever."""
+    write_images(tmp_path / "in", range(2))
+    seen: list[Any] = []
+    monkeypatch.setattr(bulk_module, "ray_started", lambda *_: contextlib.nullcontext())
+
+    def receipts(source: Any, have: Any, shards: Shards, made: Segmenter, told: Any, options: BulkOptions) -> list[int]:
+        seen.append(told["protocol"].get("refine"))
+        actor = bulk_module.actor_segmenter(made.model, made.text_encoder, made.classes, made.options)
+        rows = [{"id": one, "bytes": Path(one).read_bytes(), "error": None} for one in source.ids if one not in have]
+        stamp = {key: told[key]["fingerprint"] for key in ("model", "class_list")}
+        shards.write([{**row, **stamp} for row in segment_rows(actor, rows, options)])
+        return [len(rows)]
+
+    monkeypatch.setattr(bulk_module, "_receipts", receipts)
+    run = [str(tmp_path / "in"), str(tmp_path / "out"), "-w", "zs3fast-tiny", "-c", CLASSES]
+    refined = Segmenter.from_pretrained("zs3fast-tiny", class_names=CLASSES, device="cpu", dtype="float32", refine=10)
+    result = CliRunner().invoke(app, ["bulk", "--refine", *run])
+    assert result.exit_code == 0, result.output
+    for row in rows_of(tmp_path / "out"):
+        labels = decode_labels(row["labels"], row["height"], row["width"])
+        assert (labels == refined(row["id"]).labels).all() and (labels != segmenter(row["id"]).labels).any()
+    for more in (["--refine", "3"], []):
+        result = CliRunner().invoke(app, ["bulk", *more, *run])
+        assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+        assert f"protocol refine 10, got {more[-1] if more else None}" in result.output
+    run[1] = str(tmp_path / "plain")
+    assert CliRunner().invoke(app, ["bulk", *run]).exit_code == 0 and seen == [10, None]
+
+
+def test_a_ray_that_does_not_start_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray raises on a busy machine is a plain Exception, which once was a traceback."""
+    write_images(tmp_path / "in", range(1))
+    run = ["bulk", str(tmp_path / "in"), str(tmp_path / "out"), "-w", "zs3fast-tiny", "-c", CLASSES]
+    for raised in (Exception("The current node timed out during startup.\nThis could"), TimeoutError("too long")):
+
+        def late(*_: Any, raised: Exception = raised, **__: Any) -> None:
+            raise raised
+
+        monkeypatch.setattr(ray, "init", late)
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        for more, said in (([], "Ray did not start on this machine: "), (["--address", "a:1"], "no Ray cluster")):
+            result = CliRunner().invoke(app, [*run, *more])
+            assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output
+            assert len(result.output.splitlines()) == 1 and str(raised).split("\n")[0] in result.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [MANIFEST]
 
 
 @pytest.mark.parametrize(

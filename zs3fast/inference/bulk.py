@@ -158,6 +158,8 @@ def _told(segmenter: Segmenter, name: str, options: BulkOptions) -> dict[str, An
         "quantize": options.quantize,
         "protocol": None if chosen.protocol is None else str(chosen.protocol),
     }
+    if chosen.refine is not None:  # else as ever: what earlier versions began goes on
+        protocol["refine"] = chosen.refine_steps
     classes = [list(entry) for entry in entries]
     shown = ", ".join(entry[0] for entry in entries[:5]) + (", ..." if len(entries) > 5 else "")
     return {

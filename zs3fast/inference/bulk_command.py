@@ -31,6 +31,7 @@ def bulk(
     clip: options.Clip = None,
     pretrained: options.Pretrained = None,
     templates: options.Templates = None,
+    refine: options.Refine = None,
     labels: Annotated[str, typer.Option(help="How label maps are stored: rle (COCO's) or png.")] = "rle",
     min_score: options.MinScore = None,
     background: options.Background = "",
@@ -73,7 +74,8 @@ def bulk(
             address=address,
         )
         found = find_source(inputs, output)  # what is not there is said before weights load
-        settings = SegmenterOptions(templates=templates, dtype="float32", device="cpu")  # actors choose theirs
+        # actors choose type and device
+        settings = SegmenterOptions(templates=templates, dtype="float32", device="cpu", refine=refine)
         clips = {"method": method, "clip": clip, "pretrained": pretrained}
         segmenter, name = segmenter_of(weights, entries, clips, settings)
     with one_line_errors(RUN_ERROR), progress_bar() as bar:

@@ -27,6 +27,7 @@ def serve(
     clip: options.Clip = None,
     pretrained: options.Pretrained = None,
     templates: options.Templates = None,
+    refine: options.Refine = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets everyone in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Models at work at once.")] = 1,
@@ -73,7 +74,8 @@ def serve(
             address=address,
         )
         entries = class_list(classes, classes_file, dataset)
-        settings = SegmenterOptions(templates=templates, dtype="float32", device="cpu")  # replicas choose theirs
+        # replicas choose type and device
+        settings = SegmenterOptions(templates=templates, dtype="float32", device="cpu", refine=refine)
         clips = {"method": method, "clip": clip, "pretrained": pretrained}
         segmenter, shown = segmenter_of(weights, entries, clips, settings)
         with one_line_errors(RUN_ERROR), work.serving(segmenter, shown, run) as where:
