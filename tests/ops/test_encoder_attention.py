@@ -209,7 +209,7 @@ def test_autocast() -> None:
         ({"k": torch.zeros(2, 0, 2, 8)}, ValueError, "k: expected at least one key"),
         ({"v": torch.zeros(2, 5, 2, 8)}, ValueError, r"v: expected \[2, 6, 2, 8\], got \[2, 5, 2, 8\]"),
         ({"k": torch.zeros(2, 6, 2, 8, dtype=torch.float64)}, TypeError, "k: expected q's dtype"),
-        ({"q": torch.zeros(2, 5, 2, 8, dtype=torch.int32)}, TypeError, "q: expected floating point"),
+        ({"q": torch.zeros(2, 5, 2, 8, dtype=torch.int32)}, TypeError, "q: expected a floating-point tensor"),
         ({"context": torch.zeros(1)}, TypeError, "context: expected keys and values, got Tensor"),
         ({"context": (torch.zeros(3, 1, 2, 8),) * 2}, ValueError, r"context\[0\]: expected \[2, 1, 2, 8\] or \[1, 1"),
         ({"context": (torch.zeros(1, 2, 2, 8), torch.zeros(1, 1, 2, 8))}, ValueError, r"context\[1\]: expected"),

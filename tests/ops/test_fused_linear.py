@@ -186,7 +186,11 @@ def test_auto_takes_the_kernel_where_it_was_measured_faster(monkeypatch: pytest.
         ({"bias": torch.zeros(5)}, ValueError, r"bias: expected \[6\], got \[5\]"),
         ({"residual": torch.zeros(6)}, ValueError, r"residual: expected \[3, 6\], got \[6\]"),
         ({"activation": "swish"}, ValueError, "activation: expected one of none, quick_gelu, gelu, relu, got 'swish'"),
-        ({"x": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "x: expected floating point, got torch.int64"),
+        (
+            {"x": torch.zeros(3, 4, dtype=torch.int64)},
+            TypeError,
+            "x: expected a floating-point tensor, got torch.int64",
+        ),
         ({"bias": torch.zeros(6).double()}, TypeError, "bias: expected x's dtype torch.float32"),
         ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
     ],

@@ -462,27 +462,27 @@ def zeros(*shape, dtype=torch.int64, device="cpu"):
 
 
 MISTAKES = [
-    ({"mask_logits": zeros(2, 3, 2, 2)}, TypeError, "mask_logits must be floating point, got torch.int64"),
+    ({"mask_logits": zeros(2, 3, 2, 2)}, TypeError, "mask_logits: expected a floating-point tensor, got torch.int64"),
     (
         {"labels": torch.zeros(2, 8, 8)},
         TypeError,
-        "labels must be integers (uint8, int8, int16, int32, int64), got torch.f",
+        "labels: expected integers (uint8, int8, int16, int32, int64), got torch.f",
     ),
     ({"labels": zeros(2, 8, 8, dtype=torch.bool)}, TypeError, "got torch.bool"),
-    ({"mask_logits": torch.zeros(2, 3, 4)}, ValueError, "must be [B, C, h, w] with C, h, w >= 1, got [2, 3, 4]"),
+    ({"mask_logits": torch.zeros(2, 3, 4)}, ValueError, "expected [B, C, h, w] with C, h, w >= 1, got [2, 3, 4]"),
     ({"mask_logits": torch.zeros(2, 0, 2, 2)}, ValueError, "got [2, 0, 2, 2]"),
     ({"mask_logits": torch.zeros(2, 3, 2, 0)}, ValueError, "got [2, 3, 2, 0]"),
-    ({"labels": zeros(2, 1, 8, 8)}, ValueError, "labels must be [B, H, W] with H, W >= 1, got [2, 1, 8, 8]"),
+    ({"labels": zeros(2, 1, 8, 8)}, ValueError, "labels: expected [B, H, W] with H, W >= 1, got [2, 1, 8, 8]"),
     ({"labels": zeros(2, 8, 0)}, ValueError, "got [2, 8, 0]"),
-    ({"labels": zeros(3, 8, 8)}, ValueError, "mask_logits holds B = 2 images, labels 3"),
-    ({"labels": zeros(2, 8, 8, device="meta")}, ValueError, "mask_logits is on cpu, labels on meta"),
-    ({"ignore_index": 2}, ValueError, "ignore_index must lie outside the classes 0..2, got 2"),
-    ({"alpha": 1.5}, ValueError, "alpha must be in 0..1, got 1.5"),
-    ({"alpha": float("nan")}, ValueError, "alpha must be in 0..1, got nan"),
-    ({"gamma": -1.0}, ValueError, "gamma must be finite and >= 0, got -1.0"),
-    ({"gamma": float("inf")}, ValueError, "gamma must be finite and >= 0, got inf"),
-    ({"num_masks": 0}, ValueError, "num_masks must be positive, got 0"),
-    ({"num_masks": torch.ones(2)}, ValueError, "num_masks must be a number or have one element, got [2]"),
+    ({"labels": zeros(3, 8, 8)}, ValueError, "labels: expected as many images as mask_logits, B = 2, got 3"),
+    ({"labels": zeros(2, 8, 8, device="meta")}, ValueError, "labels: expected the device of mask_logits cpu, got meta"),
+    ({"ignore_index": 2}, ValueError, "ignore_index: expected a value outside the classes 0..2, got 2"),
+    ({"alpha": 1.5}, ValueError, "alpha: expected a number in 0..1, got 1.5"),
+    ({"alpha": float("nan")}, ValueError, "alpha: expected a number in 0..1, got nan"),
+    ({"gamma": -1.0}, ValueError, "gamma: expected a finite number >= 0, got -1.0"),
+    ({"gamma": float("inf")}, ValueError, "gamma: expected a finite number >= 0, got inf"),
+    ({"num_masks": 0}, ValueError, "num_masks: expected a positive number, got 0"),
+    ({"num_masks": torch.ones(2)}, ValueError, "num_masks: expected a number or one element, got [2]"),
 ]
 
 
@@ -510,7 +510,7 @@ def test_a_wrong_label_is_named_with_its_place(dtype, value, ignore_index):
     logits = torch.zeros(2, 3, 2, 2)
     labels = torch.zeros(2, 8, 8, dtype=dtype)
     labels[1, 2, 5] = value
-    message = f"labels must be channels 0..2 or ignore_index = {ignore_index}, got {value} at (b, y, x) = (1, 2, 5)"
+    message = f"labels: expected channels 0..2 or ignore_index = {ignore_index}, got {value} at (b, y, x) = (1, 2, 5)"
     with pytest.raises(ValueError, match=re.escape(message)):
         mask_loss(logits, labels, ignore_index=ignore_index)
     mask_loss(logits, labels, ignore_index=ignore_index, validate=False)  # then it is a negative

@@ -331,21 +331,21 @@ GOOD = {"q": T, "k_self": T, "v_self": T, "k": P, "v": P, "masks": torch.zeros(2
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"q": 3}, TypeError, "q must be a tensor, got int"),
-        ({"q": T.long()}, TypeError, "q must be floating point, got torch.int64"),
-        ({"v_self": T[0]}, ValueError, "v_self must be [B, heads, tokens, dh], got shape [2, 3, 8]"),
-        ({"v": P.double()}, TypeError, "v must have q's dtype torch.float32, got torch.float64"),
-        ({"k": P.to("meta")}, ValueError, "k must be on q's device cpu, got meta"),
-        ({"q": T[:, :0]}, ValueError, "q must have at least one head of at least one column, got shape [2, 0, 3, 8]"),
-        ({"k_self": T[:, :, :2]}, ValueError, "k_self must have q's shape [2, 2, 3, 8], got [2, 2, 2, 8]"),
-        ({"k": P[:, :1]}, ValueError, "k must be [2, 2, N, 8] to go with q [2, 2, 3, 8], got [2, 1, 40, 8]"),
-        ({"v": P[:, :, :39]}, ValueError, "v must have k's shape [2, 2, 40, 8], got [2, 2, 39, 8]"),
-        ({"masks": None}, TypeError, "masks must be a tensor, got NoneType"),
-        ({"masks": GOOD["masks"].float()}, TypeError, "masks must be bool, or int32 bits, got torch.float32"),
-        ({"masks": GOOD["masks"].to("meta")}, ValueError, "masks must be on q's device cpu, got meta"),
-        ({"masks": GOOD["masks"][:, :, :39]}, ValueError, "masks must be [2, 3, 40], N = 40, got [2, 3, 39]"),
-        ({"masks": GOOD["masks"].int()}, ValueError, "masks must be [2, 3, 2], ceil(40 / 32) words, got [2, 3, 40]"),
-        ({"scale": "1"}, TypeError, "scale must be a number or None, got str"),
+        ({"q": 3}, TypeError, "q: expected a tensor, got int"),
+        ({"q": T.long()}, TypeError, "q: expected a floating-point tensor, got torch.int64"),
+        ({"v_self": T[0]}, ValueError, "v_self: expected [B, heads, tokens, dh], got shape [2, 3, 8]"),
+        ({"v": P.double()}, TypeError, "v: expected q's dtype torch.float32, got torch.float64"),
+        ({"k": P.to("meta")}, ValueError, "k: expected q's device cpu, got meta"),
+        ({"q": T[:, :0]}, ValueError, "q: expected at least one head of at least one column, got shape [2, 0, 3, 8]"),
+        ({"k_self": T[:, :, :2]}, ValueError, "k_self: expected q's shape [2, 2, 3, 8], got [2, 2, 2, 8]"),
+        ({"k": P[:, :1]}, ValueError, "k: expected [2, 2, N, 8] to go with q [2, 2, 3, 8], got [2, 1, 40, 8]"),
+        ({"v": P[:, :, :39]}, ValueError, "v: expected k's shape [2, 2, 40, 8], got [2, 2, 39, 8]"),
+        ({"masks": None}, TypeError, "masks: expected a tensor, got NoneType"),
+        ({"masks": GOOD["masks"].float()}, TypeError, "masks: expected bool, or int32 bits, got torch.float32"),
+        ({"masks": GOOD["masks"].to("meta")}, ValueError, "masks: expected q's device cpu, got meta"),
+        ({"masks": GOOD["masks"][:, :, :39]}, ValueError, "masks: expected [2, 3, 40], N = 40, got [2, 3, 39]"),
+        ({"masks": GOOD["masks"].int()}, ValueError, "masks: expected [2, 3, 2], ceil(40 / 32) words, got [2, 3, 40]"),
+        ({"scale": "1"}, TypeError, "scale: expected a number or None, got str"),
     ],
     ids=lambda value: value.split(",")[0] if isinstance(value, str) else "",
 )
@@ -355,7 +355,9 @@ def test_mistakes(changed, error, message):
 
 
 def test_mistakes_with_bits():
-    with pytest.raises(TypeError, match="^unpack_bits: bits must be an int32 tensor, got torch.int64"):
+    with pytest.raises(TypeError, match="^unpack_bits: bits: expected an int32 tensor, got torch.int64"):
         unpack_bits(torch.zeros(2, 2, dtype=torch.int64), 40)
-    with pytest.raises(ValueError, match=re.escape("unpack_bits: bits must be [..., 2] for N = 40, got shape [2, 3]")):
+    with pytest.raises(
+        ValueError, match=re.escape("unpack_bits: bits: expected [..., 2] for N = 40, got shape [2, 3]")
+    ):
         unpack_bits(torch.zeros(2, 3, dtype=torch.int32), 40)

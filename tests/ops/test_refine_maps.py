@@ -410,8 +410,8 @@ def test_reference_is_differentiable():
         ({"dilations": ()}, ValueError, "dilations: expected at least one"),
         ({"dilations": (0, 8)}, ValueError, "dilations: expected at least one, each 1 or more, got \\(0, 8\\)"),
         ({"dilations": 8}, TypeError, "dilations: expected ints, got 8"),
-        ({"size": (0, 4)}, ValueError, "size must be at least"),
-        ({"size": 4}, TypeError, "size must be two ints"),
+        ({"size": (0, 4)}, ValueError, "size: expected at least"),
+        ({"size": 4}, TypeError, "size: expected two ints"),
         ({"windows": [(0, 0)]}, ValueError, "windows: expected with crop_size and canvas_size"),
         ({"windows": [], "crop_size": (4, 4), "canvas_size": (4, 4)}, ValueError, "windows: expected one at least"),
         (
@@ -424,8 +424,8 @@ def test_reference_is_differentiable():
         ({"maps": torch.zeros(3, 4, 4)}, ValueError, "maps: expected \\[B, channels, height, width\\]"),
         ({"maps": torch.zeros(1, 3, 0, 4)}, ValueError, "maps: expected"),
         ({"image": torch.zeros(1, 0, 4, 4)}, ValueError, "image: expected one channel at least"),
-        ({"image": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}, TypeError, "image must be floating point"),
-        ({"image": None}, TypeError, "image must be a tensor"),
+        ({"image": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}, TypeError, "image: expected a floating-point tensor"),
+        ({"image": None}, TypeError, "image: expected a tensor"),
     ],
 )
 def test_bad_requests(change, error, message):
@@ -439,7 +439,7 @@ def test_bad_rules():
     image, maps = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 4, 4)
     for change, error, message in (
         ({"logit_scale": 0.0}, ValueError, "logit_scale: expected a positive number, got 0.0"),
-        ({"logit_scale": "40"}, TypeError, "logit_scale must be a number or None"),
+        ({"logit_scale": "40"}, TypeError, "logit_scale: expected a number or None"),
         ({"excluded": [3]}, ValueError, "excluded: expected names 0..2, got \\[3\\]"),
         ({"excluded": [0, 1, 2]}, ValueError, "excluded: expected some of the 3 names to be left"),
     ):

@@ -217,20 +217,28 @@ GOOD = {"text": torch.ones(5, 4), "visual": torch.ones(2, 4), "weight": torch.on
 @pytest.mark.parametrize(
     ("wrong", "error", "named"),
     [
-        ({"text": None}, TypeError, "text must be a tensor, got NoneType"),
-        ({"text": torch.ones(5, 4, dtype=torch.int32)}, TypeError, "text must be floating point, got torch.int32"),
-        ({"text": torch.ones(1, 5, 4)}, ValueError, r"text must be \[C, D >= 1\], got shape \[1, 5, 4\]"),
-        ({"text": torch.ones(5, 0)}, ValueError, "text must be"),
-        ({"visual": torch.ones(4)}, ValueError, r"visual must be \[B, D\] or \[B, M, D\] with text's D = 4, got \[4\]"),
-        ({"visual": torch.ones(2, 5)}, ValueError, r"visual must be .* got \[2, 5\]"),
-        ({"visual": torch.ones(2, 4).double()}, TypeError, "visual must have text's dtype torch.float32, got"),
-        ({"visual": torch.ones(2, 4, device="meta")}, ValueError, "visual must be on text's device cpu, got meta"),
-        ({"weight": torch.ones(3, 4)}, ValueError, r"weight must be \[D', 2D\] = \[D', 8\], got shape \[3, 4\]"),
-        ({"weight": [1.0]}, TypeError, "weight must be a tensor, got list"),
-        ({"bias": torch.ones(4)}, ValueError, r"bias must be \[D'\] = \[3\], got shape \[4\]"),
-        ({"bias": torch.ones(1, 3)}, ValueError, "bias must be"),
-        ({"text_term": torch.ones(4, 3)}, ValueError, r"text_term must be \[C, D'\] = \[5, 3\], got \[4, 3\]"),
-        ({"text_term": torch.ones(5, 3).half()}, TypeError, "text_term must have text's dtype"),
+        ({"text": None}, TypeError, "text: expected a tensor, got NoneType"),
+        (
+            {"text": torch.ones(5, 4, dtype=torch.int32)},
+            TypeError,
+            "text: expected a floating-point tensor, got torch.int32",
+        ),
+        ({"text": torch.ones(1, 5, 4)}, ValueError, r"text: expected \[C, D >= 1\], got shape \[1, 5, 4\]"),
+        ({"text": torch.ones(5, 0)}, ValueError, "text: expected"),
+        (
+            {"visual": torch.ones(4)},
+            ValueError,
+            r"visual: expected \[B, D\] or \[B, M, D\] with text's D = 4, got \[4\]",
+        ),
+        ({"visual": torch.ones(2, 5)}, ValueError, r"visual: expected .* got \[2, 5\]"),
+        ({"visual": torch.ones(2, 4).double()}, TypeError, "visual: expected text's dtype torch.float32, got"),
+        ({"visual": torch.ones(2, 4, device="meta")}, ValueError, "visual: expected text's device cpu, got meta"),
+        ({"weight": torch.ones(3, 4)}, ValueError, r"weight: expected \[D', 2D\] = \[D', 8\], got shape \[3, 4\]"),
+        ({"weight": [1.0]}, TypeError, "weight: expected a tensor, got list"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias: expected \[D'\] = \[3\], got shape \[4\]"),
+        ({"bias": torch.ones(1, 3)}, ValueError, "bias: expected"),
+        ({"text_term": torch.ones(4, 3)}, ValueError, r"text_term: expected \[C, D'\] = \[5, 3\], got \[4, 3\]"),
+        ({"text_term": torch.ones(5, 3).half()}, TypeError, "text_term: expected text's dtype"),
     ],
 )
 def test_errors_name_the_argument(wrong, error, named):
@@ -239,5 +247,5 @@ def test_errors_name_the_argument(wrong, error, named):
 
 
 def test_errors_of_text_term():
-    with pytest.raises(ValueError, match=r"text_term: weight must be \[D', 2D\]"):
+    with pytest.raises(ValueError, match=r"text_term: weight: expected \[D', 2D\]"):
         text_term(torch.ones(5, 4), torch.ones(3, 4))

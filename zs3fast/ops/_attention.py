@@ -21,13 +21,13 @@ def check_heads(op: str, q: Tensor, **others: Tensor) -> None:
     for label, x in {"q": q, **others}.items():
         check_float_tensor(op, label, x)
         if x.ndim != 4:
-            raise ValueError(f"{op}: {label} must be [B, heads, tokens, dh], got shape {list(x.shape)}")
+            raise ValueError(f"{op}: {label}: expected [B, heads, tokens, dh], got shape {list(x.shape)}")
         if x.dtype != q.dtype and not _matmul.autocasting(q):
-            raise TypeError(f"{op}: {label} must have q's dtype {q.dtype}, got {x.dtype}")
+            raise TypeError(f"{op}: {label}: expected q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
-            raise ValueError(f"{op}: {label} must be on q's device {q.device}, got {x.device}")
+            raise ValueError(f"{op}: {label}: expected q's device {q.device}, got {x.device}")
     if q.shape[1] < 1 or q.shape[3] < 1:
-        raise ValueError(f"{op}: q must have at least one head of at least one column, got shape {list(q.shape)}")
+        raise ValueError(f"{op}: q: expected at least one head of at least one column, got shape {list(q.shape)}")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

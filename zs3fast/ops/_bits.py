@@ -15,9 +15,11 @@ def num_words(patches: int) -> int:
 def pack_bits(masks: Tensor) -> Tensor:
     """Bool [..., N] -> int32 [..., ceil(N / 32)], little-endian: the inverse of `unpack_bits`."""
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-        raise TypeError(f"pack_bits: masks must be a bool tensor, got {getattr(masks, 'dtype', type(masks).__name__)}")
+        raise TypeError(
+            f"pack_bits: masks: expected a bool tensor, got {getattr(masks, 'dtype', type(masks).__name__)}"
+        )
     if masks.ndim < 1:
-        raise ValueError("pack_bits: masks must be [..., N], got a tensor without dimensions")
+        raise ValueError("pack_bits: masks: expected [..., N], got a tensor without dimensions")
     N = masks.shape[-1]
     words = num_words(N)
     bits = F.pad(masks, (0, 32 * words - N)).unflatten(-1, (words, 32)).long()
@@ -36,9 +38,11 @@ def unpack_bits(bits: Tensor, N: int) -> Tensor:
         [..., N] bool.
     """
     if not isinstance(bits, Tensor) or bits.dtype != torch.int32:
-        raise TypeError(f"unpack_bits: bits must be an int32 tensor, got {getattr(bits, 'dtype', type(bits).__name__)}")
+        raise TypeError(
+            f"unpack_bits: bits: expected an int32 tensor, got {getattr(bits, 'dtype', type(bits).__name__)}"
+        )
     if bits.ndim < 1 or bits.shape[-1] != num_words(N):
-        raise ValueError(f"unpack_bits: bits must be [..., {num_words(N)}] for N = {N}, got shape {list(bits.shape)}")
+        raise ValueError(f"unpack_bits: bits: expected [..., {num_words(N)}] for N = {N}, got shape {list(bits.shape)}")
     # not by quotients: ONNX takes those of negative words, which have bit 31, in float32
     found = bits.unsqueeze(-1) & _places(bits.device).to(torch.int32)
     return (found != 0).flatten(-2)[..., :N]

@@ -18,9 +18,9 @@ def check_float_tensor(op: str, label: str, x: object) -> Tensor:
         TypeError: it is none.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {label} must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{op}: {label}: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"{op}: {label} must be floating point, got {x.dtype}")
+        raise TypeError(f"{op}: {label}: expected a floating-point tensor, got {x.dtype}")
     check_strided(op, label, x)
     return x
 
@@ -32,7 +32,7 @@ def check_strided(op: str, label: str, x: Tensor) -> None:
         TypeError: it is not.
     """
     if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{op}: {label} must be a dense tensor, got {'nested' if x.is_nested else x.layout}")
+        raise TypeError(f"{op}: {label}: expected a dense tensor, got {'nested' if x.is_nested else x.layout}")
 
 
 def check_number(op: str, label: str, x: object, *, optional: bool = False) -> None:
@@ -45,7 +45,7 @@ def check_number(op: str, label: str, x: object, *, optional: bool = False) -> N
         return
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         expected = "a number or None" if optional else "a number"
-        raise TypeError(f"{op}: {label} must be {expected}, got {type(x).__name__}")
+        raise TypeError(f"{op}: {label}: expected {expected}, got {type(x).__name__}")
 
 
 def check_bool(op: str, label: str, x: object) -> None:
@@ -55,7 +55,7 @@ def check_bool(op: str, label: str, x: object) -> None:
         TypeError: it is neither.
     """
     if not isinstance(x, bool):
-        raise TypeError(f"{op}: {label} must be True or False, got {x!r}")
+        raise TypeError(f"{op}: {label}: expected True or False, got {x!r}")
 
 
 # Pixel coordinates are exact in float32, and the index of a pixel fits in an int32: no kernel counts further.
@@ -71,11 +71,9 @@ def check_size(op: str, label: str, pair: object) -> None:
         ValueError: too small or too large.
     """
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_int, pair)):
-        raise TypeError(f"{op}: {label} must be two ints (height, width), got {pair!r}")
+        raise TypeError(f"{op}: {label}: expected two ints (height, width), got {pair!r}")
     height, width = pair
     if height < 1 or width < 1:
-        raise ValueError(f"{op}: {label} must be at least (1, 1), got {tuple(pair)}")
+        raise ValueError(f"{op}: {label}: expected at least (1, 1), got {tuple(pair)}")
     if height > MAX_SIDE or width > MAX_SIDE or height * width > MAX_PIXELS:
-        raise ValueError(
-            f"{op}: {label} must be at most 2^24 a side and have fewer than 2^31 pixels, got {tuple(pair)}"
-        )
+        raise ValueError(f"{op}: {label}: expected at most 2^24 a side and fewer than 2^31 pixels, got {tuple(pair)}")

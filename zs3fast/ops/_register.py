@@ -118,7 +118,7 @@ def _define(
     def run(*args: Any) -> Any:
         for i, label in tensors:  # None passes torch's own check
             if args[i] is None:
-                raise TypeError(f"{name}: {label} must be a tensor, got None")
+                raise TypeError(f"{name}: {label}: expected a tensor, got None")
         return _dispatch.call(
             name, *args, *defaults[len(args) :]
         )  # torch leaves out trailing ones that are the default

@@ -192,21 +192,21 @@ def _check(
     check_heads(OP, q, k=k, **({} if v is None else {"v": v}))
     B, heads, _, dh = q.shape
     if k.shape[:2] != (B, heads) or k.shape[3] != dh or k.shape[2] < 1:
-        raise ValueError(f"{OP}: k must be [{B}, {heads}, N >= 1, {dh}] to fit q, got shape {list(k.shape)}")
+        raise ValueError(f"{OP}: k: expected [{B}, {heads}, N >= 1, {dh}] to fit q, got shape {list(k.shape)}")
     if v is not None and v.shape != k.shape:
-        raise ValueError(f"{OP}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+        raise ValueError(f"{OP}: v: expected k's shape {list(k.shape)}, got {list(v.shape)}")
     check_bool(OP, "need_masks", need_masks)
     if v is None and not need_masks:
-        raise ValueError(f"{OP}: v is None and need_masks is False: nothing to compute")
+        raise ValueError(f"{OP}: need_masks: expected True without v, got False: nothing to compute")
     check_number(OP, "scale", scale)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"{OP}: dropout_p must be a number, got {type(dropout_p).__name__}")
+        raise TypeError(f"{OP}: dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}")
+        raise ValueError(f"{OP}: dropout_p: expected a number in [0, 1), got {dropout_p}")
     if seed is not None and not is_int(seed):
-        raise TypeError(f"{OP}: seed must be an int or None, got {type(seed).__name__}")
+        raise TypeError(f"{OP}: seed: expected an int or None, got {type(seed).__name__}")
     if isinstance(seed, int) and not 0 <= seed < 2**63:
-        raise ValueError(f"{OP}: seed must be in [0, 2^63), got {seed}")
+        raise ValueError(f"{OP}: seed: expected a number in [0, 2^63), got {seed}")
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, context: tuple[Tensor, Tensor] | Non
         if not isinstance(x, Tensor):
             raise TypeError(f"{OP}: {label}: expected a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
-            raise TypeError(f"{OP}: {label}: expected floating point, got {x.dtype}")
+            raise TypeError(f"{OP}: {label}: expected a floating-point tensor, got {x.dtype}")
         check_strided(OP, label, x)
         if x.ndim != 4:
             raise ValueError(f"{OP}: {label}: expected [B, tokens, heads, dh], got {list(x.shape)}")

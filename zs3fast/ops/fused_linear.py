@@ -127,7 +127,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
         if not isinstance(t, Tensor):
             raise TypeError(f"{OP}: {label}: expected a tensor, got {type(t).__name__}")
         if not t.is_floating_point():
-            raise TypeError(f"{OP}: {label}: expected floating point, got {t.dtype}")
+            raise TypeError(f"{OP}: {label}: expected a floating-point tensor, got {t.dtype}")
         if t.dtype != x.dtype and not _matmul.autocasting(x):
             raise TypeError(f"{OP}: {label}: expected x's dtype {x.dtype}, got {t.dtype}")
         if t.device != x.device:

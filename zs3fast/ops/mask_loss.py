@@ -171,31 +171,31 @@ def _check(
 ) -> None:
     check_float_tensor(OP, "mask_logits", mask_logits)
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{OP}: labels must be a tensor, got {type(labels).__name__}")
+        raise TypeError(f"{OP}: labels: expected a tensor, got {type(labels).__name__}")
     check_strided(OP, "labels", labels)
     if labels.dtype not in _LABEL_DTYPES:
         expected = ", ".join(str(d)[6:] for d in _LABEL_DTYPES)
-        raise TypeError(f"{OP}: labels must be integers ({expected}), got {labels.dtype}")
+        raise TypeError(f"{OP}: labels: expected integers ({expected}), got {labels.dtype}")
     if mask_logits.dim() != 4 or 0 in mask_logits.shape[1:]:
-        raise ValueError(f"{OP}: mask_logits must be [B, C, h, w] with C, h, w >= 1, got {list(mask_logits.shape)}")
+        raise ValueError(f"{OP}: mask_logits: expected [B, C, h, w] with C, h, w >= 1, got {list(mask_logits.shape)}")
     if labels.dim() != 3 or 0 in labels.shape[1:]:
-        raise ValueError(f"{OP}: labels must be [B, H, W] with H, W >= 1, got {list(labels.shape)}")
+        raise ValueError(f"{OP}: labels: expected [B, H, W] with H, W >= 1, got {list(labels.shape)}")
     B, C = mask_logits.shape[:2]
     if labels.shape[0] != B:
-        raise ValueError(f"{OP}: mask_logits holds B = {B} images, labels {labels.shape[0]}")
+        raise ValueError(f"{OP}: labels: expected as many images as mask_logits, B = {B}, got {labels.shape[0]}")
     if labels.device != mask_logits.device:
-        raise ValueError(f"{OP}: mask_logits is on {mask_logits.device}, labels on {labels.device}")
+        raise ValueError(f"{OP}: labels: expected the device of mask_logits {mask_logits.device}, got {labels.device}")
     if 0 <= ignore_index < C:
-        raise ValueError(f"{OP}: ignore_index must lie outside the classes 0..{C - 1}, got {ignore_index}")
+        raise ValueError(f"{OP}: ignore_index: expected a value outside the classes 0..{C - 1}, got {ignore_index}")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"{OP}: alpha must be in 0..1, got {alpha}")
+        raise ValueError(f"{OP}: alpha: expected a number in 0..1, got {alpha}")
     if not 0 <= gamma < float("inf"):
-        raise ValueError(f"{OP}: gamma must be finite and >= 0, got {gamma}")
+        raise ValueError(f"{OP}: gamma: expected a finite number >= 0, got {gamma}")
     if isinstance(num_masks, Tensor):
         if num_masks.numel() != 1:
-            raise ValueError(f"{OP}: num_masks must be a number or have one element, got {list(num_masks.shape)}")
+            raise ValueError(f"{OP}: num_masks: expected a number or one element, got {list(num_masks.shape)}")
     elif num_masks is not None and not num_masks > 0:
-        raise ValueError(f"{OP}: num_masks must be positive, got {num_masks}")
+        raise ValueError(f"{OP}: num_masks: expected a positive number, got {num_masks}")
 
 
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -204,7 +204,7 @@ def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
 
     def error(place: list[int], value: int) -> ValueError:
         expected = f"channels 0..{classes - 1} or ignore_index = {ignore_index}"
-        return ValueError(f"{OP}: labels must be {expected}, got {value} at (b, y, x) = {tuple(place)}")
+        return ValueError(f"{OP}: labels: expected {expected}, got {value} at (b, y, x) = {tuple(place)}")
 
     check(wrong, labels, error)
 

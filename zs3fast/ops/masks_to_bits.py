@@ -90,14 +90,14 @@ def masks_to_bits(
 def _check(masks: Tensor, grid: Size, padded_size: Size | None, align_corners: bool, logits: bool) -> None:
     check_float_tensor(OP, "masks", masks)
     if masks.ndim != 4:
-        raise ValueError(f"{OP}: masks must be [B, Nq, height, width], got shape {list(masks.shape)}")
+        raise ValueError(f"{OP}: masks: expected [B, Nq, height, width], got shape {list(masks.shape)}")
     if masks.shape[2] < 1 or masks.shape[3] < 1:
-        raise ValueError(f"{OP}: masks need at least one pixel, got shape {list(masks.shape)}")
+        raise ValueError(f"{OP}: masks: expected at least one pixel, got shape {list(masks.shape)}")
     check_bool(OP, "logits", logits)
     check_bool(OP, "align_corners", align_corners)
     if not logits and (padded_size is not None or align_corners):
         what = "align_corners" if padded_size is None else "padded_size"
-        raise ValueError(f"{OP}: {what} says how logits are upsampled: it goes with logits=True")
+        raise ValueError(f"{OP}: {what}: expected with logits=True alone, whose upsampling it tells, got logits=False")
     check_size(OP, "grid", grid)
     if padded_size is not None:
         check_size(OP, "padded_size", padded_size)

@@ -251,23 +251,23 @@ def _check_tensors(mask_logits: Tensor, trusty_logits: Tensor | None, trusty_wei
             continue
         x = check_float_tensor(OP, name, x)
         if x.ndim != 4:
-            raise ValueError(f"{OP}: {name} must be 4-d, got shape {list(x.shape)}")
+            raise ValueError(f"{OP}: {name}: expected 4 dimensions, got shape {list(x.shape)}")
         if any(n == 0 for n in x.shape[1:]):
-            raise ValueError(f"{OP}: {name} needs at least one class and one patch, got shape {list(x.shape)}")
+            raise ValueError(f"{OP}: {name}: expected at least one class and one patch, got shape {list(x.shape)}")
     if trusty_weighting not in TRUSTY_WEIGHTINGS:
         expected = ", ".join(TRUSTY_WEIGHTINGS)
-        raise ValueError(f"{OP}: trusty_weighting must be one of {expected}, got {trusty_weighting!r}")
+        raise ValueError(f"{OP}: trusty_weighting: expected one of {expected}, got {trusty_weighting!r}")
     if trusty_logits is None:
         return
     if trusty_logits.shape[0] != mask_logits.shape[0] or trusty_logits.shape[1] != 1:
         raise ValueError(
-            f"{OP}: trusty_logits must be [{mask_logits.shape[0]}, 1, h, w] to go with mask_logits "
+            f"{OP}: trusty_logits: expected [{mask_logits.shape[0]}, 1, h, w] to go with mask_logits "
             f"{list(mask_logits.shape)}, got {list(trusty_logits.shape)}"
         )
     for what in ("dtype", "device"):
         ours, theirs = getattr(mask_logits, what), getattr(trusty_logits, what)
         if ours != theirs:
-            raise ValueError(f"{OP}: trusty_logits must have the {what} of mask_logits, {ours}, got {theirs}")
+            raise ValueError(f"{OP}: trusty_logits: expected the {what} of mask_logits, {ours}, got {theirs}")
 
 
 def _check_classes(
@@ -275,22 +275,22 @@ def _check_classes(
 ) -> None:
     check_number(OP, "seen_offset", seen_offset)
     if not abs(seen_offset) < math.inf:  # which, unlike math.isfinite, a traced number may be asked
-        raise ValueError(f"{OP}: seen_offset must be finite, got {seen_offset}")
+        raise ValueError(f"{OP}: seen_offset: expected a finite number, got {seen_offset}")
     if seen is not None:
         if isinstance(seen, Tensor):
-            raise TypeError(f"{OP}: seen must be a sequence of ints, got a tensor (use .tolist())")
+            raise TypeError(f"{OP}: seen: expected a sequence of ints, got a tensor (use .tolist())")
         wrong = [c for c in seen if not is_int(c) or c < 0 or c >= classes]
         if wrong:
-            raise ValueError(f"{OP}: seen must hold class indices 0..{classes - 1}, got {wrong[:5]}")
+            raise ValueError(f"{OP}: seen: expected class indices 0..{classes - 1}, got {wrong[:5]}")
         if len(set(seen)) != len(seen):
-            raise ValueError(f"{OP}: seen holds a class index twice")
+            raise ValueError(f"{OP}: seen: expected different class indices, got {list(seen)}")
     if not is_int(top_k) or not 1 <= top_k <= classes:
-        raise ValueError(f"{OP}: top_k must be in 1..C = {classes}, got {top_k!r}")
+        raise ValueError(f"{OP}: top_k: expected a number in 1..C = {classes}, got {top_k!r}")
     if dtype not in LABEL_DTYPES:
         expected = ", ".join(str(d)[6:] for d in LABEL_DTYPES)
-        raise ValueError(f"{OP}: dtype must be one of {expected}, got {dtype}")
+        raise ValueError(f"{OP}: dtype: expected one of {expected}, got {dtype}")
     if classes - 1 > torch.iinfo(dtype).max:
-        raise ValueError(f"{OP}: dtype {dtype} cannot hold {classes} classes")
+        raise ValueError(f"{OP}: dtype: expected one that holds {classes} classes, got {dtype}")
 
 
 def _check_geometry(
@@ -305,21 +305,24 @@ def _check_geometry(
             check_size(OP, name, pair)
     if windows is not None:
         if crop_size is None:
-            raise ValueError(f"{OP}: windows need crop_size, the size of one window")
+            raise ValueError(f"{OP}: crop_size: expected the size of one window, as windows are given, got None")
         for window in windows:
             if not isinstance(window, Sequence) or len(window) != 2 or not all(is_int(n) for n in window):
-                raise TypeError(f"{OP}: windows must hold pairs of ints (y, x), got {window!r}")
+                raise TypeError(f"{OP}: windows: expected pairs of ints (y, x), got {window!r}")
     crop, canvas, offsets = _plan(size, crop_size, canvas_size, windows)
     if not offsets:
-        raise ValueError(f"{OP}: windows must not be empty (None: one window that is the canvas)")
+        raise ValueError(f"{OP}: windows: expected at least one, got none (None: one window that is the canvas)")
     if mask_logits.shape[0] % len(offsets):
-        raise ValueError(f"{OP}: {mask_logits.shape[0]} rows of mask_logits are no multiple of {len(offsets)} windows")
+        rows = mask_logits.shape[0]
+        raise ValueError(f"{OP}: mask_logits: expected a multiple of {len(offsets)} windows as rows, got {rows}")
     for y, x in offsets:
         if y < 0 or x < 0 or y + crop[0] > canvas[0] or x + crop[1] > canvas[1]:
-            raise ValueError(f"{OP}: window ({y}, {x}) of size {crop} leaves the canvas {canvas}")
+            raise ValueError(f"{OP}: windows: expected all within the canvas {canvas}, got ({y}, {x}) of size {crop}")
     hole = _uncovered(crop, canvas, offsets)
     if hole is not None:
-        raise ValueError(f"{OP}: no window covers canvas pixel {hole} (crop {crop}, canvas {canvas}, {offsets})")
+        raise ValueError(
+            f"{OP}: windows: expected to cover the canvas {canvas}, got none over pixel {hole} (crop {crop}, {offsets})"
+        )
 
 
 def _uncovered(crop: Size, canvas: Size, offsets: list[tuple[int, int]]) -> tuple[int, int] | None:

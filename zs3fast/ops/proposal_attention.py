@@ -90,27 +90,27 @@ def proposal_attention(
 def _check(q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float | None) -> None:
     check_heads(OP, q, k_self=k_self, v_self=v_self, k=k, v=v)
     if not isinstance(masks, Tensor):
-        raise TypeError(f"{OP}: masks must be a tensor, got {type(masks).__name__}")
+        raise TypeError(f"{OP}: masks: expected a tensor, got {type(masks).__name__}")
     check_strided(OP, "masks", masks)
     if masks.dtype not in (torch.bool, torch.int32):
-        raise TypeError(f"{OP}: masks must be bool, or int32 bits, got {masks.dtype}")
+        raise TypeError(f"{OP}: masks: expected bool, or int32 bits, got {masks.dtype}")
     if masks.device != q.device:
-        raise ValueError(f"{OP}: masks must be on q's device {q.device}, got {masks.device}")
+        raise ValueError(f"{OP}: masks: expected q's device {q.device}, got {masks.device}")
     check_number(OP, "scale", scale, optional=True)
 
     B, heads, Nq, dh = q.shape
     for label, x in (("k_self", k_self), ("v_self", v_self)):
         if x.shape != q.shape:
-            raise ValueError(f"{OP}: {label} must have q's shape {list(q.shape)}, got {list(x.shape)}")
+            raise ValueError(f"{OP}: {label}: expected q's shape {list(q.shape)}, got {list(x.shape)}")
     N = k.shape[2]
     if k.shape != (B, heads, N, dh):
-        raise ValueError(f"{OP}: k must be [{B}, {heads}, N, {dh}] to go with q {list(q.shape)}, got {list(k.shape)}")
+        raise ValueError(f"{OP}: k: expected [{B}, {heads}, N, {dh}] to go with q {list(q.shape)}, got {list(k.shape)}")
     if v.shape != k.shape:
-        raise ValueError(f"{OP}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+        raise ValueError(f"{OP}: v: expected k's shape {list(k.shape)}, got {list(v.shape)}")
     last = N if masks.dtype == torch.bool else num_words(N)
     if masks.shape != (B, Nq, last):
         what = f"N = {N}" if masks.dtype == torch.bool else f"ceil({N} / 32) words"
-        raise ValueError(f"{OP}: masks must be [{B}, {Nq}, {last}], {what}, got {list(masks.shape)}")
+        raise ValueError(f"{OP}: masks: expected [{B}, {Nq}, {last}], {what}, got {list(masks.shape)}")
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

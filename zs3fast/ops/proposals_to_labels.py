@@ -177,27 +177,27 @@ def _check_tensors(class_weights: Tensor, masks: Tensor) -> None:
     for name, x, ndim in (("class_weights", class_weights, 3), ("masks", masks, 4)):
         check_float_tensor(OP, name, x)
         if x.ndim != ndim:
-            raise ValueError(f"{OP}: {name} must be {ndim}-d, got shape {list(x.shape)}")
+            raise ValueError(f"{OP}: {name}: expected {ndim} dimensions, got shape {list(x.shape)}")
     if class_weights.shape[2] == 0:
-        raise ValueError(f"{OP}: class_weights needs at least one class, got shape {list(class_weights.shape)}")
+        raise ValueError(f"{OP}: class_weights: expected at least one class, got shape {list(class_weights.shape)}")
     if any(n == 0 for n in masks.shape[2:]):
-        raise ValueError(f"{OP}: masks need at least one pixel, got shape {list(masks.shape)}")
+        raise ValueError(f"{OP}: masks: expected at least one pixel, got shape {list(masks.shape)}")
     for what, dim in (("images", 0), ("proposals", 1)):
         if class_weights.shape[dim] != masks.shape[dim]:
             raise ValueError(
-                f"{OP}: class_weights {list(class_weights.shape)} are for {class_weights.shape[dim]} {what}, "
-                f"masks {list(masks.shape)} for {masks.shape[dim]}"
+                f"{OP}: class_weights: expected {masks.shape[dim]} {what}, as masks {list(masks.shape)}, "
+                f"got {list(class_weights.shape)}"
             )
     if class_weights.device != masks.device:
-        raise ValueError(f"{OP}: class_weights must be on the masks' device {masks.device}, got {class_weights.device}")
+        raise ValueError(f"{OP}: class_weights: expected the masks' device {masks.device}, got {class_weights.device}")
 
 
 def _check_labels(classes: int, dtype: torch.dtype) -> None:
     if dtype not in LABEL_DTYPES:
         expected = ", ".join(str(d)[6:] for d in LABEL_DTYPES)
-        raise ValueError(f"{OP}: dtype must be one of {expected}, got {dtype}")
+        raise ValueError(f"{OP}: dtype: expected one of {expected}, got {dtype}")
     if classes - 1 > torch.iinfo(dtype).max:
-        raise ValueError(f"{OP}: dtype {dtype} cannot hold {classes} classes")
+        raise ValueError(f"{OP}: dtype: expected one that holds {classes} classes, got {dtype}")
 
 
 def _frame(
@@ -217,10 +217,10 @@ def _frame(
     own = list(masks.shape[2:])
     padded = own if padded_size is None else list(padded_size)
     if not logits and padded != own:
-        raise ValueError(f"{OP}: soft masks are on the padded frame: padded_size {padded}, but masks are {own}")
+        raise ValueError(f"{OP}: masks: expected soft ones on the padded frame {padded}, got {own}")
     image = padded if image_size is None else list(image_size)
     if image[0] > padded[0] or image[1] > padded[1]:
-        raise ValueError(f"{OP}: image_size {image} does not fit in the padded frame {padded}")
+        raise ValueError(f"{OP}: image_size: expected at most the padded frame {padded}, got {image}")
     return padded, image
 
 

@@ -150,15 +150,13 @@ def _check(
 ) -> None:
     check_heads(OP, q, k=k, v=v)
     if not is_int(num_prefix):
-        raise TypeError(f"{OP}: num_prefix must be an int, got {type(num_prefix).__name__}")
+        raise TypeError(f"{OP}: num_prefix: expected an int, got {type(num_prefix).__name__}")
     if num_prefix < 1:
-        raise ValueError(f"{OP}: num_prefix must be at least 1 (the global token), got {num_prefix}")
+        raise ValueError(f"{OP}: num_prefix: expected at least 1 (the global token), got {num_prefix}")
     check_size(OP, "grid", grid)
     check_size(OP, "regions", regions)
     if regions[0] > grid[0] or regions[1] > grid[1]:
-        raise ValueError(
-            f"{OP}: regions {tuple(regions)} do not fit the grid {tuple(grid)}: every region needs a patch of its own"
-        )
+        raise ValueError(f"{OP}: regions: expected at most one a patch of the grid {tuple(grid)}, got {tuple(regions)}")
     check_number(OP, "scale", scale, optional=True)
     check_bool(OP, "skip_prompts", skip_prompts)
 
@@ -171,11 +169,11 @@ def _check(
     ):
         if x.shape != (B, heads, rows, dh):
             raise ValueError(
-                f"{OP}: {label} must be [{B}, {heads}, {rows}, {dh}], {rows} = {prefix} + {N} patches + {M} regions"
+                f"{OP}: {label}: expected [{B}, {heads}, {rows}, {dh}], {rows} = {prefix} + {N} patches + {M} regions"
                 f"{' (skip_prompts)' if skip_prompts and label == 'q' else ''}, got {list(x.shape)}"
             )
     if v.shape != k.shape:
-        raise ValueError(f"{OP}: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+        raise ValueError(f"{OP}: v: expected k's shape {list(k.shape)}, got {list(v.shape)}")
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

@@ -81,12 +81,12 @@ def relationship_descriptor(
     _check_tensor(OP, "visual", visual, text)
     D = text.shape[1]
     if visual.ndim not in (2, 3) or visual.shape[-1] != D:
-        raise ValueError(f"{OP}: visual must be [B, D] or [B, M, D] with text's D = {D}, got {list(visual.shape)}")
+        raise ValueError(f"{OP}: visual: expected [B, D] or [B, M, D] with text's D = {D}, got {list(visual.shape)}")
     if text_term is not None:
         _check_tensor(OP, "text_term", text_term, text)
         if text_term.shape != (text.shape[0], weight.shape[0]):
             expected = [text.shape[0], weight.shape[0]]
-            raise ValueError(f"{OP}: text_term must be [C, D'] = {expected}, got {list(text_term.shape)}")
+            raise ValueError(f"{OP}: text_term: expected [C, D'] = {expected}, got {list(text_term.shape)}")
     tensors = _matmul.autocast(text, visual, weight, bias, text_term)
     descriptor: Tensor = torch.ops.zs3fast.relationship_descriptor(*tensors)
     return descriptor
@@ -95,23 +95,23 @@ def relationship_descriptor(
 def _check_tensor(name: str, label: str, x: Tensor, text: Tensor) -> None:
     check_float_tensor(name, label, x)
     if x.device != text.device:
-        raise ValueError(f"{name}: {label} must be on text's device {text.device}, got {x.device}")
+        raise ValueError(f"{name}: {label}: expected text's device {text.device}, got {x.device}")
     if x.dtype != text.dtype and not _matmul.autocasting(text):
-        raise TypeError(f"{name}: {label} must have text's dtype {text.dtype}, got {x.dtype}")
+        raise TypeError(f"{name}: {label}: expected text's dtype {text.dtype}, got {x.dtype}")
 
 
 def _check_text(name: str, text: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check_tensor(name, "text", text, text)
     if text.ndim != 2 or text.shape[1] < 1:
-        raise ValueError(f"{name}: text must be [C, D >= 1], got shape {list(text.shape)}")
+        raise ValueError(f"{name}: text: expected [C, D >= 1], got shape {list(text.shape)}")
     _check_tensor(name, "weight", weight, text)
     D = text.shape[1]
     if weight.ndim != 2 or weight.shape[1] != 2 * D:
-        raise ValueError(f"{name}: weight must be [D', 2D] = [D', {2 * D}], got shape {list(weight.shape)}")
+        raise ValueError(f"{name}: weight: expected [D', 2D] = [D', {2 * D}], got shape {list(weight.shape)}")
     if bias is not None:
         _check_tensor(name, "bias", bias, text)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{name}: bias must be [D'] = [{weight.shape[0]}], got shape {list(bias.shape)}")
+            raise ValueError(f"{name}: bias: expected [D'] = [{weight.shape[0]}], got shape {list(bias.shape)}")
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
