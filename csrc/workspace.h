@@ -6,7 +6,8 @@
 
 namespace zs3fast {
 
-constexpr int64_t kKeptBytes = int64_t{16} << 20;  // what is larger goes with the next call that needs less
+// What is larger goes with the next call that needs less. Enough for 1025 rows of 3072 columns in bfloat16.
+constexpr int64_t kKeptBytes = int64_t{13} << 19;
 
 // At least `bytes`, aligned to cache lines, not initialised; this thread's until it asks again.
 unsigned char* workspace(int64_t bytes);

@@ -25,15 +25,22 @@ struct RowScale {
 // Every step is that of `quantize_rows` in zs3fast/ops/fused_linear_int8.py, rounding for rounding.
 template <class T>
 RowScale scale_of(const T* x, int64_t depth) {
-  __m512 low = _mm512_setzero_ps(), high = low;
+  __m512 low[4], high[4];
+  for (int64_t part = 0; part < 4; ++part) low[part] = high[part] = _mm512_setzero_ps();
   __mmask16 nan = 0;
-  for (int64_t k = 0; k < depth; k += 16) {
-    const __m512 v = widen16(x + k, 0xFFFF);
-    low = _mm512_min_ps(low, v);
-    high = _mm512_max_ps(high, v);
-    nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  for (int64_t k = 0; k < depth; k += 64)
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < 4; ++part) {
+      const __m512 v = widen16(x + k + 16 * part, 0xFFFF);
+      low[part] = _mm512_min_ps(low[part], v);
+      high[part] = _mm512_max_ps(high[part], v);
+      nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    }
+  for (int64_t part = 1; part < 4; ++part) {
+    low[0] = _mm512_min_ps(low[0], low[part]);
+    high[0] = _mm512_max_ps(high[0], high[part]);
   }
-  const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
+  const float least = _mm512_reduce_min_ps(low[0]), most = _mm512_reduce_max_ps(high[0]);
   float scale = std::max((most - least) * (1.0f / 255), std::numeric_limits<float>::min());
   const float inverse = 1 / scale;
   const int32_t zero = _mm512_cvtsi512_si32(_mm512_cvtps_epi32(_mm512_set1_ps(-least * inverse)));
@@ -63,18 +70,19 @@ void pack_blocks(const Problem& f, int64_t begin, int64_t end) {
           if (n >= count) continue;
           const __m512 inverse = _mm512_set1_ps(rows[n].inverse);
           const __m512i zero = _mm512_set1_epi32(rows[n].zero);
-          alignas(64) uint8_t bytes[64];
+          __m512i q[4];  // 256 becomes 255 when it is narrowed
 #pragma GCC unroll 4
           for (int64_t part = 0; part < 4; ++part) {
             const __m512 v = _mm512_mul_ps(widen16(x + n * f.x_stride + k + 16 * part, 0xFFFF), inverse);
-            const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(v), zero);  // 256 becomes 255
-            _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * part), _mm512_cvtusepi32_epi8(q));
+            q[part] = _mm512_add_epi32(_mm512_cvtps_epi32(v), zero);
           }
-          r[n] = _mm512_load_si512(bytes);
+          // unit 4 l + part of these bytes is unit 4 part + l of the row
+          r[n] = _mm512_packus_epi16(_mm512_packus_epi32(q[0], q[1]), _mm512_packus_epi32(q[2], q[3]));
         }
         transpose16(r);
 #pragma GCC unroll 16
-        for (int64_t n = 0; n < 16; ++n) _mm512_store_si512(packed + (k + 4 * n) * kBlock + 4 * i, r[n]);
+        for (int64_t n = 0; n < 16; ++n)
+          _mm512_store_si512(packed + (k + 4 * (n % 4 * 4 + n / 4)) * kBlock + 4 * i, r[n]);
       }
     }
   }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bench import agreement
+from zs3fast.ops.fused_linear_int8 import kernels
 
 
 def test_pixels_are_counted_not_images() -> None:
@@ -22,6 +23,13 @@ def test_a_model_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
         capsys.readouterr().out,
     )
     assert found and 90 < float(found[1]) <= 100 and abs(float(found[2]) - float(found[3])) < 5
+
+
+@pytest.mark.skipif(not kernels(), reason="no int8 kernel of the extension on this machine")
+def test_eight_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    agreement.main(["--models", "zegclip", "--scenes", "1", "--quantize", "int8"])
+    found = re.search(r"([\d.]+) % equal, mIoU .* bfloat16 and int8, 1 scenes", capsys.readouterr().out)
+    assert found and 90 < float(found[1]) < 100
 
 
 def test_photos_need_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,7 +204,7 @@ def test_errors(change: dict, error: type[Exception], message: str) -> None:
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
 def test_more_rows_than_are_packed_at_a_time(dtype: torch.dtype) -> None:
-    """16 MiB are kept for packed rows: 8192 columns in float32 make that 512 of them."""
+    """6.5 MiB are kept for packed rows: 8192 columns in float32 make that 192 of them."""
     if not kernels(dtype):
         pytest.skip("no kernel on this machine")
     inputs = make(((1100,), 32, 8192), dtype)

@@ -1,4 +1,4 @@
-"""CLIP's image tower in 8 bits, for inference: its linear layers through torchao, everything else as it was."""
+"""CLIP's image tower in 8 bits, for inference: linear layers by `fused_linear_int8` or torchao, all else as it was."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zs3fast import ops
 from zs3fast.encoders.clip_vit import Attention, ClipViT, Mlp
-from zs3fast.ops.fused_linear import QUICK_GELU_SLOPE
+from zs3fast.ops.fused_linear import QUICK_GELU_SLOPE, linear
+from zs3fast.ops.fused_linear_int8 import kernel_objections, kernels, quantize_weight
 
 KINDS = ("int8", "int8-weights", "fp8")
 FP8_CAPABILITY = (8, 9)  # the first GPUs that multiply float8
@@ -27,7 +29,9 @@ def quantize_encoder(model: nn.Module, kind: str = "int8") -> nn.Module:
 
         y = s_x s_W (q_x q_W^T) + b,   q = round(x / s),   s = max |x| / 127, one a token and one a row of W
 
-    Patch embedding, norms, attention, prompts, decoder and text stay as they are.
+    "int8" on a CPU that `ops.fused_linear_int8` has a kernel for runs on it, where a token's 256 steps lie between its
+    smallest and its largest element; everything else on torchao, which that alone does not need. Patch embedding,
+    norms, attention, prompts, decoder and text stay as they are.
 
     Args:
         model: of any method, on its device and in eval mode. It is changed, and frozen altogether.
@@ -41,7 +45,7 @@ def quantize_encoder(model: nn.Module, kind: str = "int8") -> nn.Module:
         `zs3fast.weights.save` too) and `load_state_dict()`: save or load before.
     Raises:
         TypeError: not a model.  ValueError: an unknown kind, a model in training mode or quantised before, a tower
-        that is a ResNet, a device that does not do it.  ImportError: without torchao.
+        that is a ResNet, a device that does not do it.  ImportError: without torchao where it is needed.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -54,12 +58,16 @@ def quantize_encoder(model: nn.Module, kind: str = "int8") -> nn.Module:
         raise ValueError(f"model: expected a ViT as image tower, {type(encoder).__name__} is made of convolutions")
     if model.training:
         raise ValueError("model: expected eval mode, since a quantised tower cannot train; call model.eval() first")
-    quantize = _quantizer(kind, encoder.proj)
-    replaced = [  # all of them before the first is put in place: an error leaves the model whole
-        (QuantizedAttention(block.attn, quantize), QuantizedMlp(block.mlp, quantize))
-        for block in encoder.transformer.resblocks
-    ]
-    for block, (attn, mlp) in zip(encoder.transformer.resblocks, replaced):
+    blocks = encoder.transformer.resblocks
+    replaced: list[
+        tuple[Attention, Mlp]
+    ]  # all of them before the first is put in place: an error leaves the model whole
+    if runs_kernels(model, kind):
+        replaced = [(Int8Attention(block.attn), Int8Mlp(block.mlp)) for block in blocks]
+    else:
+        quantize = _quantizer(kind, encoder.proj)
+        replaced = [(QuantizedAttention(block.attn, quantize), QuantizedMlp(block.mlp, quantize)) for block in blocks]
+    for block, (attn, mlp) in zip(blocks, replaced):
         block.attn, block.mlp = attn, mlp
         block.eval()
         block.ln_1.register_forward_pre_hook(_forward_only)  # whatever enters a block's layers passes this norm
@@ -69,6 +77,82 @@ def quantize_encoder(model: nn.Module, kind: str = "int8") -> nn.Module:
     model.register_state_dict_pre_hook(_refuse_state)
     model.register_load_state_dict_pre_hook(_refuse_state)
     return model
+
+
+def runs_kernels(model: nn.Module, kind: str | None) -> bool:
+    """Whether the tower of a model, where it is, would run in these 8 bits on kernels of ours."""
+    encoder = getattr(model, "encoder", None)
+    if kind != "int8" or not isinstance(encoder, ClipViT) or encoder.proj.device.type != "cpu":
+        return False
+    mlp, attn = encoder.config.mlp_width, encoder.config.width
+    sizes = ((3 * attn, attn), (attn, attn), (mlp, attn), (attn, mlp))
+    return bool(kernels()) and not any(kernel_objections(*size) for size in sizes)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer on `ops.fused_linear_int8`: an int8 weight, its scales, which stay float32, and the bias.
+
+    Made of the weight and bias of a layer; the bias is kept, not copied.
+    """
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        codes, scale = quantize_weight(weight)
+        self.register_buffer("weight", codes)
+        self.register_buffer("scale", scale)
+        self.bias = bias  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused(x)
+
+    def fused(
+        self, x: Tensor, activation: str = "none", residual: Tensor | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """residual + activation(layer(x)), or of these rows of the weight."""
+        weight, scale, bias = (
+            t if rows is None or t is None else t[rows] for t in (self.weight, self.scale, self.bias)
+        )
+        bias = bias if bias is None else bias.to(x.dtype)
+        if residual is not None and residual.dtype != x.dtype:  # under autocast
+            return residual + ops.fused_linear_int8(x, weight, scale, bias, activation=activation)
+        return ops.fused_linear_int8(x, weight, scale, bias, activation=activation, residual=residual)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Int8Linear:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:  # a model that becomes bfloat16: its scales do not
+            self.scale = scale.to(self.scale.device)
+        return self
+
+
+class Int8Attention(Attention):
+    """The same attention on `Int8Linear`; parts of the packed projection are rows of its weight."""
+
+    def __init__(self, attn: Attention):
+        nn.Module.__init__(self)
+        self.heads = attn.heads
+        self.packed = Int8Linear(attn.in_proj_weight, attn.in_proj_bias)
+        self.out_proj = Int8Linear(attn.out_proj.weight, attn.out_proj.bias)
+
+    def in_proj(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        return self.packed.fused(x, rows=rows)
+
+
+class Int8Mlp(Mlp):
+    """The MLP on `Int8Linear`."""
+
+    def __init__(self, mlp: Mlp):
+        nn.Module.__init__(self)
+        self.c_fc = Int8Linear(mlp.c_fc.weight, mlp.c_fc.bias)
+        self.c_proj = Int8Linear(mlp.c_proj.weight, mlp.c_proj.bias)
+        self.quick = mlp.quick
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        hidden = linear(self.c_fc, x, "quick_gelu" if self.quick else "gelu")
+        return linear(self.c_proj, hidden, residual=residual)
 
 
 class QuantizedAttention(Attention):

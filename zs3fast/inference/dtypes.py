@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from zs3fast.encoders.quantize import quantize_encoder
+from zs3fast.encoders.quantize import quantize_encoder, runs_kernels
 from zs3fast.inference.options import SegmenterOptions
 from zs3fast.models.base import ZeroShotModel
 
@@ -52,24 +52,28 @@ def suited(model: ZeroShotModel, options: SegmenterOptions, own: bool = False) -
 
     Where it must change it is a copy, if it is not `own`: a caller's model stays as it was. The automatic type is for
     large float32 models: whoever has chosen a type keeps it, and small ones gain too little for their rounding. What it
-    chose is logged, once a process.
+    chose is logged, once a process. Beside 8 bits it is chosen where those are kernels of ours, which take either type
+    and are made of the weights as they came.
     """
     like = next(model.parameters())
     device = like.device if options.device is None else torch.device(options.device)
     dtype = options.torch_dtype
-    if dtype is None and like.dtype == torch.float32 and options.quantize is None:
+    quantizes = options.quantize is not None and getattr(model, "quantized", None) != options.quantize
+    ours = quantizes and device.type == like.device.type and runs_kernels(model, options.quantize)
+    if dtype is None and like.dtype == torch.float32 and (options.quantize is None or ours):
         if sum(parameter.numel() for parameter in model.parameters()) >= _LARGE:
             dtype = auto_dtype(device)
             _say(dtype, device.type)
     changes = dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point())
     moves = like.device != torch.empty(0, device=device).device
-    quantizes = options.quantize is not None and getattr(model, "quantized", None) != options.quantize
     if (changes or moves or quantizes) and not own:
         model = copy.deepcopy(model)
+    if ours:
+        quantize_encoder(model.eval(), "int8")
     if changes or moves:
         model = model.to(device=device, dtype=dtype)
     model.eval()
-    if quantizes:
+    if quantizes and not ours:
         quantize_encoder(model, options.quantize or "")
     return model
 

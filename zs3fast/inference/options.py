@@ -37,7 +37,7 @@ class SegmenterOptions:
     compile: run a method that works in windows through torch.compile, see `zs3fast.inference.compiled`; the first
         images then take a minute or more. The other methods' work has too many shapes.
     quantize: put the image tower of the model, or of a copy of the caller's, into 8 bits: "int8", "int8-weights" or
-        "fp8", see `zs3fast.encoders.quantize`, which needs torchao.
+        "fp8", see `zs3fast.encoders.quantize`. "int8" on a CPU with AVX-512-VNNI is ours; the others need torchao.
     protocol: of a training-free method: "sclip", "naclip", "clearclip", "scclip", "rcs" or "maskclip" as published
         (sizes, windows, templates; see `zs3fast.inference.window_protocols`), or a `WindowProtocol`. None: short
         side and windows of the model's `image_size`.

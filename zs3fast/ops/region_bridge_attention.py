@@ -19,6 +19,10 @@ At B = 1, heads = 12, dh = 64, N = 1024, P = 11: 3.29 GFLOP at M = 16 and 3.30 a
 12.9 MB and 25.3 MB in fp32 (the dense probabilities alone: 53 and 203 MB). The backward pass recomputes the scores from
 the saved log-sum-exp: 10 B heads dh FLOPs a pair instead of 4. With l' and the final output in the place of their
 own, step 1's backward is the plain one: its probabilities are exp(s_ij - l'_i), its correction o_i . do_i.
+
+On the CPU step 1 is `encoder_attention`'s kernel, with and without gradients: float32 by AVX-512, AVX2 or what every
+x86 has, bfloat16 by AMX's tiles, `vdpbf16ps`, or widened. Steps 2 and 3 are loops over a region's rows, read in their
+own type and summed in float32. Step 1's backward is torch's own, in float32.
 """
 
 from __future__ import annotations

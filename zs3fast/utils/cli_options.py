@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from zs3fast.utils.console import QUANTIZE_HELP
+
 CLIP_NOTE = "of the default method, or of an untrained model"
 
 Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images, folders of images, or globs.")]
@@ -111,10 +113,7 @@ BatchSize = Annotated[
 Compile = Annotated[
     bool, typer.Option("--compile", help="Run the model through torch.compile; pays off for many images.")
 ]
-Quantize = Annotated[
-    str | None,
-    typer.Option(help="Run the image tower in 8 bits: int8, int8-weights or fp8; needs zs3fast[quantize]."),
-]
+Quantize = Annotated[str | None, typer.Option(help=QUANTIZE_HELP)]
 Dtype = Annotated[
     str,
     typer.Option(help="Type the model runs in: float32, bfloat16, float16, or auto: bfloat16 where that is faster."),

@@ -23,7 +23,10 @@ from zs3fast.utils.errors import Zs3fastError
 T = TypeVar("T")
 USAGE_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130  # 128 + SIGINT, as shells count
 CROPS_HELP = "maft: classify proposals by a CLIP pass each, the baseline: mask, crop or mask_crop."
-QUANTIZE_HELP = "Run the image tower in 8 bits: int8, int8-weights or fp8; needs zs3fast[quantize]."
+QUANTIZE_HELP = (
+    "Run the image tower in 8 bits: int8, int8-weights or fp8. Needs zs3fast[quantize], int8 not on a CPU with "
+    "AVX-512-VNNI."
+)
 USER_ERRORS = (Zs3fastError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
 _LONGEST_MESSAGE = 800  # characters
 # What functions of ours call their arguments, where commands have another name for the same.
