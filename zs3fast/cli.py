@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import platform
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -123,7 +124,7 @@ class _LazyGroup(TyperGroup):
 def _with_steps(args: list[str]) -> list[str]:
     """The command line with the published number behind each --refine that has none; Typer has no such options."""
     out: list[str] = []
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
         out.append(arg)
         if arg == "--refine" and not following.lstrip("-").isdecimal():
             out.append(str(REFINE_STEPS))
@@ -153,6 +154,8 @@ def _show_version(value: bool) -> None:
 
 app = typer.Typer(
     name="zs3fast",
+    epilog="Ends with 0: all is done; 1: it went wrong on the way, for some of the images or because a disk is full; 2: "
+    "what was asked for is wrong or cannot be had here; 130: interrupted.",
     cls=_LazyGroup,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -209,12 +212,15 @@ def segment(
     classes), NAME_overlay.png (the image under its colours, with a legend) and NAME.json (a summary).
     Under `torchrun --nproc-per-node 4 -m zs3fast segment ...` every process takes its share of the images.
     """
+    from zs3fast.inference.chosen import not_both
     from zs3fast.utils.distributed import dist_env
+    from zs3fast.utils.files import expect_folder
 
     with one_line_errors(USAGE_ERROR), dist_env(device, _PATIENCE) as env:
         with _heard(env.main):
             images = env.agreed(find_images(inputs))
             stems = distinct_stems(images)
+            expect_folder(output, "output")
             entries = _class_list(classes, classes_file, dataset)
             settings: dict[str, Any] = {
                 "templates": templates,
@@ -226,6 +232,8 @@ def segment(
             settings |= {"protocol": protocol, "refine": refine}
             proposals = {"proposer": proposer, "boxes": boxes}
             source = {"method": method, "clip": clip, "pretrained": pretrained, "attention": attention}
+            chosen = {"method": method, "clip": clip, "pretrained": pretrained, "quick_gelu": quick_gelu}
+            not_both(weights, {**chosen, "untrained": untrained or None})
             segmenter = _segmenter(
                 entries,
                 weights,
@@ -255,7 +263,8 @@ def segment(
         output.mkdir(parents=True, exist_ok=True)
         with one_line_errors(RUN_ERROR):
             covered = _write_all(segmenter, stems, results, failures, workers, output, drawn, env)
-            ended = env.gathered(({image: first_line(error) for image, error in failures.items()}, covered))
+            reasons = {image: first_line(error) for image, error in failures.items()}
+            ended = env.gathered((reasons, covered))
         failed = {image: reason for reasons, _ in ended for image, reason in reasons.items()}
         if env.main:
             covered = next((note for _, note in ended if note is not None), None)
@@ -350,6 +359,8 @@ def convert(
             raise ValueError(f"out: expected a .safetensors file, got {out}")
         vocabulary = _training_vocabulary(trained_on)
         if seen_offset is not None:
+            if not math.isfinite(seen_offset):
+                raise ValueError(f"seen_offset: expected a finite number, got {seen_offset}")
             vocabulary["seen_offset"] = seen_offset
         model, tower = read_official(official, **vocabulary)
     with one_line_errors(RUN_ERROR):
@@ -394,7 +405,7 @@ def _segmenter(
     weights: str | None,
     trained_on: str | None,
     text_embeddings: Path | None,
-    device: str | None,
+    device: str,
     settings: dict[str, Any],
     proposals: dict[str, str | None],
     source: dict[str, Any],
@@ -409,12 +420,11 @@ def _segmenter(
     from zs3fast.proposals import load_box_proposer, load_mask_proposer
     from zs3fast.text import load_text_embeddings
 
-    where = _device(device)
     loaders: dict[str, Any] = {"proposer": load_mask_proposer, "boxes": load_box_proposer}
     found: dict[str, Any] = {
-        name: None if spec is None else loaders[name](spec, where) for name, spec in proposals.items()
+        name: None if spec is None else loaders[name](spec, device) for name, spec in proposals.items()
     }
-    chosen = SegmenterOptions(device=where, **settings, **found)
+    chosen = SegmenterOptions(device=device, **settings, **found)
     rows = None
     if text_embeddings is not None:
         rows = load_text_embeddings(text_embeddings, None if entries is None else len(entries))
@@ -503,24 +513,9 @@ def _class_list(classes: str | None, classes_file: Path | None, dataset: str | N
 
 def _training_vocabulary(trained_on: str | None) -> dict[str, Any]:
     """What `load_official` should know of the dataset a checkpoint was trained on."""
-    from zs3fast.text import class_names, seen_classes
+    from zs3fast.text.class_lists import training_vocabulary
 
-    if trained_on is None:
-        return {}
-    names = class_names(trained_on)
-    return {"class_names": names, "num_classes": len(names), "seen": seen_classes(trained_on)}
-
-
-def _device(device: str | None) -> str:
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {device!r} cannot be used here ({first_line(error)})") from None
-    return device
+    return {} if trained_on is None else training_vocabulary(trained_on)
 
 
 def _backend_table(device: str) -> Table:

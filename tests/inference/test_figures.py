@@ -170,3 +170,21 @@ def test_mistakes_are_one_line(scene: Path, tmp_path: Path, arguments: list[str]
     result = CliRunner().invoke(app, ["figures", method, str(scene), *options, "--output", str(tmp_path / "out")])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["tagclip", "compare"])
+def test_a_broken_image_does_not_end_the_run(scene: Path, tmp_path: Path, method: str) -> None:
+    place = tmp_path / "in"
+    place.mkdir()
+    (place / "a.png").write_bytes(scene.read_bytes()[:300])
+    (place / "b.jpg").write_bytes(b"no image")
+    (place / "c.png").write_bytes(scene.read_bytes())
+    more = ["-w", "zs3fast-tiny-tagclip"] * (2 if method == "compare" else 1)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["figures", method, str(place), "gone.png", *more, "-o", str(out)])
+    assert result.exit_code == 1 and result.output.count("failed") == 3, result.output
+    assert f"failed {place}/b.jpg: image: " in result.output and "failed gone.png: image: no file" in result.output
+    name = "compare.png" if method == "compare" else "c_tagclip.png"
+    assert [path.name for path in out.iterdir()] == [name] and min(Image.open(out / name).size) > 100
+    result = CliRunner().invoke(app, ["figures", method, "gone.png", *more, "-o", str(tmp_path / "none")])
+    assert result.exit_code == 1 and not (tmp_path / "none").exists()

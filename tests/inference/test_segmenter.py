@@ -401,7 +401,7 @@ def test_half_precision(method):
     got, expected = half(image), full(image)
     assert got.scores.dtype == np.float32 and (got.labels == expected.labels).mean() > 0.9
     np.testing.assert_allclose(got.scores, expected.scores, atol=0.05)
-    with pytest.raises(ValueError, match="dtype: expected one of torch.float32, .*got torch.int8"):
+    with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, auto, got torch.int8"):
         Segmenter(make_model(), text_embeddings=text_rows(5), dtype=torch.int8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 
@@ -75,6 +76,14 @@ def test_what_a_user_can_cause_is_an_exit_code(shown: io.StringIO, error: BaseEx
     with pytest.raises(typer.Exit) as caught, one_line_errors(2):
         raise error
     assert caught.value.exit_code == 2 and shown.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EDQUOT])
+def test_a_full_disk_is_nobodys_mistake(shown: io.StringIO, number: int) -> None:
+    """It was 2 in `train`, where settings and run are one call, and 1 elsewhere."""
+    with pytest.raises(typer.Exit) as caught, one_line_errors(2):
+        raise OSError(number, os.strerror(number), "run/log.jsonl")
+    assert caught.value.exit_code == 1 and shown.getvalue().startswith("error run/log.jsonl: ")
 
 
 def test_a_mistake_of_ours_is_not_hidden() -> None:

@@ -59,9 +59,11 @@ def app(
             from zs3fast.inference.limits import Limits
             from zs3fast.inference.options import SegmenterOptions
             from zs3fast.proposals import load_mask_proposer
+            from zs3fast.utils.distributed import usable_device
 
             limits = Limits(int(max_upload * 2**20), int(max_pixels * 1e6), max_classes)
-            found = None if proposer is None else load_mask_proposer(proposer, device or "cpu")
+            device = usable_device(device)
+            found = None if proposer is None else load_mask_proposer(proposer, device)
             models = offered(
                 weights or (), clip, pretrained, SegmenterOptions(device=device, dtype=dtype, proposer=found)
             )

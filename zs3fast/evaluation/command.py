@@ -32,11 +32,11 @@ def evaluate(options: EvalOptions) -> None:
     from zs3fast.evaluation.job import noted, prepare
     from zs3fast.evaluation.partial import PartialResults
     from zs3fast.utils.distributed import dist_env
+    from zs3fast.utils.files import expect_folder
 
     with one_line_errors(USAGE_ERROR), dist_env(options.device) as env:
         options = replace(options, device=str(env.device))
-        if options.worst < 0:
-            raise ValueError(f"worst: expected at least 0, got {options.worst}")
+        expect_folder(options.output, "output")
         job = prepare(options)
         settings = {**job.settings, "limit": options.limit}
         partial = PartialResults(options.output / "partial", settings, options.resume)

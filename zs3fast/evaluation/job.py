@@ -27,18 +27,21 @@ from zs3fast.inference.segmenter import Segmenter
 from zs3fast.inference.window_protocols import WindowProtocol, window_protocol
 from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.clsclip import ClsCLIP
+from zs3fast.models.clsclip_plus import NO_BOX
 from zs3fast.models.maft import MAFT
 from zs3fast.models.registry import create_model
 from zs3fast.models.tagclip import TagCLIP
 from zs3fast.proposals import MaskProposer, load_box_proposer, load_mask_proposer
-from zs3fast.text import class_names, competing_names, datasets, load_text_embeddings, seen_classes
+from zs3fast.text import competing_names, datasets, load_text_embeddings
 from zs3fast.text.cache import tensor_digest
+from zs3fast.text.class_lists import training_vocabulary
 from zs3fast.text.vocabulary import ClassEntry, same_name
 from zs3fast.utils.options import one_of
 from zs3fast.utils.rendering import UNLABELLED
 
 EVAL_SIZES = ("original", "input")
-_OF_PLAIN_CLIP = ("method", "pretrained", "attention")
+_CLIP = "ViT-B-16"
+_OF_PLAIN_CLIP = ("method", "clip", "pretrained", "attention")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def prepare(options: EvalOptions) -> Job:
     )
     settings = {
         "method": segmenter.model.config["method"],
-        "weights": f"{o.clip} {o.pretrained}" if path is None else f"{path.name}, {path.stat().st_size} bytes",
+        "weights": f"{o.clip or _CLIP} {o.pretrained}" if path is None else f"{path.name}, {path.stat().st_size} bytes",
         "weights_sha256": _weights_digest(segmenter.model),
         "dataset": o.dataset,
         "split": o.split,
@@ -118,7 +121,12 @@ def _check(o: EvalOptions) -> None:
         raise ValueError(f"fold: {o.dataset} is tested fold by fold, expected 0..3")
     if o.dataset not in PAIR_DATASETS and o.fold is not None:
         raise ValueError(f"fold: {o.dataset} has no folds, only {folded} have")
+    for name, least in (("worst", 0), ("limit", 1)):
+        value = getattr(o, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     one_of("denominator", o.denominator, DENOMINATORS)
+    one_of("no_box", o.no_box, NO_BOX)
     if o.fold is None and o.boxes is not None:
         raise ValueError(f"boxes: are for the folds of {folded}, got them for {o.dataset}")
     one_of("eval_size", o.eval_size, EVAL_SIZES)
@@ -308,7 +316,7 @@ def _segmenter(path: Path | None, o: EvalOptions, **options: Any) -> Segmenter:
     options["dtype"] = torch.float32  # published numbers are those of the weights as they are
     if path is None:
         given = {name: getattr(o, name) for name in _OF_PLAIN_CLIP if getattr(o, name) is not None}
-        model = create_model(given.pop("method", "maskclip"), clip=o.clip, **given)
+        model = create_model(given.pop("method", "maskclip"), **{"clip": _CLIP, **given})
         if not model.training_free:
             raise ValueError(f"weights: {model.method} is trained, expected weights of it")
         return Segmenter(model, **options)
@@ -317,6 +325,5 @@ def _segmenter(path: Path | None, o: EvalOptions, **options: Any) -> Segmenter:
         if o.trained_on is not None:
             raise ValueError(f"trained_on: is for official checkpoints, {path} knows its own training vocabulary")
     elif o.trained_on is not None:
-        learned = class_names(o.trained_on)
-        official = {"class_names": learned, "num_classes": len(learned), "seen": seen_classes(o.trained_on)}
+        official = training_vocabulary(o.trained_on)
     return Segmenter.from_pretrained(path, **options, official=official)

@@ -26,7 +26,7 @@ class EvalOptions:
         str | None,
         typer.Option(help="Without --weights: maskclip, sclip, clearclip, naclip, rcs or scclip."),
     ] = None
-    clip: Annotated[str, typer.Option(help="open_clip name of that CLIP.")] = "ViT-B-16"
+    clip: Annotated[str | None, typer.Option(help="open_clip name of that CLIP; left out: ViT-B-16.")] = None
     pretrained: Annotated[str | None, typer.Option(help="Its weights: an open_clip tag such as openai, or a file.")] = (
         None
     )
@@ -39,6 +39,7 @@ class EvalOptions:
         int | None,
         typer.Option(
             min=0,
+            max=1000,
             help="Steps of refinement (PAMR), of any method; without a number 10. Left out: as the protocol has it, "
             "none for trained methods.",
         ),
@@ -96,7 +97,9 @@ class EvalOptions:
     ] = "whole_image"
     fold: Annotated[int | None, typer.Option(help="Fold 0..3 of voc5i and coco20i, whose classes are tested.")] = None
     episodes: Annotated[str, typer.Option(help="Pairs of a fold: all, or how many to draw.")] = "all"
-    threshold: Annotated[float, typer.Option(help="Score from which a pixel belongs to the class asked for.")] = 0.5
+    threshold: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Score from which a pixel belongs to the class asked for.")
+    ] = 0.5
     eval_size: Annotated[
         str, typer.Option(help="Where a fold's masks are scored: original, or input (the network's, as few-shot code).")
     ] = "original"
@@ -108,5 +111,5 @@ class EvalOptions:
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("zs3fast_eval")
     worst: Annotated[int, typer.Option(help="How many of the worst images to show in the report.")] = 10
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted evaluation in --output.")] = False
-    workers: Annotated[int, typer.Option(help="Processes that read images ahead.")] = 0
+    workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that read images ahead.")] = 0
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; cuda if there is one.")] = None

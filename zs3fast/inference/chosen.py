@@ -30,6 +30,17 @@ def class_list(classes: str | None, classes_file: Path | None, dataset: str | No
     return None if dataset is None else [(name,) for name in class_names(dataset)]
 
 
+def not_both(weights: str | None, clip: dict[str, Any]) -> None:
+    """Raise where --weights are given and so are options that choose CLIP's instead: those of `clip` that are not None.
+
+    Raises:
+        ValueError: naming them.
+    """
+    needless = [f"--{name.replace('_', '-')}" for name, value in clip.items() if value is not None]
+    if weights is not None and needless:
+        raise ValueError(f"expected --weights or {' and '.join(needless)}, got both")
+
+
 def segmenter_of(
     weights: str | None, entries: list[ClassEntry] | None, clip: dict[str, Any], options: SegmenterOptions
 ) -> tuple[Segmenter, str]:
@@ -41,10 +52,8 @@ def segmenter_of(
     from zs3fast.inference.loading import find_weights, from_clip
     from zs3fast.inference.segmenter import Segmenter
 
-    needless = [f"--{name}" for name, value in clip.items() if value is not None]
+    not_both(weights, clip)
     if weights is not None:
-        if needless:
-            raise ValueError(f"expected --weights or {' and '.join(needless)}, got both")
         name = Path(find_weights(weights)).stem
         return Segmenter.from_pretrained(weights, class_names=entries, options=options), name
     model = from_clip(**clip, seen=[], num_classes=len(entries or ()))

@@ -54,16 +54,18 @@ def side_by_side(segmenters: Sequence[tuple[str, Segmenter]], images: Sequence[A
     """
     if not segmenters or not images:
         raise ValueError("segmenters, images: expected one at least of each, got none")
-    classes, rows = segmenters[0][1].classes, []
-    for image in images:
-        row: list[Panel] = []
-        for name, segmenter in segmenters:
-            result = cast("Segmentation", segmenter(image, classes))
-            if not row:
-                row.append(Panel(_name(result.source), shown(result.image)))
-            row.append(labelled(name, result.image, result.labels, result.class_names))
-        rows.append(row)
-    return sheet(rows)
+    return sheet([compared(segmenters, image) for image in images])
+
+
+def compared(segmenters: Sequence[tuple[str, Segmenter]], image: Any) -> list[Panel]:
+    """A row of `side_by_side`."""
+    row: list[Panel] = []
+    for name, segmenter in segmenters:
+        result = cast("Segmentation", segmenter(image, segmenters[0][1].classes))
+        if not row:
+            row.append(Panel(_name(result.source), shown(result.image)))
+        row.append(labelled(name, result.image, result.labels, result.class_names))
+    return row
 
 
 def trusty_map(segmenter: Segmenter, pixels: np.ndarray, source: str | None, most: int) -> list[list[Panel]]:

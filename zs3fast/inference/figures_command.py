@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from zs3fast.utils import cli_options as options
-from zs3fast.utils.console import USAGE_ERROR, one_line_errors, stderr, stdout
+from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, first_line, one_line_errors, stderr, stdout
 
 EPILOG = (
     "**Examples**: `zs3fast figures tagclip photo.jpg -w tagclip_voc.safetensors --classes 'cat, sofa, wall'`, or "
@@ -51,14 +51,18 @@ def figures(
     Written: NAME_METHOD.png for each image, or compare.png, a row an image.
     """
     with one_line_errors(USAGE_ERROR):
-        from zs3fast.inference.figures import FIGURES, figure, side_by_side
+        from zs3fast.inference.figures import FIGURES, compared, figure
         from zs3fast.inference.results import distinct_stems, find_images
         from zs3fast.models.registry import model_class
+        from zs3fast.utils.errors import FileFormatError
+        from zs3fast.utils.files import expect_folder
         from zs3fast.utils.options import one_of
         from zs3fast.utils.rendering import save_image
+        from zs3fast.utils.sheets import sheet
 
         one_of("METHOD", method, (*FIGURES, COMPARE))
         images = find_images(inputs)
+        expect_folder(output, "output")
         if method != COMPARE and weights is not None and len(weights) > 1:
             raise ValueError(f"--weights: expected one file for {method}, got {len(weights)}; compare takes several")
         if weights is None:
@@ -68,6 +72,8 @@ def figures(
             stderr.print("[yellow]note[/]: no --weights, so small models draw, which have seen painted scenes alone")
         if classes is not None and classes_file is not None:
             raise ValueError("expected one class list, got --classes and --classes-file")
+        if proposer is not None and method != COMPARE and model_class(method).protocol != "proposals":
+            raise ValueError(f"proposer: {method} takes no mask proposals, expected none, got {proposer!r}")
         names = (classes, classes_file, text_embeddings, trained_on)
         segmenters = [_segmenter(one, *names, proposer, device) for one in weights]
         if segmenters[0].classes is None:
@@ -75,18 +81,26 @@ def figures(
         got = segmenters[0].model.method
         if method not in (got, COMPARE):
             raise ValueError(f"METHOD: expected {got}, as {weights[0]} holds, got {method}")
-        output.mkdir(parents=True, exist_ok=True)
-        if method == COMPARE:
-            named = [(Path(one).stem, segmenter) for one, segmenter in zip(weights, segmenters, strict=True)]
-            path = output / "compare.png"
-            save_image(side_by_side(named, images), path)
-            stdout.print(f"{len(images)} images by {len(named)} models -> {escape(str(path))}")
-            return
+        named = [(Path(one).stem, segmenter) for one, segmenter in zip(weights, segmenters, strict=True)]
         stems = distinct_stems(images)
+        rows, failed = [], {}  # one bad file does not end the run
         for image in images:
-            path = output / f"{stems[image]}_{method}.png"
-            save_image(figure(segmenters[0], image, most=most), path)
-            stdout.print(f"{escape(str(image))} -> {escape(str(path))}")
+            try:
+                if method == COMPARE:
+                    rows.append(compared(named, image))
+                    continue
+                path = output / f"{stems[image]}_{method}.png"
+                save_image(figure(segmenters[0], image, most=most), path)
+                stdout.print(f"{escape(str(image))} -> {escape(str(path))}")
+            except (FileFormatError, OSError) as error:
+                failed[image] = first_line(error)
+        if rows:
+            save_image(sheet(rows), output / "compare.png")
+            stdout.print(f"{len(rows)} images by {len(named)} models -> {escape(str(output / 'compare.png'))}")
+    for image, reason in failed.items():
+        stderr.print(f"[red]failed[/] {escape(str(image))}: {escape(reason)}")
+    if failed:
+        raise typer.Exit(RUN_ERROR)
 
 
 def _segmenter(
@@ -98,18 +112,19 @@ def _segmenter(
     proposer: str | None,
     device: str | None,
 ) -> Any:
-    import torch
-
     from zs3fast.inference.loading import find_weights, is_converted
     from zs3fast.inference.segmenter import Segmenter
     from zs3fast.proposals import load_mask_proposer
-    from zs3fast.text import class_names, load_text_embeddings, parse_classes, read_class_file, seen_classes
+    from zs3fast.text import load_text_embeddings, parse_classes, read_class_file
+    from zs3fast.text.class_lists import training_vocabulary
+    from zs3fast.utils.distributed import usable_device
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = usable_device(device)
     path, official = find_weights(weights), {}
-    if trained_on is not None and not is_converted(path):
-        names = class_names(trained_on)
-        official = {"class_names": names, "num_classes": len(names), "seen": seen_classes(trained_on)}
+    if trained_on is not None:
+        if is_converted(path):
+            raise ValueError(f"trained_on: is for official checkpoints, {path} knows its own training vocabulary")
+        official = training_vocabulary(trained_on)
     entries = None if classes is None else parse_classes(classes, "--classes")
     entries = entries if classes_file is None else read_class_file(classes_file)
     given: dict[str, Any] = {"class_names": entries, "official": official, "device": where}

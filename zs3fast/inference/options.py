@@ -64,8 +64,8 @@ class SegmenterOptions:
             raise ValueError(f"window_batch: expected at least 1, got {self.window_batch}")
         known = (*DTYPES, *DTYPES.values(), AUTO, None)
         if self.dtype not in known:
-            names = ", ".join(map(str, (*DTYPES.values(), repr(AUTO))))
-            raise ValueError(f"dtype: expected one of {names}, got {self.dtype!r}")
+            names = ", ".join((*DTYPES, AUTO))
+            raise ValueError(f"dtype: expected one of {names}, got {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}")
         if self.quantize is not None:
             one_of("quantize", self.quantize, KINDS)
         if self.refine is not None and not isinstance(self.refine, int):

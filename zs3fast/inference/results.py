@@ -27,6 +27,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
 
     found: dict[Path, None] = {}
     for text in inputs:
+        if not text:  # Path("") is this folder
+            raise ValueError("INPUT: expected images, folders or globs, got an empty name")
         path = Path(text)
         if path.is_dir():
             matches, unread = image_files(path.iterdir())

@@ -6,6 +6,8 @@ ADE20K names are the first of each row of the benchmark's own object list.
 
 from __future__ import annotations
 
+from typing import Any
+
 from zs3fast.text.ade847 import ADE847
 
 
@@ -126,6 +128,19 @@ def seen_classes(dataset: str) -> list[int]:
     """Indices of the classes with labels in zero-shot training, ascending: all but `unseen_classes`."""
     unseen = set(unseen_classes(dataset))
     return [c for c in range(len(CLASS_NAMES[dataset])) if c not in unseen]
+
+
+def training_vocabulary(trained_on: str) -> dict[str, Any]:
+    """What `load_official` should know of the dataset that a checkpoint was trained on: names, their number, the seen.
+
+    Raises:
+        ValueError: unknown dataset, or one without a published split.
+    """
+    if trained_on not in UNSEEN:
+        what = "has no published seen/unseen split" if trained_on in CLASS_NAMES else "is not known"
+        raise ValueError(f"trained_on: expected one of {', '.join(UNSEEN)}, got {trained_on!r}, which {what}")
+    names = class_names(trained_on)
+    return {"class_names": names, "num_classes": len(names), "seen": seen_classes(trained_on)}
 
 
 def _known(dataset: str) -> str:

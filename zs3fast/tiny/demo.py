@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from zs3fast.utils.console import USAGE_ERROR, one_line_errors, stderr, stdout
+from zs3fast.utils.console import RUN_ERROR, USAGE_ERROR, one_line_errors, stderr, stdout
 
 if TYPE_CHECKING:
     from zs3fast.evaluation.evaluate import Report
@@ -41,11 +41,13 @@ def demo(
 
     The models come with the package. A quarter of the classes is unseen: training had no labels of them.
     """
+    from zs3fast.utils.files import expect_folder
+
     start = time.perf_counter()
     with one_line_errors(USAGE_ERROR):
         if not 1 <= scenes <= 1000:
             raise ValueError(f"--scenes: expected 1..1000, got {scenes}")
-        output.mkdir(parents=True, exist_ok=True)
+        expect_folder(output, "output")
         entries = _entries(models, scenes)
     table = Table(title=f"{entries[0].report.images} scenes, 48 seen and 16 unseen classes, percent")
     table.add_column("method")
@@ -56,7 +58,8 @@ def demo(
         table.add_row(entry.name, *(f"{values[column]:.1f}" for column in COLUMNS))
     stdout.print(table)
     path = output / "demo.png"
-    _draw(entries, path)
+    with one_line_errors(RUN_ERROR):
+        _draw(entries, path)
     stdout.print(f"image in {escape(str(path))}, {time.perf_counter() - start:.0f} s in all")
 
 

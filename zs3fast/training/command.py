@@ -85,9 +85,15 @@ def train(
         if memory is not None or most is not None:
             raise ValueError("--memory, --most: expected with --find-batch-size alone")
     from zs3fast.training.loop import train as run
+    from zs3fast.utils.files import expect_folder
 
     with one_line_errors(USAGE_ERROR):
-        result = run(loaded, resume=resume)
+        expect_folder(loaded.folder, "output")
+        try:
+            result = run(loaded, resume=resume)
+        except RuntimeError:  # a loss that is not finite: what was asked for went wrong on the way
+            with one_line_errors(RUN_ERROR):
+                raise
     if int(os.environ.get("RANK", 0)) == 0:
         best = result.best
         text = f", best {best['metric']} {best['value']:.2f} at {best['iteration']}" if best else ""

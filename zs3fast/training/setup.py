@@ -36,7 +36,7 @@ from zs3fast.training.config import TrainConfig
 from zs3fast.training.proposing import build_proposal_step
 from zs3fast.training.settings import plain
 from zs3fast.training.steps import OneStageStep, PairStep, Step
-from zs3fast.utils.checkpoint_io import strict_load
+from zs3fast.utils.checkpoint_io import existing, strict_load
 from zs3fast.utils.distributed import DistEnv, encoder_blocks
 from zs3fast.utils.options import did_you_mean
 
@@ -149,7 +149,7 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset) -> ZeroShotMo
     """The model of the method with the dataset's vocabulary, on the CPU, seeded; weights of `init_from` in place."""
     model = new_model(config, dataset)
     if config.init_from is not None:
-        _load_initial(model, Path(config.init_from))
+        _load_initial(model, existing(config.init_from, "init_from"))
     elif config.setting == "transductive":
         raise ValueError(
             "init_from: self-training starts from weights of the inductive run, "

@@ -259,8 +259,10 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
             reason = next((line for line in lines if "GLOBAL" in line or "global" in line), lines[0]).strip()
             raise CheckpointError(
                 f"{path}: holds pickled objects other than tensors and is not loaded, since that could run code "
-                f"({reason[:300]})"
+                f"({reason.split('. Please use')[0][:300]})"
             ) from None
+        if "weights_only" in text:  # torch's advice is to run the file's code
+            text = "its pickle is damaged, or it is none"
         raise CheckpointError(
             f"{path}: not a readable {kind} file, truncated perhaps ({type(error).__name__}: {text[:300]})"
         ) from None

@@ -65,6 +65,7 @@ Refine = Annotated[
     int | None,
     typer.Option(
         min=0,
+        max=1000,
         help="Steps of refinement (PAMR): near pixels of like colour share their scores; without a number 10, the "
         "published ones. Left out: as the protocol has it, none for trained methods.",
     ),
@@ -103,12 +104,13 @@ Threads = Annotated[
     typer.Option(
         "--workers",
         min=0,
+        max=256,
         help="Threads that read images ahead, and as many that write results, while the model works; 0: none. "
         "Left out: 1 on a CPU of more than two cores, one a core (up to 8) beside a GPU.",
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Images whose windows share the model's batches, for a GPU to be full.")
+    int, typer.Option(min=1, max=65536, help="Images whose windows share the model's batches, for a GPU to be full.")
 ]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Run the model through torch.compile; pays off for many images.")

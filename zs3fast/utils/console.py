@@ -1,8 +1,13 @@
-"""What the commands share: two consoles, and errors a user can cause as one line and an exit code."""
+"""What the commands share: two consoles, and errors a user can cause as one line and an exit code.
+
+A command ends with 0: all is done; 1: it went wrong on the way, for some of the images, or because a disk is full; 2:
+what was asked for is wrong (an option, a file that was handed in) or cannot be had here; 130: interrupted.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
 import logging
@@ -29,8 +34,15 @@ QUANTIZE_HELP = (
 )
 USER_ERRORS = (Zs3fastError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
 _LONGEST_MESSAGE = 800  # characters
-# What functions of ours call their arguments, where commands have another name for the same.
-_OTHER_NAMES = {"root": "data", "path": "official", "name": "dataset", "name_or_path": "weights"}
+# What functions of ours call their arguments, where commands have other names for the same.
+_OTHER_NAMES = {
+    "root": ("data",),
+    "path": ("official", "out"),
+    "name": ("dataset",),
+    "name_or_path": ("weights",),
+    "masks": ("proposer",),
+}
+_OF_THE_DISK = {errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EDQUOT}
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
@@ -111,7 +123,10 @@ def progress_bar(console: Console = stdout, *, shown: bool = True, transient: bo
 
 @contextmanager
 def one_line_errors(code: int) -> Iterator[None]:
-    """Turn the errors a user can cause into one line and an exit code; an interrupt ends with 130."""
+    """Turn the errors a user can cause into one line and an exit code; an interrupt ends with 130.
+
+    A disk that is full or broken ends with 1 whatever `code` is: nothing was asked for wrongly.
+    """
     try:
         yield
     except typer.Exit:  # a RuntimeError too: an inner block has said all
@@ -126,23 +141,31 @@ def one_line_errors(code: int) -> Iterator[None]:
             as_option(first_line(error))
         ]:  # settings say all that is wrong at once
             stderr.print(f"[red]error[/] {escape(printable(line))}")
-        raise typer.Exit(code) from None
+        of_the_disk = isinstance(error, OSError) and error.errno in _OF_THE_DISK
+        raise typer.Exit(RUN_ERROR if of_the_disk else code) from None
 
 
 def as_option(line: str) -> str:
-    """A message about an argument, "trusted_on: ...", as one about the running command's option --trusted-on."""
-    name, colon, rest = line.partition(": ")
+    """A message about arguments, "trusted_on: ...", as one about the running command's options, "--trusted-on: ..."."""
+    names, colon, rest = line.partition(": ")
     context = _click_context()
-    if context is None or not colon or not name.isidentifier():
+    if context is None or not colon:
         return line
-    options = {param.name.rstrip("_"): param for param in context.command.params}
-    param = options.get(name) or options.get(_OTHER_NAMES.get(name, ""))
-    if context.params.get(name) is None and context.params.get(f"{name}_file") is not None:  # the same from a file
-        param = options[f"{name}_file"]
+    return f"{', '.join(_option(name, context) or name for name in names.split(', '))}: {rest}"
+
+
+def _option(name: str, context: Any) -> str | None:
+    """What the running command calls a function's argument; None: nothing."""
+    params = context.command.params
+    known = {param.name.rstrip("_"): param for param in params}
+    known |= {option.lstrip("-").replace("-", "_"): param for param in params for option in param.opts}
+    if context.params.get(name) is None and context.params.get(f"{name}_file") is not None:
+        name = f"{name}_file"  # the same from a file
+    param = next((known[one] for one in (name, *_OTHER_NAMES.get(name, ())) if one in known), None)
     if param is None:
-        return line
+        return None
     said = max(param.opts, key=len)
-    return f"{said if said.startswith('-') else (param.metavar or said).upper()}: {rest}"
+    return said if said.startswith("-") else (param.metavar or said).upper()
 
 
 def _click_context() -> Any:

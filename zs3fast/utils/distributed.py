@@ -71,6 +71,20 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def usable_device(device: str | None) -> str:
+    """A device by name, tried; None: "cuda" if there is one, else "cpu".
+
+    Raises:
+        ValueError: no device, or not to be used here.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
 @contextmanager
 def dist_env(device: str | None = None, patience: timedelta | None = None) -> Iterator[DistEnv]:
     """Join the processes of torchrun, if it started this one, and choose this process's device.
@@ -86,10 +100,7 @@ def dist_env(device: str | None = None, patience: timedelta | None = None) -> It
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    usable_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     started = world > 1 and not dist.is_initialized()

@@ -57,6 +57,17 @@ def _as_os_error(error: SafetensorError, path: Path) -> OSError:
     return OSError(code, os.strerror(code) if found else str(error), os.fspath(path))
 
 
+def expect_folder(path: Path, name: str) -> None:
+    """Raise unless files can lie in the folder `path`, which need not be there yet; `name`: the argument it is."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{name}: {place} is a file, expected a folder")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(place))
+
+
 def hidden(name: str) -> bool:
     """Whether a file's name begins with a dot: temporary files, and what macOS writes beside files (`._a.jpg`)."""
     return name.startswith(".")
