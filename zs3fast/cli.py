@@ -154,8 +154,8 @@ def _show_version(value: bool) -> None:
 
 app = typer.Typer(
     name="zs3fast",
-    epilog="Ends with 0: all is done; 1: it went wrong on the way, for some of the images or because a disk is full; 2: "
-    "what was asked for is wrong or cannot be had here; 130: interrupted.",
+    epilog="Ends with 0: all is done; 1: it went wrong on the way, for some of the images or because a disk is full; "
+    "2: what was asked for is wrong or cannot be had here; 130: interrupted.",
     cls=_LazyGroup,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
