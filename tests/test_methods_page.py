@@ -92,6 +92,7 @@ def kind(command: str, switches: tuple[str, ...]) -> str:
     if words[0] == "python":
         return words[1]
     name = words[2] if words[1] == "train" else command.partition("runs/")[2]
+    name = name.replace("maft_proposals", "generator")
     options = sorted(word for word in words if word.startswith("--") and word != "--set")
     return " ".join([words[1], name.partition("_")[0], *options, "switched" if switches else ""])
 
@@ -255,9 +256,11 @@ def option(words: list[str], name: str) -> str | None:
 
 def small_training(name: str) -> list[str]:
     """--set lines that make a published setting small."""
-    from zs3fast.training.config import load_config
+    from zs3fast.training.config import GENERATORS, load_config
 
     config = load_config(name)
+    if config.method in GENERATORS:
+        return small_generator(config)
     lines = [f"model.clip={json.dumps(CLIP)}", "model.pretrained=null", "data.crop_size=32", "data.workers=0"]
     lines += [f"text.embeddings={config.data.name}.npy", "epochs=null", "iterations=2", "batch_size=2"]
     lines += ["micro_batch=1", "schedule.warmup_iterations=0", "schedule.cycles=1", "precision=fp32"]
@@ -273,6 +276,15 @@ def small_training(name: str) -> list[str]:
     return [word for line in lines for word in ("--set", line)]
 
 
+def small_generator(config: Any) -> list[str]:
+    from tests.proposals.tiny_generators import OPTIONS
+
+    lines = [f"model.options={json.dumps(OPTIONS[config.method])}", "model.pretrained=null", "data.crop_size=64"]
+    lines += ["data.workers=0", "iterations=2", "batch_size=2", "micro_batch=1", "log.every=1", "log.tensorboard=false"]
+    lines += ["checkpoint.every=2", "validation.every=2", "validation.limit=1"]
+    return [word for line in lines for word in ("--set", line)]
+
+
 def trained(words: list[str], switches: tuple[str, ...]) -> Path:
     """Train as the words say, small, with switches; the weights."""
     name = words[2]
@@ -282,6 +294,9 @@ def trained(words: list[str], switches: tuple[str, ...]) -> Path:
     start = option(words, "--init-from")
     if start is not None:
         needed(start)
+    for word in words:
+        if "=runs/" in word:
+            needed(word.partition("=")[2])
     words = [re.sub(r"(weights_)\d+", r"\g<1>00000001", word) for word in words]
     asked = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     small = small_training(name)  # the command's own settings stand behind these, but for the length
@@ -315,6 +330,8 @@ def evaluated(words: list[str]) -> None:
     weights, dataset = option(words, "--weights"), option(words, "--dataset")
     assert weights and dataset
     needed(weights)
+    if (option(words, "--proposer") or "").startswith("runs/"):
+        needed(str(option(words, "--proposer")))
     output = Path("out") / re.sub(r"\W+", "-", "-".join(words[2:]))[-120:]
     words = [tiny_model_of(word) for word in words[2:]]
     small = ["--limit", "1", "--text-embeddings", f"{dataset}.npy", "-o", str(output), "--device", "cpu"]

@@ -26,6 +26,7 @@ def test_every_published_setting_is_there() -> None:
             for setting in ("inductive", "transductive", "supervised"):
                 assert f"{method}_{dataset}_{setting}" in names
     assert {"clsclip_voc5i", "clsclip_coco20i", "maft_coco171_inductive", "maft_coco171_open_vocabulary"} <= names
+    assert {"maft_proposals_coco171", "maft_proposals_voc20", "maft_proposals_world"} <= names
 
 
 def test_recipes_say_what_was_published() -> None:

@@ -52,6 +52,25 @@ def load(model_class: str, name: str, model_types: tuple[str, ...] | None) -> nn
     return out
 
 
+def load_backbone(name: str) -> nn.Module:
+    """The image backbone of a pretrained classifier (ResNet, Swin, ...), giving the maps of all four of its stages.
+
+    Raises:
+        ValueError: weights that are absent or are no backbone's. ImportError: a missing library.
+    """
+    library = transformers()
+    with _told(name):
+        config = library.AutoConfig.from_pretrained(name, out_features=[f"stage{number}" for number in range(1, 5)])
+        kind = type(library.AutoBackbone.from_config(config))  # its own `from_pretrained` takes no folder
+        model, report = kind.from_pretrained(name, config=config, output_loading_info=True)
+    parameters = {key for key, _ in model.named_parameters() if "hidden_states_norms" not in key}  # of no classifier
+    missing = sorted(parameters & set(report["missing_keys"]))
+    if missing:
+        raise ValueError(f"weights: {name!r} has no weights for {', '.join(missing[:5])} ({len(missing)} in all)")
+    out: nn.Module = model.float()
+    return out
+
+
 def load_processor(name: str) -> Any:
     """The image processor that belongs to a checkpoint; a ValueError where it has none."""
     library = transformers()

@@ -9,6 +9,7 @@ from zs3fast.proposals import _library
 from zs3fast.proposals.box_files import FileBoxProposer
 from zs3fast.proposals.box_transformers import TransformersBoxProposer
 from zs3fast.proposals.boxes import BoxProposer
+from zs3fast.proposals.generator import generator_proposer
 from zs3fast.proposals.mask_files import FileMaskProposer
 from zs3fast.proposals.mask_transformers import TransformersMaskProposer
 from zs3fast.proposals.masks import MaskProposer
@@ -39,6 +40,7 @@ def load_mask_proposer(spec: str, device: str = "cpu", **options: Any) -> MaskPr
         spec: "mask2former:NAME", "maskformer:NAME" or "sam:NAME", where NAME is a repository of huggingface.co or a
             local folder; "maskformer:FILE", a MaskFormer of detectron2 in a torch file, such as the generators of
             ZegFormer and ZSSeg, for its masks alone (see `maskformer_official`; no released file was at hand to try);
+            "FILE.safetensors", a generator of `zs3fast train maft_proposals_...` (see `ProposalGenerator`);
             "freeseg:FILE", the generator inside an official MAFT checkpoint; or "files:PATH", masks on
             disk (see `FileMaskProposer`).
         device: where its model runs.
@@ -47,6 +49,8 @@ def load_mask_proposer(spec: str, device: str = "cpu", **options: Any) -> MaskPr
         ValueError: an unknown kind, or weights that are absent or do not fit; the message says how to get them.
         ImportError: transformers is not installed.
     """
+    if is_generator(spec):
+        return generator_proposer(spec, device, **options)
     kind, name = _split(spec, "proposer", MASK_KINDS, ("freeseg:maft.pth", "files:masks.npz"))
     if kind == "files":
         return FileMaskProposer(name, **options)
@@ -64,6 +68,11 @@ def load_mask_proposer(spec: str, device: str = "cpu", **options: Any) -> MaskPr
     if kind == "sam":
         return SamProposer(model, **options)
     return TransformersMaskProposer(model, **{**_library.normalisation(name), **options})
+
+
+def is_generator(spec: str) -> bool:
+    """Whether a mask proposer by that name is a generator that `zs3fast train` made."""
+    return spec.endswith(".safetensors") and spec.partition(":")[0] not in (*MASK_KINDS, "freeseg", "files")
 
 
 def load_box_proposer(spec: str, device: str = "cpu", **options: Any) -> BoxProposer:

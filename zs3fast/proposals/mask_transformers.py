@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from zs3fast.proposals.frames import (
@@ -21,6 +22,13 @@ from zs3fast.proposals.frames import (
 from zs3fast.types import Proposals
 
 
+def all_layers(model: nn.Module) -> dict[str, bool]:
+    """Arguments that a MaskFormer with losses at every layer cannot do without: the library reads those layers anew."""
+    config: Any = model.config
+    needed = getattr(config, "model_type", None) == "maskformer" and config.use_auxiliary_loss
+    return {"output_hidden_states": True} if needed else {}
+
+
 class TransformersMaskProposer:
     """One mask, and probabilities over the closed label set, a query.
 
@@ -33,6 +41,7 @@ class TransformersMaskProposer:
         classes: False: its masks alone, for weights whose class scores mean nothing.
         mean, std: what the weights were trained with, for pixels in 0..255.
         short_side, long_side, divisor: the frame, see `resize_for_proposer`.
+        network_side: what the short side is resized to for the network alone; None: nothing.
     """
 
     def __init__(
@@ -45,10 +54,12 @@ class TransformersMaskProposer:
         short_side: int = SHORT_SIDE,
         long_side: int = LONG_SIDE,
         divisor: int = DIVISOR,
+        network_side: int | None = None,
     ) -> None:
         self.model, self.classes = model.eval(), classes
         self.mean, self.std = tuple(mean), tuple(std)
         self.frame = {"short_side": short_side, "long_side": long_side, "divisor": divisor}
+        self.scale = 1.0 if network_side is None else network_side / short_side
         config: Any = model.config  # the library's own
         names = config.id2label
         self.class_names = tuple(str(names[index]) for index in range(len(names)))
@@ -58,7 +69,11 @@ class TransformersMaskProposer:
         """Proposals of all images, run as one batch padded to its largest member; `names` are not used."""
         frames = resize_batch(pictures, **self.frame)
         weight = next(self.model.parameters())
-        out = self.model(pixel_values=generator_input(frames, self.mean, self.std).to(weight))
+        pixels = generator_input(frames, self.mean, self.std).to(weight)
+        if self.scale != 1:  # as `clip_input` does it
+            size = tuple(max(1, round(side * self.scale)) for side in pixels.shape[2:])
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+        out = self.model(pixel_values=pixels, **all_layers(self.model))
         mask_logits = out.masks_queries_logits.float()
         class_scores = out.class_queries_logits.float().softmax(dim=-1)
         if not bool(torch.isfinite(mask_logits).all() & torch.isfinite(class_scores).all()):

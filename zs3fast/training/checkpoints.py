@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from zs3fast.models.base import ZeroShotModel
 from zs3fast.text.cache import tensor_digest
+from zs3fast.training.trained import Trained
 from zs3fast.utils.checkpoint_io import read_safetensors
 from zs3fast.utils.distributed import assign, full_tensor
 from zs3fast.utils.files import replacing
@@ -111,7 +111,7 @@ def durable(path: Path) -> None:
             os.close(handle)
 
 
-def state_tensors(model: ZeroShotModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(model: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that changes in training, by name, on the CPU; every process must call this."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.trainable().items():
@@ -157,7 +157,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def restore(tensors: dict[str, Tensor], model: ZeroShotModel, optimizer: torch.optim.Optimizer, source: Path) -> None:
+def restore(tensors: dict[str, Tensor], model: Trained, optimizer: torch.optim.Optimizer, source: Path) -> None:
     """Put a checkpoint's weights, optimiser state and random state in place."""
     trained = model.trainable()
     saved = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
@@ -182,7 +182,7 @@ def restore(tensors: dict[str, Tensor], model: ZeroShotModel, optimizer: torch.o
         torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
-def frozen_digest(model: ZeroShotModel, text_embeddings: Tensor) -> str:
+def frozen_digest(model: Trained, text_embeddings: Tensor) -> str:
     """A digest of what a checkpoint leaves out: the weights that are not trained, and the text embeddings."""
     trained = model.trainable()
     frozen = [value for name, value in sorted(model.state_dict().items()) if name not in trained]

@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from zs3fast.models.registry import model_class
 from zs3fast.training.settings import (
     Count,
     CountOrZero,
@@ -34,6 +33,7 @@ from zs3fast.training.settings import (
     read_values,
     save_yaml,
 )
+from zs3fast.training.trained import trained_class
 from zs3fast.utils.options import close_names
 
 if TYPE_CHECKING:
@@ -42,9 +42,10 @@ else:
     from zs3fast.training.settings import settings
 
 Setting = Literal["inductive", "transductive", "supervised"]
-Method = Literal["zegclip", "tagclip", "clip_rc", "clsclip", "maft"]
+Method = Literal["zegclip", "tagclip", "clip_rc", "clsclip", "maft", "maskformer", "mask2former"]
 SETTINGS: tuple[str, ...] = get_args(Setting)
 METHODS: tuple[str, ...] = get_args(Method)
+GENERATORS = ("maskformer", "mask2former")  # of mask proposals for MAFT
 
 # Keys that a resumed run may change: where things lie, how they are spread and shown, but not what is computed.
 FREE = (
@@ -98,7 +99,10 @@ class TextConfig:
 
 @settings
 class OptimizerConfig:
-    """AdamW. no_decay: "none" (no parameter is exempt), "norms" or "norms_and_biases".  clip_norm: global L2 norm."""
+    """AdamW. no_decay: "none" (no parameter is exempt), "norms" or "norms_and_biases".  clip_norm: global L2 norm.
+
+    backbone_lr: factor of the learning rate for the backbone of a mask generator.
+    """
 
     lr: Number = 2e-4
     weight_decay: Number = 0.01
@@ -106,6 +110,7 @@ class OptimizerConfig:
     eps: Number = 1e-8
     no_decay: Literal["none", "norms", "norms_and_biases"] = "none"
     clip_norm: Positive | None = None
+    backbone_lr: Number = 1.0
 
 
 @settings
@@ -174,7 +179,8 @@ class TrainConfig:
     """A training run.
 
     method, setting: what is trained, and on which labels ("inductive", "transductive", "supervised").
-    model: further options of `create_model`: clip, pretrained, num_prompts, loss_weights, ...
+    model: further options of `create_model`: clip, pretrained, num_prompts, loss_weights, ...; of maskformer and
+        mask2former those of `zs3fast.proposals.generator.ProposalGenerator`.
     iterations or epochs: length of the run; one of both.
     batch_size: images (ClsCLIP: image-class pairs) an iteration, over all processes.
     micro_batch: images a forward pass; None: batch_size / processes. Less than that accumulates gradients.
@@ -211,9 +217,13 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        if self.setting == "transductive" and not model_class(self.method).self_training:
-            able = ", ".join(method for method in METHODS if model_class(method).self_training)
+        if self.setting == "transductive" and not trained_class(self.method).self_training:
+            able = ", ".join(method for method in METHODS if trained_class(method).self_training)
             raise ValueError(f"setting: expected one of {able} for transductive training, got {self.method}")
+        if self.method in GENERATORS and (self.parallel != "ddp" or self.checkpoint_activations):
+            raise ValueError(
+                f"parallel, checkpoint_activations: {self.method} trains all of its network, expected ddp and false"
+            )
         if (self.iterations is None) == (self.epochs is None):
             given = "both" if self.iterations is not None else "neither"
             raise ValueError(f"iterations, epochs: expected one of them, got {given}")
@@ -270,8 +280,12 @@ def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
 
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], free: Sequence[str] = FREE) -> list[str]:
-    """Lines "key: old -> new" for every key that differs between two `to_dict()`s and is not free to change."""
-    old, new = flatten(before), flatten(after)
+    """Lines "key: old -> new" for every key that differs between two `to_dict()`s and is not free to change.
+
+    A key that was not known yet when `before` was written has its default there.
+    """
+    defaults, new = flatten(TrainConfig(iterations=1).to_dict()), flatten(after)
+    old = {**{name: value for name, value in defaults.items() if name in new}, **flatten(before)}
     names = sorted(old.keys() | new.keys())
     fixed = [n for n in names if not any(n == f or n.startswith(f"{f}.") for f in free)]
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in fixed if old.get(n) != new.get(n)]

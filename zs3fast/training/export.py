@@ -9,17 +9,24 @@ from torch import Tensor
 from zs3fast import weights
 from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import create_model
+from zs3fast.proposals.generator import ProposalGenerator, save_generator
 from zs3fast.text import TextEncoder
 from zs3fast.training.checkpoints import durable
+from zs3fast.training.trained import Trained
 from zs3fast.utils.distributed import DistEnv, full_tensor, is_sharded
 from zs3fast.weights.files import TEXT_PREFIX
 
 
-def export_weights(model: ZeroShotModel, path: Path, env: DistEnv) -> None:
+def export_weights(model: Trained, path: Path, env: DistEnv) -> None:
     """Write the whole model, frozen weights included; every process must call this.
 
-    A CLIP that has no name to find its text tower by takes it along.
+    A CLIP that has no name to find its text tower by takes it along. A mask generator is a proposer's file.
     """
+    if isinstance(model, ProposalGenerator):
+        if env.main:
+            save_generator(model, path)
+            durable(path)
+        return
     tower = _own_tower(model) if env.main else {}
     model = whole_model(model)
     if env.main:

@@ -18,7 +18,6 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from zs3fast.data.datasets import ids_digest
-from zs3fast.models.base import ZeroShotModel
 from zs3fast.training import checkpoints, setup, validation
 from zs3fast.training.config import FREE, TrainConfig, changed_keys, save_config
 from zs3fast.training.export import export_weights
@@ -26,6 +25,7 @@ from zs3fast.training.logs import RunLog
 from zs3fast.training.optimiser import finite_step, freeze, make_optimizer, set_learning_rate
 from zs3fast.training.schedules import learning_rate
 from zs3fast.training.steps import Batch, Step, Terms
+from zs3fast.training.trained import Trained
 from zs3fast.utils import distributed
 from zs3fast.utils.console import stderr
 from zs3fast.utils.distributed import DistEnv
@@ -214,7 +214,7 @@ def _read(
     return tensors, facts
 
 
-def _save(config: TrainConfig, model: ZeroShotModel, optimizer: Any, env: DistEnv, facts: dict[str, Any]) -> None:
+def _save(config: TrainConfig, model: Trained, optimizer: Any, env: DistEnv, facts: dict[str, Any]) -> None:
     tensors = checkpoints.state_tensors(model, optimizer)
     if env.main:
         facts["position"] = facts["iteration"] * config.batch_size
@@ -223,7 +223,7 @@ def _save(config: TrainConfig, model: ZeroShotModel, optimizer: Any, env: DistEn
 
 def _validate(
     config: TrainConfig,
-    model: ZeroShotModel,
+    model: Trained,
     text: Tensor,
     env: DistEnv,
     log: RunLog,

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zs3fast.models.base import ZeroShotModel
+from zs3fast.proposals.generator import ProposalGenerator
 from zs3fast.training.config import OptimizerConfig
+from zs3fast.training.trained import Trained
 from zs3fast.utils.distributed import DistEnv, full_tensor
 
 
-def freeze(model: ZeroShotModel) -> dict[str, nn.Parameter]:
+def freeze(model: Trained) -> dict[str, nn.Parameter]:
     """The parameters that the method's recipe trains, by name; all others stop requiring gradients."""
     trained = model.trainable()
     if not trained:
@@ -24,10 +25,11 @@ def freeze(model: ZeroShotModel) -> dict[str, nn.Parameter]:
     return trained
 
 
-def parameter_groups(model: ZeroShotModel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups {"params", "names", "weight_decay"} of the trained parameters: decayed ones first.
+def parameter_groups(model: Trained, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups {"params", "names", "weight_decay", "lr_factor"} of the trained parameters: decayed ones first.
 
     no_decay: "none" decays all; "norms" exempts the parameters of LayerNorms, "norms_and_biases" every bias as well.
+    lr_factor: 1, and `backbone_lr` for the backbone of a mask generator.
     """
     norms = {
         id(parameter)
@@ -42,17 +44,19 @@ def parameter_groups(model: ZeroShotModel, config: OptimizerConfig) -> list[dict
         bias = name.rpartition(".")[2].endswith("bias")  # also `in_proj_bias`
         return id(parameter) in norms or (bias and config.no_decay == "norms_and_biases")
 
-    split: dict[bool, list[tuple[str, nn.Parameter]]] = {False: [], True: []}
+    backbone = model.backbone() if isinstance(model, ProposalGenerator) else {}
+    split: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.trainable().items():
-        split[exempt(name, parameter)].append((name, parameter))
+        factor = config.backbone_lr if name in backbone else 1.0
+        split.setdefault((exempt(name, parameter), factor), []).append((name, parameter))
     return [
         {
             "names": [name for name, _ in members],
             "params": [parameter for _, parameter in members],
             "weight_decay": 0.0 if without else config.weight_decay,
+            "lr_factor": factor,
         }
-        for without, members in split.items()
-        if members
+        for (without, factor), members in sorted(split.items(), key=lambda item: item[0])
     ]
 
 
@@ -62,7 +66,7 @@ class FlaggedAdamW(torch.optim.AdamW):
     found_inf: Tensor
 
 
-def make_optimizer(model: ZeroShotModel, config: OptimizerConfig) -> FlaggedAdamW:
+def make_optimizer(model: Trained, config: OptimizerConfig) -> FlaggedAdamW:
     """AdamW whose state holds the trained parameters and nothing of the frozen ones.
 
     Fused, for its flag on the device: while `found_inf` is 1 a step changes nothing, neither weights nor state.
@@ -100,6 +104,6 @@ def finite_step(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One rate for all groups, as every recipe here has it."""
+    """The rate of every group, times its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from zs3fast.models.maft import MAFT
 from zs3fast.proposals import for_classes, from_labels, load_mask_proposer
-from zs3fast.proposals.frames import SHORT_SIDE
+from zs3fast.proposals.frames import DIVISOR, SHORT_SIDE
 from zs3fast.proposals.freeseg import FreeSegProposer
+from zs3fast.proposals.loading import is_generator
 from zs3fast.training.config import TrainConfig
 from zs3fast.training.steps import ProposalStep
 from zs3fast.types import Proposals
@@ -27,6 +28,12 @@ def build_proposal_step(
     proposer = config.proposals.proposer
     if proposer == "ground_truth":
         propose = connected_labels(common["ignore_index"])
+    elif is_generator(proposer):
+        side = config.data.crop_size
+        if side % DIVISOR:
+            raise ValueError(f"data.crop_size: expected a multiple of {DIVISOR} for {proposer}, got {side}")
+        found = load_mask_proposer(proposer, str(device), short_side=side, long_side=side)
+        propose = asked(found, model.pixel_mean, model.pixel_std)
     elif config.data.crop_size != SHORT_SIDE:
         raise ValueError(
             f"data.crop_size: {proposer} works on images of {SHORT_SIDE} pixels, expected {SHORT_SIDE}, "

@@ -30,12 +30,15 @@ from zs3fast.evaluation.evaluate import Reader
 from zs3fast.models.base import SegmentationModel, ZeroShotModel
 from zs3fast.models.clsclip import ClsCLIP
 from zs3fast.models.maft import MAFT
-from zs3fast.models.registry import create_model, model_class
+from zs3fast.models.registry import create_model
+from zs3fast.proposals.generator import ProposalGenerator, load_generator
 from zs3fast.text import TextEncoder, load_text_embeddings, resolve_templates, whole_names
-from zs3fast.training.config import TrainConfig
+from zs3fast.training.config import GENERATORS, TextConfig, TrainConfig
+from zs3fast.training.generating import GeneratorStep
 from zs3fast.training.proposing import build_proposal_step
 from zs3fast.training.settings import plain
 from zs3fast.training.steps import OneStageStep, PairStep, Step
+from zs3fast.training.trained import Trained, trained_class
 from zs3fast.utils.checkpoint_io import existing, strict_load
 from zs3fast.utils.distributed import DistEnv, encoder_blocks
 from zs3fast.utils.options import did_you_mean
@@ -93,7 +96,7 @@ def open_data(config: TrainConfig, split: str | None = None) -> SegmentationData
     return open_dataset(data.name, data.root, split or data.split, fold=data.fold)
 
 
-def training_set(config: TrainConfig, dataset: SegmentationDataset, model: ZeroShotModel) -> TrainingSet:
+def training_set(config: TrainConfig, dataset: SegmentationDataset, model: Trained) -> TrainingSet:
     """Augmented samples by position, normalised as the model wants them."""
     transform = train_transform(
         config.data.recipe,
@@ -145,7 +148,7 @@ def _collated(items: list[Any]) -> Any:
     return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
 
 
-def build_model(config: TrainConfig, dataset: SegmentationDataset) -> ZeroShotModel:
+def build_model(config: TrainConfig, dataset: SegmentationDataset) -> Trained:
     """The model of the method with the dataset's vocabulary, on the CPU, seeded; weights of `init_from` in place."""
     model = new_model(config, dataset)
     if config.init_from is not None:
@@ -160,19 +163,26 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset) -> ZeroShotMo
     return model
 
 
-def new_model(config: TrainConfig, dataset: Vocabulary) -> ZeroShotModel:
+def new_model(config: TrainConfig, dataset: Vocabulary) -> Trained:
     """The model of the method with the dataset's vocabulary, on the CPU, seeded; of `model.pretrained` or random."""
     options = _model_options(config, dataset)
     torch.manual_seed(config.seed)
+    if config.method in GENERATORS:
+        return ProposalGenerator(method=config.method, **options)
     return create_model(config.method, **options)
 
 
-def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: ZeroShotModel) -> Tensor:
+def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: Trained) -> Tensor:
     """Embeddings [C, D] of all classes of the dataset: the prepared file, or CLIP's text tower.
 
-    A file may leave out the background of a fold, which is never asked for: its row is 0 then.
+    A file may leave out the background of a fold, which is never asked for: its row is 0 then. A mask generator, which
+    reads no names, has D = 0.
     """
-    if config.text.shuffle and (not model_class(config.method).pairwise or config.text.embeddings is not None):
+    if isinstance(model, ProposalGenerator):
+        if config.text != TextConfig():
+            raise ValueError(f"text: {config.method} reads no class names, expected nothing under it")
+        return torch.zeros(dataset.num_classes, 0)
+    if config.text.shuffle and (not trained_class(config.method).pairwise or config.text.embeddings is not None):
         raise ValueError("text.shuffle: is for clsclip with its text tower, not for prepared text.embeddings")
     if config.text.embeddings is not None:
         rows = load_text_embeddings(config.text.embeddings)
@@ -214,14 +224,16 @@ def _encoded(dataset: Vocabulary, model: ZeroShotModel, *templates: str | Sequen
     return [encoder.encode(names, template, text_token=model.text_token) for template in templates]
 
 
-def build_step(
-    config: TrainConfig, dataset: Vocabulary, model: ZeroShotModel, text: Tensor, device: torch.device
-) -> Step:
+def build_step(config: TrainConfig, dataset: Vocabulary, model: Trained, text: Tensor, device: torch.device) -> Step:
     """The training step of the method, on its device, recomputing and compiled where the configuration says so."""
     common: dict[str, Any] = {"ignore_index": dataset.ignore_index, "precision": config.precision}
     step: Step
     if isinstance(model, SegmentationModel):
         step = OneStageStep(model, text, setting=config.setting, **common)
+    elif isinstance(model, ProposalGenerator):
+        everything = range(len(dataset.class_names))
+        classes = everything if config.setting == "supervised" else dataset.seen
+        step = GeneratorStep(model, text, classes=classes, **common)
     elif isinstance(model, ClsCLIP):
         step = PairStep(model, text, prompts=prompts(config, dataset, model), **common)
     else:
@@ -275,7 +287,7 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def checkpoint_blocks(model: ZeroShotModel) -> None:
+def checkpoint_blocks(model: Trained) -> None:
     """Have every frozen encoder block recompute its activations in the backward pass.
 
     Frozen blocks draw no random numbers, so none are kept for the second pass. Without gradients nothing changes.
@@ -301,6 +313,8 @@ def _model_options(config: TrainConfig, dataset: Vocabulary) -> dict[str, Any]:
         if key not in known:
             hint = did_you_mean(key, known) or f"; known: {', '.join(sorted(known))}"
             raise ValueError(f"config: unknown key 'model.{key}'{hint}")
+    if config.method in GENERATORS:
+        return {**_derived_options(config), **config.model}
     supervised = config.setting == "supervised"
     options = {
         "num_classes": len(dataset.class_names),
@@ -313,7 +327,8 @@ def _model_options(config: TrainConfig, dataset: Vocabulary) -> dict[str, Any]:
 def _derived_options(config: TrainConfig) -> dict[str, Any]:
     """Options of the model that follow from the rest of the configuration, unless it says otherwise."""
     options: dict[str, Any] = {}
-    if model_class(config.method).protocol != "proposals":  # those images are squashed to CLIP's size once cropped
+    proposing = trained_class(config.method).protocol == "proposals"
+    if config.method in GENERATORS or not proposing:  # those images are squashed to CLIP's size once cropped
         options["image_size"] = config.data.crop_size
     if config.setting == "transductive":
         options["seen_offset"] = 0.0
@@ -322,7 +337,7 @@ def _derived_options(config: TrainConfig) -> dict[str, Any]:
 
 def model_defaults(method: str) -> dict[str, Any]:
     """Keyword arguments of a model and of the bases it hands them on to, with their defaults."""
-    model = model_class(method)
+    model: Any = trained_class(method)
     defaults: dict[str, Any] = {}
     for cls in model.__mro__:
         if "__init__" in cls.__dict__ and cls is not nn.Module and cls is not object:
@@ -347,12 +362,12 @@ def whole_config(config: TrainConfig) -> tuple[dict[str, Any], tuple[str, ...]]:
     return {**config.to_dict(), "model": plain(model)}, tuple(of_data)
 
 
-def _load_initial(model: ZeroShotModel, path: Path) -> None:
+def _load_initial(model: Trained, path: Path) -> None:
     """Weights of an earlier run, by name. What this model does not have (TagCLIP's token) is left out, with a note.
 
     A position table for images of another size is resized, bilinearly as CLIP's own is.
     """
-    source, _ = weights.load(path)
+    source = load_generator(path) if isinstance(model, ProposalGenerator) else weights.load(path)[0]
     state, own = source.state_dict(), model.state_dict()
     for name in own.keys() & state.keys():
         given, wanted = state[name].shape, own[name].shape

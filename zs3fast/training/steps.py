@@ -22,9 +22,10 @@ from zs3fast.types import Proposals
 from zs3fast.utils.waiting import constant
 
 if TYPE_CHECKING:
-    from zs3fast.models.base import SegmentationModel, ZeroShotModel
+    from zs3fast.models.base import SegmentationModel
     from zs3fast.models.clsclip import ClsCLIP
     from zs3fast.models.maft import MAFT
+    from zs3fast.training.trained import Trained
 
 Batch = dict[str, Tensor]
 Terms = dict[str, Tensor]
@@ -38,10 +39,10 @@ class Step(nn.Module):
         precision: "fp32", or "bf16": autocast around the model; losses are computed in float32 either way.
     """
 
-    model: ZeroShotModel
+    model: Trained
     text_embeddings: Tensor
 
-    def __init__(self, model: ZeroShotModel, text_embeddings: Tensor, *, ignore_index: int, precision: str = "fp32"):
+    def __init__(self, model: Trained, text_embeddings: Tensor, *, ignore_index: int, precision: str = "fp32"):
         super().__init__()
         self.model = model
         self.register_buffer("text_embeddings", text_embeddings, persistent=False)

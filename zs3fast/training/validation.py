@@ -15,14 +15,14 @@ from zs3fast.evaluation.evaluate import Report, evaluate, evaluate_pairs
 from zs3fast.evaluation.pairs import PairSegmenter
 from zs3fast.evaluation.protocols import labeller, resolve_setting
 from zs3fast.inference.segmenter import Segmenter
-from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.clsclip import ClsCLIP
-from zs3fast.models.registry import model_class
+from zs3fast.proposals.generator import ProposalGenerator
 from zs3fast.text import whole_names
-from zs3fast.training import setup
-from zs3fast.training.config import TrainConfig
+from zs3fast.training import generating, setup
+from zs3fast.training.config import GENERATORS, TrainConfig
 from zs3fast.training.export import whole_model
 from zs3fast.training.logs import RunLog
+from zs3fast.training.trained import Trained, trained_class
 from zs3fast.utils.distributed import DistEnv
 from zs3fast.utils.rendering import save_image
 
@@ -31,7 +31,7 @@ PAIR_METRICS = ("miou", "fb_iou")
 
 
 def validate(
-    config: TrainConfig, model: ZeroShotModel, text: Tensor, env: DistEnv, log: RunLog, done: int
+    config: TrainConfig, model: Trained, text: Tensor, env: DistEnv, log: RunLog, done: int
 ) -> dict[str, float]:
     """Score the model on the validation split, each image in one of the processes, and draw its first images.
 
@@ -39,6 +39,13 @@ def validate(
     """
     dataset = setup.open_data(config, config.validation.split)
     limit = config.validation.limit
+    if isinstance(model, ProposalGenerator):
+        try:
+            values = generating.score_regions(model, dataset, limit, env)
+        finally:
+            model.train()
+        log.scores(done, values)
+        return values
     shown = whole_model(model).to(env.device)
     try:
         if isinstance(shown, ClsCLIP):
@@ -83,12 +90,12 @@ def _draw(
 
 def check(config: TrainConfig) -> None:
     """Raise now what a validation would: the split is opened, and the method has to be one that can be validated."""
-    method = model_class(config.method)
-    if method.protocol == "proposals":  # of another model, which training does not hold
+    method, proposing = trained_class(config.method), config.method in GENERATORS
+    if method.protocol == "proposals" and not proposing:  # of another model, which training does not hold
         every = config.validation.every
         raise ValueError(f"validation.every: expected 0 for {config.method}, scored by `zs3fast eval`, got {every}")
     pairwise = method.pairwise
-    known = PAIR_METRICS if pairwise else METRICS
+    known = generating.METRICS if proposing else PAIR_METRICS if pairwise else METRICS
     if config.validation.metric not in known:
         raise ValueError(f"validation.metric: expected one of {', '.join(known)}, got {config.validation.metric!r}")
     dataset = setup.open_data(config, config.validation.split)

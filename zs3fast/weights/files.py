@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zs3fast.models.base import ZeroShotModel
 from zs3fast.models.registry import create_model
+from zs3fast.proposals.generator import METADATA_KEY as GENERATOR_KEY
 from zs3fast.utils.checkpoint_io import (
     compare,
     existing,
@@ -64,6 +65,8 @@ def load(path: str | os.PathLike[str]) -> tuple[ZeroShotModel, dict[str, Tensor]
     """
     path = existing(path)
     tensors, metadata = read_safetensors(path)
+    if GENERATOR_KEY in metadata:
+        raise CheckpointError(f"{path}: holds a mask generator, expected a model's weights; it goes with --proposer")
     if METADATA_KEY not in metadata:
         raise CheckpointError(
             f"{path}: no zs3fast configuration inside. Official checkpoints go through load_official, or "
