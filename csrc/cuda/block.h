@@ -4,7 +4,7 @@
 //   PerThread<Block, float> sum(block);                      // lives from phase to phase, one a thread
 //
 // On the GPU a thread runs its own part and waits; HostBlock, in tests, runs one part after the other.
-// What is taken over a warp (ballot, warp_sum, warp_max) is a phase of its own, for all threads of the block.
+// What is taken over a warp (ballot, warp_max) is a phase of its own, for all threads of the block.
 #pragma once
 
 #include "cuda/host_device.h"
@@ -49,10 +49,6 @@ struct GpuBlock {
     ZS3FAST_UNROLL
     for (int step = 16; step; step >>= 1) x.value = fmaxf(x.value, __shfl_xor_sync(0xffffffffu, x.value, step));
   }
-  // The sum over the lanes whose numbers differ in bits >= log2(first) alone, in a fixed order.
-  ZS3FAST_BODY void warp_sum(Values<float>& x, int first) const {
-    for (int step = 16; step >= first; step >>= 1) x.value += __shfl_xor_sync(0xffffffffu, x.value, step);
-  }
   ZS3FAST_BODY void add(int64_t* to, int64_t n) const {  // integers: the order does not matter
     atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(n));
   }
@@ -92,22 +88,14 @@ class HostBlock {
     }
   }
   void warp_max(Values<float>& x) const {
-    exchange(x, 1, [](float a, float b) { return fmaxf(a, b); });
-  }
-  void warp_sum(Values<float>& x, int first) const {
-    exchange(x, first, [](float a, float b) { return a + b; });
+    for (int step = 16; step; step >>= 1) {
+      Values<float> before = x;
+      for (int thread = 0; thread < threads_; ++thread) x[thread] = fmaxf(before[thread], before[thread ^ step]);
+    }
   }
   void add(int64_t* to, int64_t n) const { *to += n; }
 
  private:
-  template <class F>
-  void exchange(Values<float>& x, int first, F f) const {
-    for (int step = 16; step >= first; step >>= 1) {
-      Values<float> before = x;
-      for (int thread = 0; thread < threads_; ++thread) x[thread] = f(before[thread], before[thread ^ step]);
-    }
-  }
-
   int x_, y_, z_, threads_;
 };
 

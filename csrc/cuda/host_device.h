@@ -17,10 +17,8 @@
 #endif
 #if defined(__CUDA_ARCH__)
 #define ZS3FAST_UNROLL _Pragma("unroll")
-#define ZS3FAST_ONE_BY_ONE _Pragma("unroll 1")
 #else
 #define ZS3FAST_UNROLL
-#define ZS3FAST_ONE_BY_ONE
 #endif
 
 namespace zs3fast::cuda {

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 namespace zs3fast::cuda {
 
@@ -21,14 +20,6 @@ cudaError_t start(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
-}
-
-// call(std::integral_constant<int, n>{}) with that of the numbers which n is; an error where it is none of them.
-template <int... kNumbers, class Call>
-cudaError_t with_one_of(int n, Call call) {
-  cudaError_t error = cudaErrorInvalidValue;
-  ((n == kNumbers ? void(error = call(std::integral_constant<int, kNumbers>{})) : void()), ...);
-  return error;
 }
 
 }  // namespace zs3fast::cuda

@@ -287,14 +287,8 @@ FAMILIES = {
 def backends_of(op: str) -> list[str]:
     """What can run on this device, in the order of `auto`."""
     elsewhere = "cpp" if ON_GPU else "cuda"
-    names = [name for name in (*_dispatch.BACKENDS, *_dispatch.VARIANTS) if name in _dispatch.registered(op)]
-    return [name for name in names if not name.startswith(elsewhere)]
-
-
-def running_dtype(op: str, backend: str) -> torch.dtype:
-    """Of tests of how a kernel runs: fp32, or fp16 where tensor cores are all that it knows."""
-    tensor_cores = backend.startswith("cuda") and op.endswith(("proposal_attention", "region_bridge_attention"))
-    return torch.float16 if tensor_cores else torch.float32
+    names = [name for name in _dispatch.BACKENDS if name in _dispatch.registered(op)]
+    return [name for name in names if name != elsewhere]
 
 
 def passes_of(family: Family, backend: str) -> tuple[str, ...]:

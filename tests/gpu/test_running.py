@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu.device import DEVICE, ON_GPU, busy_stream, capture, far_apart, skip_unless_free, skip_without_gpu
-from tests.gpu.problems import FAMILIES, Family, as_tuple, backends_of, passes_of, running_dtype, skip_if_refused
+from tests.gpu.problems import FAMILIES, Family, as_tuple, backends_of, passes_of, skip_if_refused
 from zs3fast.ops import _dispatch, masks_to_labels, use_backend
 
 skip_without_gpu()
 
-KERNELS = ("cuda", "cuda:wgmma", "triton", "cpp")
+KERNELS = ("cuda", "triton", "cpp")
 REACH = 2**31 + 2**20 if ON_GPU else 2**12  # elements
 ALL = [(f, b) for f in FAMILIES.values() for b in backends_of(f.op)]
 ALL_IDS = [f"{name}-{b}" for name, f in FAMILIES.items() for b in backends_of(f.op)]
@@ -29,7 +29,7 @@ def close(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(("family", "backend"), BY_KERNELS)
 def test_a_graph_replays_on_new_values(family: Family, backend: str) -> None:
-    problem = family.make(family.shapes["tiny"], running_dtype(family.op, backend))
+    problem = family.make(family.shapes["tiny"], torch.float32)
     with use_backend(backend):
         skip_if_refused(family.op, backend, problem)
         inputs = [x.clone() for x in problem.tensors]
@@ -42,7 +42,7 @@ def test_a_graph_replays_on_new_values(family: Family, backend: str) -> None:
 @pytest.mark.parametrize(("family", "backend"), BY_KERNELS)
 def test_on_the_current_stream(family: Family, backend: str) -> None:
     """Inputs are NaN until the stream gets to writing them: a kernel launched on another stream reads that."""
-    problem = family.make(family.shapes["tiny"], running_dtype(family.op, backend))
+    problem = family.make(family.shapes["tiny"], torch.float32)
     with use_backend(backend):
         skip_if_refused(family.op, backend, problem)
         expected = problem.call(*problem.tensors)
@@ -57,7 +57,7 @@ def test_on_the_current_stream(family: Family, backend: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
 @pytest.mark.parametrize(("family", "backend"), BY_KERNELS)
 def test_on_a_device_that_is_not_the_current_one(family: Family, backend: str) -> None:
-    problem = family.make(family.shapes["tiny"], running_dtype(family.op, backend))
+    problem = family.make(family.shapes["tiny"], torch.float32)
     with use_backend(backend):
         skip_if_refused(family.op, backend, problem)
         got = as_tuple(problem.call(*(x.to("cuda:1") for x in problem.tensors)))

@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(ROOT.glob("csrc/*/cuda*.cu"))
 OPS = sorted({path.parent.name for path in SOURCES})
 ARCHS = {"80": 80, "90a": 90}  # of setup.py's default, and how cuobjdump names them
-HOPPER = 90
 KERNEL = re.compile(r"Function .*?zs3fast::(\w+)::(?:\(anonymous namespace\)::|\w+::)*(\w+(?:<.*>)?)\(")
 
 
@@ -110,37 +109,11 @@ def test_within_budget(op: str, used: dict) -> None:
                 assert use[name] <= most, f"{kernel} on {arch}: {use[name]} {name}, the budget is {most}"
 
 
-WGMMA_OPS = sorted(path.parent.name for path in SOURCES if path.stem == "cuda_wgmma")
-
-
-@pytest.mark.parametrize("op", WGMMA_OPS)
-def test_hopper_kernels_are_of_its_instructions(op: str, library: Path, resources: str) -> None:
-    """Products of warpgroups, both kinds, and the copy engine; for sm_90a alone, and nothing of either elsewhere."""
-    if "90a" not in _extension.info()["cuda_archs"]:
-        pytest.skip("the extension was built without sm_90a")
-    functions = [f for f in re.findall(r"Function (\w+):", resources) if f"{op}_" in f and "_fwd_kernel" in f]
-    hopper = {name for name in functions if "_wgmma_fwd_kernel" in name}
-    assert len(hopper) == 4  # two types, two widths
-    for name in hopper:
-        code = cuobjdump("-sass", "-fun", name, library)
-        parts = re.split(r"^arch = ", code, flags=re.MULTILINE)[1:]  # of every architecture, with code or without
-        assert {part.split()[0] for part in parts if f"Function : {name}" in part} == {"sm_90a"}
-        dh = 128 if "Li128E" in name else 64
-        keys = {64: 128, 128: 64}[dh]  # of a tile
-        type_ = "\\.BF16" if "BFloat16" in name else "(?!\\.BF16)"
-        products = [int(n) for n in re.findall(rf"HGMMA\.64x(\d+)x16\.F32{type_}", code)]
-        # the scores of the first tile and of a later one; the sums of a tile and of the last
-        assert products.count(keys) == 2 * dh // 16 and products.count(dh) == 2 * keys // 16
-        assert "UTMALDG.4D" in code and "LDGSTS" not in code
-    other = next(name for name in functions if name not in hopper)
-    assert "HGMMA" not in cuobjdump("-sass", "-fun", other, library)
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_budgets_fit_the_architectures(op: str) -> None:
     budget = json.loads((ROOT / "csrc" / op / "cuda_budget.json").read_text())
     for kernel, archs in budget.items():
-        assert set(archs) == {f"sm_{n}" for n in ARCHS.values() if n == HOPPER or "_wgmma_" not in kernel}, kernel
+        assert set(archs) == {f"sm_{n}" for n in ARCHS.values()}, kernel
         for arch, allowed in archs.items():
             assert allowed["registers"] <= 255 and allowed["shared"] <= SHARED_LIMIT[int(arch[3:])], (kernel, arch)
 
@@ -150,9 +123,6 @@ def test_the_op_has_a_cuda_backend(op: str, library: Path) -> None:
     """Registered in Python, and plugged in where the library has it."""
     assert "cuda" in _dispatch.registered(op)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zs3fast_cpp::{op}", "CUDA")
-    if op in WGMMA_OPS and "90a" in _extension.info()["cuda_archs"]:
-        assert "cuda:wgmma" in _dispatch.registered(op)
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zs3fast_cpp::{op}_wgmma", "CUDA")
 
 
 def test_the_library_loads_without_a_gpu_driver(library: Path) -> None:

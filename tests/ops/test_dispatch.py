@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import zs3fast
-from zs3fast.ops import _dispatch, _extension, _measured, _mma, masks_to_labels, relationship_descriptor, use_backend
+from zs3fast.ops import _dispatch, _extension, _measured, masks_to_labels, relationship_descriptor, use_backend
 
 LOGITS = torch.zeros(1, 2, 2, 2)
 
@@ -205,11 +205,11 @@ def test_an_extension_older_than_the_op_is_an_objection(monkeypatch):
 
 
 def on_a_card(monkeypatch, capability=(9, 0), archs="80,90a") -> SimpleNamespace:
-    """What leads a request there: a float32 tensor of a card, to an extension with CUDA kernels of masks_to_bits."""
+    """What leads a request there: a float32 tensor of a card, to an extension with CUDA kernels of masks_to_labels."""
     monkeypatch.setattr(_extension, "objections", list)
     monkeypatch.setattr(_extension, "module", lambda: SimpleNamespace(cuda_archs=archs))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(_dispatch, "_has_kernel", lambda op, key: (op, key) == ("masks_to_bits", "CUDA"))
+    monkeypatch.setattr(_dispatch, "_has_kernel", lambda op, key: (op, key) == ("masks_to_labels", "CUDA"))
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
 
 
@@ -227,50 +227,7 @@ def on_a_card(monkeypatch, capability=(9, 0), archs="80,90a") -> SimpleNamespace
 )
 def test_cuda_kernels_run_where_they_were_built_for(capability, archs, refusal, monkeypatch):
     tensor = on_a_card(monkeypatch, capability, archs)
-    assert _dispatch.cuda_objections("masks_to_bits", tensor) == ([] if refusal is None else [refusal])
-
-
-@pytest.mark.parametrize(
-    ("capability", "archs", "refusal"),
-    [
-        ((9, 0), "80,90a", None),
-        ((8, 0), "80,90a", "built for sm_90a, not for this card's sm_80 (ZS3FAST_CUDA_ARCHS)"),
-        ((10, 0), "90a", "built for sm_90a, not for this card's sm_100 (ZS3FAST_CUDA_ARCHS)"),
-        ((9, 0), "80,90", "this kernel is for sm_90a, which the extension was built without (ZS3FAST_CUDA_ARCHS)"),
-    ],
-)
-def test_kernels_of_one_architecture_want_it(capability, archs, refusal, monkeypatch):
-    tensor = on_a_card(monkeypatch, capability, archs)
-    reasons = _dispatch.cuda_objections("masks_to_bits", tensor, only="90a")
-    assert reasons == ([] if refusal is None else [refusal])
-
-
-def test_a_variant_runs_by_name_alone(unmeasured, monkeypatch):
-    _dispatch.register(unmeasured, "cuda:wgmma", lambda x: "cuda:wgmma", _dispatch.never)
-    monkeypatch.setattr(_measured, "SPEEDUP_OVER_TRITON", {unmeasured: {"sm_90": 2.0}})
-    for backend, runs in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:wgmma", "cuda:wgmma")):
-        with use_backend(backend):
-            assert _dispatch.requested_backend() == backend and _dispatch.call(unmeasured, LOGITS) == runs
-    with use_backend("cuda:wgmma"), pytest.raises(RuntimeError, match="'cuda:wgmma' cannot take.*\n.*\n.*not written"):
-        masks_to_labels(LOGITS, (4, 4))
-
-
-@pytest.mark.parametrize(
-    ("table", "refused", "runs"),
-    [
-        ({}, [], "mma.sync"),
-        ({"sm_90": 1.2}, [], "wgmma"),
-        ({"sm_90": 1.2}, ["heads of width 32"], "mma.sync"),
-        ({"sm_90": 0.9}, [], "mma.sync"),
-        ({"sm_80": 1.2}, [], "mma.sync"),
-    ],
-)
-def test_the_wgmma_variant_runs_as_cuda_where_it_was_measured_faster(unmeasured, monkeypatch, table, refused, runs):
-    compiled = SimpleNamespace(zs3fast_cpp=SimpleNamespace(**{unmeasured: lambda x: "mma.sync"}))
-    monkeypatch.setattr(_mma, "torch", SimpleNamespace(ops=compiled))
-    monkeypatch.setattr(_measured, "SPEEDUP_OF_WGMMA", {unmeasured: table} if table else {})
-    _dispatch.register(unmeasured, "cuda:wgmma", lambda x: "wgmma", lambda x: refused)
-    assert _mma.run(unmeasured, LOGITS) == runs
+    assert _dispatch.cuda_objections("masks_to_labels", tensor) == ([] if refusal is None else [refusal])
 
 
 def test_cuda_kernels_of_an_op_written_later_are_an_objection(monkeypatch):
@@ -281,12 +238,10 @@ def test_cuda_kernels_of_an_op_written_later_are_an_objection(monkeypatch):
 
 
 def test_cuda_kernels_want_tensors_of_a_card_and_types_they_know():
-    for op in ("masks_to_bits", "masks_to_labels", "mask_loss"):
-        reasons = _dispatch.objections(op, "cuda", LOGITS.double())
-        assert reasons[:2] == [
-            "runs on cuda tensors, not cpu",
-            "float64 not built (float32, float16, bfloat16)",
-        ]
+    assert _dispatch.objections("masks_to_labels", "cuda", LOGITS.double())[:2] == [
+        "runs on cuda tensors, not cpu",
+        "float64 not built (float32, float16, bfloat16)",
+    ]
     with use_backend("cuda"), pytest.raises(RuntimeError, match="cuda: runs on cuda tensors, not cpu"):
         masks_to_labels(LOGITS, (4, 4))
 
@@ -329,7 +284,6 @@ def test_auto_takes_a_cuda_kernel_where_it_was_measured_faster(table, chosen, un
 
 
 def test_the_measurements_name_ops_and_architectures():
-    for table, backend in ((_measured.SPEEDUP_OVER_TRITON, "cuda"), (_measured.SPEEDUP_OF_WGMMA, "cuda:wgmma")):
-        for op, archs in table.items():
-            assert backend in _dispatch.registered(op)
-            assert archs and all(re.fullmatch(r"sm_\d+", arch) and speedup > 1 for arch, speedup in archs.items())
+    for op, archs in _measured.SPEEDUP_OVER_TRITON.items():
+        assert "cuda" in _dispatch.registered(op)
+        assert archs and all(re.fullmatch(r"sm_\d+", arch) and speedup > 1 for arch, speedup in archs.items())

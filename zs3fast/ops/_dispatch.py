@@ -24,7 +24,6 @@ from zs3fast.ops import _measured
 logger = logging.getLogger("zs3fast")
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")  # the order in which `auto` asks
-VARIANTS = ("cuda:wgmma",)  # other kernels of a backend, which run if asked for by name
 Objections = Callable[..., list[str]]
 
 
@@ -41,8 +40,8 @@ _logged: set[tuple[str, str]] = set()
 
 
 def _valid(backend: str, source: str) -> str:
-    if backend not in ("auto", *BACKENDS, *VARIANTS):
-        choices = ", ".join(("auto", *BACKENDS, *VARIANTS))
+    if backend not in ("auto", *BACKENDS):
+        choices = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{source}: unknown backend {backend!r}, expected one of {choices}")
     return backend
 
@@ -54,7 +53,7 @@ class use_backend:
     """Choose the backend of every op, process-wide or for a `with` block.
 
     Args:
-        backend: "auto" | "reference" | "cpp" | "triton" | "cuda", or a variant of one: "cuda:wgmma".
+        backend: "auto" | "reference" | "cpp" | "triton" | "cuda".
     Raises:
         ValueError: the name is none of these. Whether a backend can take a request is known, and raised, at the call.
 
@@ -83,7 +82,7 @@ def requested_backend() -> str:
 
 def register(op: str, backend: str, run: Callable[..., Any], objections: Objections) -> None:
     """Plug `backend`'s version of `op` in. Called once, from the op's own file."""
-    assert backend in (*BACKENDS, *VARIANTS), backend
+    assert backend in BACKENDS, backend
     _implementations.setdefault(op, {})[backend] = Implementation(run, objections)
 
 
@@ -204,12 +203,8 @@ def cuda_objections(
     op: str,
     tensor: Tensor,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16),
-    only: str | None = None,
 ) -> list[str]:
-    """Objections of the CUDA C++ kernels of the compiled extension to a request led by `tensor`.
-
-    `only`: the one architecture, "90a", that the kernel is written for.
-    """
+    """Objections of the CUDA C++ kernels of the compiled extension to a request led by `tensor`."""
     from zs3fast.ops import _extension
 
     reasons = tensor_objections(tensor, "cuda", dtypes) + _extension.objections()
@@ -218,9 +213,6 @@ def cuda_objections(
     archs = [arch for arch in _extension.module().cuda_archs.split(",") if arch]
     if not archs:
         return ["the extension was built without CUDA (ZS3FAST_CUDA=1 says why)"]
-    if only is not None and only not in archs:
-        return [f"this kernel is for sm_{only}, which the extension was built without (ZS3FAST_CUDA_ARCHS)"]
-    archs = archs if only is None else [only]
     major, minor = torch.cuda.get_device_capability(tensor.device)
     if not any(_runs_on(arch, major, minor) for arch in archs):
         built = ", ".join(f"sm_{arch}" for arch in archs)

@@ -10,15 +10,6 @@ from __future__ import annotations
 SPEEDUP_OVER_TRITON: dict[str, dict[str, float]] = {}
 
 
-# the same of the variant by wgmma: the mma.sync kernel's time divided by its own
-SPEEDUP_OF_WGMMA: dict[str, dict[str, float]] = {}
-
-
 def faster_than_triton(op: str, architecture: str) -> bool:
     """Whether `auto` may take the CUDA C++ kernel of `op` on this architecture."""
     return SPEEDUP_OVER_TRITON.get(op, {}).get(architecture, 0.0) > 1.0
-
-
-def wgmma_is_faster(op: str, architecture: str) -> bool:
-    """Whether backend "cuda" may take the variant of `op` by wgmma on this architecture."""
-    return SPEEDUP_OF_WGMMA.get(op, {}).get(architecture, 0.0) > 1.0

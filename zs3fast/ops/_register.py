@@ -75,10 +75,9 @@ def register_op(
         reference: takes the arguments, returns the result: the definition. It takes every request.
         flops:     takes the arguments, shapes in place of tensors, and returns the FLOPs of the matrix products and
                    interpolations among them, 2 a multiply-add: what torch.utils.flop_counter.FlopCounterMode shows.
-        backends:  "cpp" | "triton" | "cuda" | a variant -> its objections (arguments -> list of reasons, empty: none).
+        backends:  "cpp" | "triton" | "cuda" -> its objections (arguments -> list of reasons, empty: none).
                    "cpp" and "cuda" run torch.ops.zs3fast_cpp.<op>, "triton" zs3fast.kernels.<op>.forward (and
-                   backward; without such kernels a function named as the op); an `Implementation` says it otherwise. A
-                   variant "cuda:name" has an entry of its own, torch.ops.zs3fast_cpp.<op>_name.
+                   backward; without such kernels a function named as the op); an `Implementation` says it otherwise.
         backward:  the gradient, a `Backward` where it has kernels of its own; None: not differentiable.
     """
     entry = "forward" if isinstance(backward, Backward) else op
@@ -107,8 +106,7 @@ def _define(
     backends: Backends,
     run_triton: Callable[..., Any],
 ) -> None:
-    variants = [f"{name}_{backend.split(':')[1]}" for backend in backends if ":" in backend]
-    for qualified in (f"zs3fast::{name}", *(f"zs3fast_cpp::{entry}" for entry in (name, *variants))):
+    for qualified in (f"zs3fast::{name}", f"zs3fast_cpp::{name}"):
         torch.library.define(qualified, schema)
     packet = getattr(torch.ops.zs3fast, name)
     arguments = packet.default._schema.arguments

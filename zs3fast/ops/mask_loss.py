@@ -246,10 +246,6 @@ def _cpp_objections(mask_logits: Tensor, *_args: object) -> list[str]:
     return _dispatch.cpp_objections(mask_logits, _KERNEL_DTYPES)
 
 
-def _cuda_objections(mask_logits: Tensor, *_args: object) -> list[str]:
-    return _dispatch.cuda_objections(OP, mask_logits, _KERNEL_DTYPES)
-
-
 def _triton_objections(mask_logits: Tensor, *_args: object) -> list[str]:
     return _dispatch.triton_objections(mask_logits)
 
@@ -272,7 +268,7 @@ register_op(
     fake=_fake,
     reference=reference,
     flops=lambda logits, labels, *_: _interpolation(logits, labels),
-    backends={"cpp": _cpp_objections, "triton": _triton_objections, "cuda": _cuda_objections},
+    backends={"cpp": _cpp_objections, "triton": _triton_objections},
     backward=Backward(
         schema=(
             "(Tensor grad_focal_sum, Tensor grad_intersection, Tensor grad_prob_sum, Tensor mask_logits,"
@@ -284,7 +280,6 @@ register_op(
         backends={
             "cpp": _of_logits(_cpp_objections),
             "triton": _of_logits(_triton_objections),
-            "cuda": _of_logits(_cuda_objections),
         },
         setup_context=_setup_context,
         gradients=_gradients,

@@ -130,15 +130,11 @@ def _triton_objections(masks: Tensor, *_args: Any) -> list[str]:
     return _dispatch.triton_objections(masks, _KERNEL_DTYPES)
 
 
-def _cuda_objections(masks: Tensor, *_args: Any) -> list[str]:
-    return _dispatch.cuda_objections(OP, masks, _KERNEL_DTYPES)
-
-
 register_op(
     OP,
     schema="(Tensor masks, SymInt[2] grid, SymInt[2] padded_size, bool align_corners, bool logits) -> Tensor",
     fake=_fake,
     reference=_reference_run,
     flops=_count,
-    backends={"cpp": _cpp_objections, "triton": _triton_objections, "cuda": _cuda_objections},
+    backends={"cpp": _cpp_objections, "triton": _triton_objections},
 )

@@ -18,13 +18,12 @@ need the listed rows copied into pairs for every head, which costs what they sav
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zs3fast.ops import _flops, _matmul, _mma
+from zs3fast.ops import _flops, _matmul
 from zs3fast.ops._attention import (
     accumulator,
     as_heads,
@@ -37,7 +36,6 @@ from zs3fast.ops._attention import (
 )
 from zs3fast.ops._bits import num_words, pack_bits, unpack_bits
 from zs3fast.ops._checks import check_number, check_strided
-from zs3fast.ops._dispatch import Implementation
 from zs3fast.ops._register import Backward, register_op
 
 OP = "proposal_attention"
@@ -181,15 +179,6 @@ def _flops_of(products: int, q: _flops.Shape, k: _flops.Shape) -> int:
     return _flops.attention(Nq, k[2] + 1, B * heads, dh, products)
 
 
-# forward alone: its log-sum-exp is what the other backends' backward passes need
-def _cuda_objections(q: Tensor, *args: Any) -> list[str]:
-    return _mma.objections(OP, q, *args[:4])  # k_self, v_self, k, v
-
-
-def _wgmma_objections(q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *_args: object) -> list[str]:
-    return _mma.wgmma_objections(OP, k, v, q, k_self, v_self)
-
-
 _INPUTS = "Tensor q, Tensor k_self, Tensor v_self, Tensor k, Tensor v, Tensor bits"
 register_op(
     OP,
@@ -197,12 +186,7 @@ register_op(
     fake=_fake,
     reference=_reference_run,
     flops=lambda q, _k_self, _v_self, k, *_: _flops_of(2, q, k),
-    backends={
-        "cpp": cpp_objections,
-        "triton": triton_objections,
-        "cuda": Implementation(partial(_mma.run, OP), _cuda_objections),
-        "cuda:wgmma": Implementation(partial(_mma.run_wgmma, OP), _wgmma_objections),
-    },
+    backends={"cpp": cpp_objections, "triton": triton_objections},
     backward=Backward(
         schema=(
             f"(Tensor grad_output, {_INPUTS}, Tensor output, Tensor lse, float scale)"

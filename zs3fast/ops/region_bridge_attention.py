@@ -27,13 +27,12 @@ own type and summed in float32. Step 1's backward is torch's own, in float32.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zs3fast.ops import _flops, _matmul, _mma
+from zs3fast.ops import _flops, _matmul
 from zs3fast.ops._attention import (
     accumulator,
     as_heads,
@@ -45,7 +44,6 @@ from zs3fast.ops._attention import (
     triton_objections,
 )
 from zs3fast.ops._checks import check_bool, check_number, check_size, is_int
-from zs3fast.ops._dispatch import Implementation
 from zs3fast.ops._register import Backward, register_op
 
 OP = "region_bridge_attention"
@@ -244,15 +242,6 @@ def _flops_of(products: int, q: _flops.Shape, num_prefix: int, grid: Pair, regio
     return _flops.attention(1, pairs, B * heads, dh, products)
 
 
-# forward alone: its log-sum-exp is what the other backends' backward passes need
-def _cuda_objections(q: Tensor, *args: Any) -> list[str]:
-    return _mma.objections(OP, q, *args[:2])  # k, v
-
-
-def _wgmma_objections(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> list[str]:
-    return _mma.wgmma_objections(OP, k, v, q)
-
-
 _LAYOUT = "SymInt num_prefix, SymInt[2] grid, SymInt[2] regions, float scale"
 torch.library.define(  # by a kernel of encoder_attention's, for tests
     f"zs3fast_cpp::{OP}_by", f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}, str kernel) -> (Tensor output, Tensor lse)"
@@ -263,12 +252,7 @@ register_op(
     fake=_fake,
     reference=_reference_run,
     flops=lambda q, _k, _v, *layout: _flops_of(2, q, *layout[:3]),
-    backends={
-        "cpp": cpp_objections,
-        "triton": triton_objections,
-        "cuda": Implementation(partial(_mma.run, OP), _cuda_objections),
-        "cuda:wgmma": Implementation(partial(_mma.run_wgmma, OP), _wgmma_objections),
-    },
+    backends={"cpp": cpp_objections, "triton": triton_objections},
     backward=Backward(
         schema=(
             f"(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, {_LAYOUT})"
