@@ -3,7 +3,8 @@
     python bench/all_ops.py results --device cuda --dtype bfloat16
     python bench/all_ops.py results --only mask_loss --tiny
 
-Rows of each op in FOLDER/<op>.json. An op that is not measured in the dtype asked for is left out, and named.
+Rows of each op in FOLDER/<op>.json; what a copy and a product reach in the same run in FOLDER/floor.json. An op that is
+not measured in the dtype asked for is left out, and named.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import harness, op_script  # noqa: E402
+from bench import gpu_clock, harness, op_script  # noqa: E402
 from bench.op_script import OpScript  # noqa: E402
 from bench.op_shapes import OPS  # noqa: E402
 
@@ -53,6 +54,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     failed = []
+    rounds = 1 if args.tiny else 5
+    reached = gpu_clock.floors(args.device, op_script.DTYPES[args.dtype], rounds=rounds, tiny=args.tiny)
+    row = harness.row("floor", "copy and product", "largest", None, device=args.device, **reached)
+    harness.write_results(args.folder / "floor.json", [row | {"dtype": args.dtype}])
+    print(" ".join(f"{name} {value:.4g}" for name, value in reached.items()), flush=True)
     for op in args.only:
         try:
             script = declared(SCRIPTS[op])

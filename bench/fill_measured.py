@@ -2,8 +2,8 @@
 
     python bench/fill_measured.py OUT/results.json sm_90 [--source bench/results/h100/ops.json]
 
-Of every op and shape measured on all of its backends in the same call, the smallest ratio of Triton's time to the CUDA
-kernel's counts, and of the mma.sync kernel's to that by wgmma. Entries of other architectures stay.
+Of every op and shape measured on both backends in the same call, the smallest ratio of Triton's time to the CUDA
+kernel's counts: the GPU's own time of a graph, where there is one. Entries of other architectures stay.
 """
 
 from __future__ import annotations
@@ -21,43 +21,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from zs3fast.ops import _measured  # noqa: E402
 
 FILE = Path(__file__).resolve().parents[1] / "zs3fast" / "ops" / "_measured.py"
-TABLES = {"SPEEDUP_OVER_TRITON": ("triton", "cuda"), "SPEEDUP_OF_WGMMA": ("cuda", "cuda:wgmma")}
+TABLE = "SPEEDUP_OVER_TRITON"
 
 
-def speedups(rows: list[dict[str, Any]], slow: str, fast: str) -> dict[str, float]:
-    """{op: smallest ratio of the times of two backends over the shapes, passes and dtypes that both ran}."""
+def speedups(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """{op: smallest ratio of Triton's time to CUDA's over the shapes, passes and dtypes that both ran}."""
     times: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         found = re.fullmatch(r"zs3fast \((.+)\)", str(row.get("backend")))
-        if found and "cuda" in str(row.get("device")):
-            times[tuple(str(row[k]) for k in ("op", "shape", "dtype", "pass"))][found[1]] = row["p50_ms"]
+        if found and "cuda" in row["versions"]:
+            ms = row.get("graph_ms", row["p50_ms"])
+            times[tuple(str(row[k]) for k in ("name", "shape", "dtype", "pass"))][found[1]] = ms
     ratios: dict[str, list[float]] = defaultdict(list)
     for (op, *_), of in times.items():
-        if slow in of and fast in of:
-            ratios[op].append(of[slow] / of[fast])
+        if "triton" in of and "cuda" in of:
+            ratios[op].append(of["triton"] / of["cuda"])
     return {op: round(min(found), 3) for op, found in sorted(ratios.items())}
 
 
 def filled(text: str, rows: list[dict[str, Any]], architecture: str, source: str) -> str:
     """The text of _measured.py with the ratios of `architecture` replaced by those of `rows`."""
-    for table, (slow, fast) in TABLES.items():
-        entries = {
-            op: {a: r for a, r in of.items() if a != architecture} for op, of in getattr(_measured, table).items()
-        }
-        for op, ratio in speedups(rows, slow, fast).items():
-            entries.setdefault(op, {})[architecture] = ratio
-        lines = [
-            f'    "{op}": {json.dumps(of, sort_keys=True)},  # {source}' for op, of in sorted(entries.items()) if of
-        ]
-        body = "{\n" + "\n".join(lines) + "\n}" if lines else "{}"
-        text, done = re.subn(
-            rf"^({table}: dict\[str, dict\[str, float\]\] = ){{.*?}}$",
-            lambda m, b=body: m[1] + b,
-            text,
-            flags=re.M | re.S,
-        )
-        if done != 1:
-            raise ValueError(f"{FILE.name}: expected one table {table}, got {done}")
+    entries = {
+        op: {a: r for a, r in of.items() if a != architecture} for op, of in _measured.SPEEDUP_OVER_TRITON.items()
+    }
+    for op, ratio in speedups(rows).items():
+        entries.setdefault(op, {})[architecture] = ratio
+    lines = [f'    "{op}": {json.dumps(of, sort_keys=True)},  # {source}' for op, of in sorted(entries.items()) if of]
+    body = "{\n" + "\n".join(lines) + "\n}" if lines else "{}"
+    table = rf"^({TABLE}: dict\[str, dict\[str, float\]\] = ){{.*?}}$"
+    text, done = re.subn(table, lambda m: m[1] + body, text, flags=re.M | re.S)
+    if done != 1:
+        raise ValueError(f"{FILE.name}: expected one table {TABLE}, got {done}")
     return text
 
 

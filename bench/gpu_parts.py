@@ -33,8 +33,8 @@ LIBRARY = ("torch", "numpy", "PIL", "safetensors", "open_clip")
 BENCH = (*LIBRARY, "rich", "yaml")
 TESTS = (*BENCH, "pytest")
 CALLS = {
-    1: "build environment tests tests-cuda tests-wgmma".split(),
-    2: "ops-bf16 tensor-cores kernels memcheck ops-fp32 counters racecheck".split(),
+    1: "build environment tests tests-cuda".split(),
+    2: "ops-bf16 labels-cuda kernels memcheck ops-fp32 counters racecheck".split(),
     3: "models-bf16 compiled-bf16 training models-fp32 folder clsclip maft largest-batch".split(),
 }
 ORDER = [name for names in CALLS.values() for name in names]
@@ -166,7 +166,7 @@ def not_carried() -> list[str]:
 
 
 def test_parts(dry_run: bool) -> list[Part]:
-    """Small problems on every backend: Triton and what runs around it, then the CUDA kernels, and those by wgmma last.
+    """Small problems on every backend: Triton and what runs around it, then the CUDA kernel.
 
     A kernel that hangs takes its own part with it alone.
     """
@@ -185,8 +185,7 @@ def test_parts(dry_run: bool) -> list[Part]:
     needs = (*TESTS, "triton")
     return [
         Part("tests", [pytest(f"{small} and not cuda", *report("tests"), *workers)], 190, 40, needs),
-        Part("tests-cuda", [pytest(f"{small} and cuda and not wgmma", *report("tests-cuda"), *workers)], 80, 20, needs),
-        Part("tests-wgmma", [pytest(f"{small} and wgmma", *report("tests-wgmma"))], 40, 10, needs),
+        Part("tests-cuda", [pytest(f"{small} and cuda", *report("tests-cuda"), *workers)], 80, 20, needs),
     ]
 
 
@@ -227,7 +226,7 @@ def checker_parts(dry_run: bool, has_cuda: bool) -> list[Part]:
     asked = [word for name in sections for word in ("--section", name)]
     options = ("--clock-control", "none", "--kernel-name", f"regex:{ours}", "--launch-count", "60", *asked)
     csv = ("--csv", "--page", "details", "--log-file", "{work}/counters.csv")
-    published = f"agrees and ({PUBLISHED}) and ({backends}) and bf16 and (not : or cuda:wgmma)"
+    published = f"agrees and ({PUBLISHED}) and ({backends}) and bf16"
     command = (ncu or "ncu", *options, *csv, *pytest(published))
     why = absent or (None if ncu else "ncu is not installed: the part kernels has times, without counters")
     return [*parts, Part("counters", [command], 75, 25, (*TESTS, "triton"), skip=why)]
@@ -268,16 +267,12 @@ def later_parts(dry_run: bool, device: str) -> list[Part]:
     folder = python("bench/folder.py", *folder, "--device", device, "--json", "{work}/folder.json")
     parts.append(Part("folder", [folder], 60, 20, BENCH))
     if not dry_run:  # maft.py knows no toy network
-        attention = [  # bf16: the kernels that auto does not take before they were measured, by both kinds of products
-            python(f"bench/ops/{op}.py", "--backend", backend, *side, "--passes", "forward", "--device", device,
-                   "--skip", *others, "--json", f"{{work}}/{backend.replace(':', '-')}-{op}.json")
-            for op, others in (
-                ("region_bridge_attention", ("flex compiled", "xformers bias")),
-                ("proposal_attention", ("flex compiled", "xformers bias", "layer: joint official")),
-            )
-            for backend in ("triton", "cuda", "cuda:wgmma")
+        labels = [  # one window each: what the CUDA kernel, which auto does not take before it was measured, is for
+            python("bench/ops/masks_to_labels.py", "voc20-512", "coco171-512", "coco171-512-b16", "ade847-640",
+                   "--backend", backend, "--device", device, "--json", f"{{work}}/{backend}-masks_to_labels.json")
+            for backend in ("triton", "cuda")
         ]  # fmt: skip
-        parts.append(Part("tensor-cores", attention, 60, 20, BENCH))
+        parts.append(Part("labels-cuda", labels, 45, 15, BENCH))
         maft = python("bench/maft.py", *side, "--device", device, "--json", "{work}/maft.json")
         parts.append(Part("maft", [maft], 60, 20, BENCH))
         largest = ("largest", "--device", device, "--classes", "171", "--json", "{work}/largest.json")

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in three calls of at most nine minutes: build, tests, benchmarks, checkers, counters.
 
-    bench/gpu_suite.sh OUT --call 1     # build, environment, a chosen part of the tests on every backend (wgmma last)
+    bench/gpu_suite.sh OUT --call 1     # build, environment, a chosen part of the tests on every backend
     bench/gpu_suite.sh OUT --call 2     # every op beside its contenders, compute-sanitizer, counters
     bench/gpu_suite.sh OUT --call 3     # whole models, eager and compiled, training steps, a folder
     bench/gpu_suite.sh OUT              # all of it, as far as the budget goes; needs a CUDA GPU, torch and nvcc
@@ -44,7 +44,6 @@ RESERVE = 5.0  # of the budget, for the summary
 KEPT = (
     "tests.xml",
     "tests-cuda.xml",
-    "tests-wgmma.xml",
     "counters.csv",
 )  # files of the work folder that go to OUT as they are
 UNREADABLE = {  # what the tools say where a machine does not let them in

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import gpu_clock
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 KEY = ("name", "backend", "shape", "dtype", "pass")  # what makes two rows measurements of the same thing
@@ -62,10 +64,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, one sample a round, and the bytes a call took at its peak on a GPU (None on CPU)."""
+    """Seconds of one call, one sample a round; on a GPU also the bytes a call took at its peak and what
+    `bench.gpu_clock.gpu_times` says of it."""
 
     samples: Sequence[float] = field(repr=False)
     peak_bytes: int | None = None
+    gpu: dict[str, float | str] | None = None
 
     def percentile(self, percent: float) -> float:
         """The sample at this percentile, interpolated between neighbours."""
@@ -110,7 +114,8 @@ def measure(
     Args:
         rounds: samples of each contender, at least 1.
         warmup: untimed calls of each, the checked one included.
-        device: where they run; on "cuda" the clock stops after a synchronisation and peak memory is recorded.
+        device: where they run; on "cuda" the clock stops after a synchronisation, peak memory is recorded, and at the
+                end, when everyone has been timed, the GPU's own time of each.
         min_sample_s: a contender faster than this is called several times a sample.
     Returns:
         {name: Timing} in the order given. Nothing is returned of anyone when one contender fails its check.
@@ -153,7 +158,10 @@ def measure(
     for _ in range(rounds):
         for contender in contenders:
             samples[contender.name].append(sample(contender.run, repeats[contender.name]))
-    return {name: Timing(samples[name], peaks[name]) for name in names}
+    own = {
+        c.name: gpu_clock.gpu_times(c.run, rounds=max(rounds, 5), device=device) if cuda else None for c in contenders
+    }
+    return {name: Timing(samples[name], peaks[name], own[name]) for name in names}
 
 
 # What was measured on what -------------------------------------------------------------------------------------------
@@ -237,6 +245,7 @@ def row(
         "dtype": str(dtype).removeprefix("torch."),
         "pass": pass_,
         **times,
+        **({} if timing is None or timing.gpu is None else timing.gpu),
         "rounds": 0 if timing is None else len(timing.samples),
         "peak_mib": None if peak is None else round(peak / 2**20, 1),
         **extra,

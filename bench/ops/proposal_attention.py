@@ -4,7 +4,6 @@
     python bench/ops/proposal_attention.py maft-100-keep10 --rounds 20
     python bench/ops/proposal_attention.py nq10 nq30 nq100 nq300 nq1000 --passes forward --no-peaks --update
     python bench/ops/proposal_attention.py --device cuda --dtype bfloat16
-    python bench/ops/proposal_attention.py --device cuda --dtype bfloat16 --passes forward --backend cuda:wgmma
 
 Shapes are MAFT's: 100 proposals over 30 x 30 patches, 300 over 32 x 32, 12 heads of width 64 (ViT-L/14: 16 heads over
 45 x 45), and 10 to 1000 proposals over 30 x 30 (nq). Masks are ellipses that cover 1 or 10 % of the patches, as objects

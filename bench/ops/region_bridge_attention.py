@@ -3,13 +3,12 @@
     python bench/ops/region_bridge_attention.py                  # all shapes, results in bench/results/<device>/
     python bench/ops/region_bridge_attention.py voc-M16 voc-M1024 --rounds 20
     python bench/ops/region_bridge_attention.py --device cuda --dtype bfloat16
-    python bench/ops/region_bridge_attention.py --device cuda --dtype bfloat16 --passes forward --backend cuda:wgmma
 
 Shapes are CLIP ViT-B/16 at 512 x 512: 12 heads of width 64, 32 x 32 patches, a global token and K = 10 (voc) or 100
 (coco) prompts, M region tokens. "sdpa no regions" is unmasked attention over prefix and patches alone: the floor, less
-work than was asked for. Dense masks and FlexAttention's block masks are made before the clock starts. All contenders
-and shapes of a pass take turns in one process, so their ratios hold on a busy machine too. Peak memory is a call's,
-inputs and the dense mask (4 E^2 bytes: 17 MB at M = 1024) not counted.
+work than was asked for; "cudnn no regions" is the same by cuDNN. Dense masks and FlexAttention's block masks are made
+before the clock starts. All contenders and shapes of a pass take turns in one process, so their ratios hold on a busy
+machine too. Peak memory is a call's, inputs and the dense mask (4 E^2 bytes: 17 MB at M = 1024) not counted.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: E402
 
 from bench.harness import Contender, within_budget  # noqa: E402
@@ -46,7 +46,8 @@ SHAPES = {  # num_prefix, grid, regions, B
 LARGE = ("voc-M16-b16", "coco-M16-b16")
 PASSES = ("forward", "backward", "forward+backward")
 FLOOR = "sdpa no regions"
-CONTENDERS = ("zs3fast", "sdpa dense mask", "flex compiled", "xformers bias", FLOOR)
+CUDNN_FLOOR = "cudnn no regions"  # by wgmma on sm_90, where torch would not choose it
+CONTENDERS = ("zs3fast", "sdpa dense mask", "flex compiled", "xformers bias", FLOOR, CUDNN_FLOOR)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -67,6 +68,15 @@ def attention(contender: str, shape: str, device: str, dtype: torch.dtype) -> At
         return partial(region_bridge_attention, num_prefix=num_prefix, grid=grid, regions=regions)
     if contender == FLOOR:
         return F.scaled_dot_product_attention
+    if contender == CUDNN_FLOOR:
+        if device == "cpu":
+            raise Unsupported("cuDNN is for GPUs")
+
+        def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return cudnn
     mask = region_bridge_mask(num_prefix, grid, regions, torch.device(device))
     bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, float("-inf"))
     if contender == "sdpa dense mask":
@@ -91,7 +101,7 @@ def make_call(contender: str, shape: str, pass_: str, args: argparse.Namespace) 
     """The timed call: -> (output,), (gradient of the packed projection,) or both."""
     packed, grad = make_inputs(shape, args.device, DTYPES[args.dtype])
     attend = attention(contender, shape, args.device, DTYPES[args.dtype])
-    if contender == FLOOR:
+    if contender in (FLOOR, CUDNN_FLOOR):
         without = packed.shape[1] - math.prod(SHAPES[shape][2])
         packed, grad = packed[:, :without], grad[:, :without]
     q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
@@ -145,7 +155,7 @@ def make(name: str, shape: str, pass_: str, args: argparse.Namespace) -> Contend
         for label, g, w in zip(labels, got, wanted, strict=False):
             within_budget(f"{name}: {label}", g, w, budget)
 
-    return Contender(name, call, None if name == FLOOR else check)
+    return Contender(name, call, None if name in (FLOOR, CUDNN_FLOOR) else check)
 
 
 SCRIPT = OpScript(

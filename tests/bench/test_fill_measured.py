@@ -9,22 +9,21 @@ from typing import Any
 
 import pytest
 
-from bench import fill_measured
+from bench import fill_measured, harness
 
 
-def row(op: str, backend: str, shape: str, ms: float, device: str = "cuda:0") -> dict[str, Any]:
-    return {
-        "op": op, "backend": f"zs3fast ({backend})", "shape": shape, "dtype": "bfloat16", "pass": "forward",
-        "device": device, "p50_ms": ms,
-    }  # fmt: skip
+def row(op: str, backend: str, shape: str, ms: float, device: str = "cuda", **more: Any) -> dict[str, Any]:
+    """A row as `harness.row` makes it: the device by its own name, CUDA among the versions where that ran."""
+    versions = {"torch": "2.14.1"} | ({"cuda": "13.0"} if device == "cuda" else {})
+    return harness.row(op, f"zs3fast ({backend})", shape, harness.Timing([ms / 1e3], gpu=more or None),
+                       described={"device": "NVIDIA H200", "versions": versions})  # fmt: skip
 
 
 ROWS = [
-    row("mask_loss", "triton", "a", 2.0),
-    row("mask_loss", "cuda", "a", 1.0),
-    row("mask_loss", "triton", "b", 3.0),
-    row("mask_loss", "cuda", "b", 2.5),
-    row("mask_loss", "cuda:wgmma", "b", 2.0),
+    row("masks_to_labels", "triton", "a", 2.0),
+    row("masks_to_labels", "cuda", "a", 1.0),
+    row("masks_to_labels", "triton", "b", 3.0),
+    row("masks_to_labels", "cuda", "b", 9.0, graph_ms=2.5),
     row("masks_to_bits", "triton", "a", 1.0),
     row("proposal_attention", "triton", "a", 9.0, "cpu"),
     row("proposal_attention", "cuda", "a", 1.0, "cpu"),
@@ -36,10 +35,11 @@ def test_smallest_ratio_of_what_both_ran(tmp_path: Path) -> None:
     results.write_text(json.dumps({"rows": ROWS}))
     fill_measured.main([str(results), "sm_90", "--source", "bench/results/x.json", "--file", str(file)])
     found = runpy.run_path(str(file))
-    assert found["SPEEDUP_OVER_TRITON"]["mask_loss"]["sm_90"] == 1.2
-    assert found["SPEEDUP_OF_WGMMA"]["mask_loss"]["sm_90"] == 1.25
-    assert {op for op, of in found["SPEEDUP_OVER_TRITON"].items() if "sm_90" in of} == {"mask_loss"}
-    assert found["faster_than_triton"]("mask_loss", "sm_90") and not found["faster_than_triton"]("mask_loss", "sm_80")
+    assert found["SPEEDUP_OVER_TRITON"]["masks_to_labels"]["sm_90"] == 1.2
+    assert {op for op, of in found["SPEEDUP_OVER_TRITON"].items() if "sm_90" in of} == {"masks_to_labels"}
+    assert found["faster_than_triton"]("masks_to_labels", "sm_90") and not found["faster_than_triton"](
+        "masks_to_labels", "sm_80"
+    )
     assert "bench/results/x.json" in file.read_text()
 
 

@@ -18,7 +18,7 @@ from bench import all_ops, clsclip, folder, gpu_suite, op_script, run, training
 from bench.gpu_parts import CALLS, CARRIED, OPS, ORDER, ROOT, Part, make_parts
 from bench.gpu_suite import Suite
 
-NOT_ON_A_CPU = ("tests-cuda", "tests-wgmma", "tensor-cores", "maft", "largest-batch")
+NOT_ON_A_CPU = ("tests-cuda", "labels-cuda", "maft", "largest-batch")
 SCRIPT = ROOT / "bench" / "gpu_suite.sh"
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
@@ -74,7 +74,11 @@ def test_dry_run_goes_on_behind_parts_that_fail(tmp_path: Path) -> None:
     for line in ("failed  build ", "passed  tests ", "skipped memcheck "):
         assert line in done.stdout
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert {row["source"] for row in rows} == {"models-bf16-zegclip", "ops-bf16/relationship_descriptor"}
+    assert {row["source"] for row in rows} == {
+        "models-bf16-zegclip",
+        "ops-bf16/floor",
+        "ops-bf16/relationship_descriptor",
+    }
     assert {row["dtype"] for row in rows} == {"bfloat16"}
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"summary.json", "results.json", "log.txt", "tests.xml"}
@@ -179,8 +183,12 @@ PARSERS = {
     "bench/all_ops.py": all_ops.parse_arguments,
     "bench/clsclip.py": lambda argv: op_script.parse(clsclip.SCRIPT, argv),
     "bench/folder.py": folder.parse_arguments,
-    "bench/maft.py": lambda argv: op_script.parse(all_ops.declared(ROOT / "bench" / "maft.py"), argv),
+    **{
+        f"bench/{script}": lambda argv, script=script: op_script.parse(all_ops.declared(ROOT / "bench" / script), argv)
+        for script in ("maft.py", "ops/masks_to_labels.py")
+    },
 }
+ON_A_GPU_ALONE = {"bench/maft.py", "bench/ops/masks_to_labels.py"}
 
 
 @pytest.mark.parametrize("dry_run", [False, True], ids=["gpu", "dry"])
@@ -193,7 +201,7 @@ def test_every_benchmark_knows_its_options(dry_run: bool) -> None:
                 args = PARSERS[command[1]](list(command[2:]))
                 assert args.device == ("cpu" if dry_run else "cuda")
                 seen.add(command[1])
-    assert seen == set(PARSERS) - ({"bench/maft.py"} if dry_run else set())
+    assert seen == set(PARSERS) - (ON_A_GPU_ALONE if dry_run else set())
 
 
 def test_commands_for_a_gpu() -> None:
@@ -205,7 +213,7 @@ def test_commands_for_a_gpu() -> None:
     assert parts["build"].environment["ZS3FAST_CUDA_ARCHS"] == "90a"
     assert sorted(ORDER) == sorted(name for names in CALLS.values() for name in names)
     assert sum(parts[name].limit for name in CALLS[1]) <= 540, "the first call is not cut"
-    assert CALLS[1][-1] == "tests-wgmma", "what may hang comes last"
+    assert CALLS[1][-1] == "tests-cuda", "what may hang comes last"
     assert len(OPS) >= 8 and all(script.is_file() for script in all_ops.SCRIPTS.values())
     names = {
         "memcheck": "test_agrees_with_float64[mask_loss-tiny-bf16-triton-backward]",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import harness
+from bench import gpu_clock, harness
 from bench.harness import Contender, OverBudget, Timing, measure, within_budget
 
 
@@ -108,3 +110,60 @@ def test_peak_memory_is_that_of_the_call_not_of_the_parent():
     taken = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 64 <= taken < 192, taken  # bytes * 2**26 and bytearray's copy of it; not the 128 MiB freed, not the parent's
     assert ballast.numel()
+
+
+class Card:
+    """Stands for torch.cuda where no GPU is: what was asked of it, in order; a millisecond passes at every call."""
+
+    def __init__(self, captures: bool) -> None:
+        self.captures, self.now, self.seen = captures, 0.0, []
+        self.Event = lambda enable_timing: _Event(self)
+        self.Stream = self.current_stream = lambda device: SimpleNamespace(wait_stream=lambda other: None)
+        self.stream = lambda stream: contextlib.nullcontext()
+        self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.call("replay", 1.0))
+        self.synchronize = lambda device: None
+        self.get_device_properties = lambda device: SimpleNamespace(L2_cache_size=64)
+
+    def call(self, name: str, ms: float) -> None:
+        self.seen.append(name)
+        self.now += ms
+
+    @contextlib.contextmanager
+    def graph(self, graph: object):
+        if not self.captures:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        yield
+
+
+class _Event:
+    def __init__(self, card: Card) -> None:
+        self.card, self.at = card, 0.0
+
+    def record(self) -> None:
+        self.at = self.card.now
+
+    def elapsed_time(self, end: _Event) -> float:
+        return end.at - self.at
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_gpus_own_time_of_a_call_and_of_its_graph(captures: bool) -> None:
+    card = Card(captures)
+    found = gpu_clock.gpu_times(lambda: card.call("run", 3.0), rounds=5, device="cpu", cuda=card)
+    if captures:
+        assert found == {"events_ms": 3.0, "graph_ms": 1.0}
+        assert card.seen == ["run"] * 7 + ["replay"] * 5
+    else:
+        assert found["events_ms"] == 3.0 and "graph_ms" not in found
+        assert found["graph_failed"] == "RuntimeError: operation not permitted when stream is capturing"
+
+
+def test_floors_are_what_a_copy_and_a_product_reach() -> None:
+    found = gpu_clock.floors("cpu", torch.float32, rounds=1, tiny=True)
+    assert set(found) == {"copy_gb_s", "product_tflop_s"} and all(x > 0 for x in found.values())
+
+
+def test_rows_carry_the_gpus_own_times() -> None:
+    row = harness.row("op", "triton", "tiny", Timing([1e-3], gpu={"events_ms": 0.5, "graph_ms": 0.25}))
+    assert (row["p50_ms"], row["events_ms"], row["graph_ms"]) == (1.0, 0.5, 0.25)
+    assert "events_ms" not in harness.row("op", "cpp", "tiny", Timing([1e-3]))
