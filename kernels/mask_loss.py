@@ -4,21 +4,23 @@
     focal = (label == c ? alpha : 1 - alpha) sigmoid(s)^gamma softplus(s)
 
 Between four neighbouring grid points lies one cell of pixels, (h + 1)(w + 1) cells in all, those at the border with
-their outer corners clamped. A program takes at most 16 columns of one cell for BLOCK_C channels of one image and walks
-down its rows: of a row only the weight u is new, and what a row adds stays in the thread that owns the pair of channel
-and column, so there is one sum over threads a cell and number, and none a pixel. A row's labels are read once for all
-of the channels and a corner once for all pixels. The program leaves one number a sum (forward) or a corner (backward);
-a plain torch sum in fixed order does the rest, so nothing is atomic and equal inputs give equal bits. What is left
-between the stages is 4 numbers a cell and channel, 1/64 of a full-size tensor at the 16 pixels a grid point this is
-made for; at few pixels a grid point it is right but saves nothing.
+their outer corners clamped. A program is one warp: at most 16 columns of one cell for 32 channels of one image, a
+thread a channel. It walks down the cell's rows: of a row only the weight u is new, and what a row adds stays in the
+thread, so no sum goes over threads. Most cells hold labels of one or two classes: a program looks through them first,
+and where none of its channels is among them it does without targets. The program leaves one number a sum (forward) or
+a corner (backward); a plain torch sum in fixed order does the rest, so nothing is atomic and equal inputs give equal
+bits. What is left between the stages is 4 numbers a cell and channel, 1/64 of a full-size tensor at the 16 pixels a
+grid point this is made for; at few pixels a grid point it is right but saves nothing.
 
-Floor, each direction: B C H W pixels of one ex2, one division and about 30 other fp32 instructions; the logarithm is a
-polynomial on the FMA units, as log(1 + e) would lose small e. Arithmetic bounds it, so the sums of cells, written and
-read, cost nothing that shows. One program a channel, looping over cells, would need no second stage but read the labels
-of an image C times (1.3 GB from L2).
+Floor, each direction: B C H W pixels of one ex2, one reciprocal and 16 (forward) or 23 other fp32 instructions; the
+logarithm is a polynomial on the FMA units, as log(1 + e) would lose small e. Arithmetic bounds it, so the sums of
+cells, written and read, cost nothing that shows. One program a channel, looping over cells, would need no second stage
+but read the labels of an image C times (1.3 GB from L2).
 
 Ladder (instructions a pixel and channel, sm_90, forward and backward): tiles of 16 x 16 whose sums go over all threads
-of a channel, 112 and 119; rows that stay in their thread: bench/results/sass. Not yet timed on a GPU.
+of a channel, 112 and 119; rows that stay in their thread, four warps and 64 channels a program, 42 and 43; a thread a
+channel, no targets where there are none, a reciprocal that knows its range, 19 and 26 (36 and 38 with targets):
+bench/results/sass. Not yet timed on a GPU.
 """
 
 from __future__ import annotations
@@ -29,10 +31,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from zs3fast.kernels._math import reciprocal
 
-MAX_BLOCK_X = 16  # columns of a cell
-PAIRS = 1024  # of a channel and a column, in one program
-MAX_BLOCK_C = 128
+MAX_BLOCK_X = 16  # columns of a cell in one program, all in the registers of one thread
+MAX_BLOCK_C = 32  # channels in one program, a thread each
+ROWS = 16  # of labels, looked through at once
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -43,86 +49,106 @@ def _first_pixel(k, points, pixels):
 
 
 @triton.jit
-def _log1p(e):
-    """log(1 + e) for 0 <= e <= 1, relative error 2e-7: a minimax polynomial of log(1 + e) / e."""
-    p = e * -8.53909645e-3 + 4.40892391e-2
-    p = p * e - 1.07681170e-1
-    p = p * e + 1.77452043e-1
-    p = p * e - 2.44954497e-1
-    p = p * e + 3.32754791e-1
-    p = p * e - 4.99974042e-1
-    p = p * e + 9.99999821e-1
+def _log2_of_1_plus(e):
+    """log2(1 + e) for 0 <= e <= 1, relative error 1.5e-6: a minimax polynomial of log(1 + e) / e."""
+    p = e * (1.414102e-2 * _LOG2E) - 6.64018e-2 * _LOG2E
+    p = p * e + 1.4922388e-1 * _LOG2E
+    p = p * e - 2.350386e-1 * _LOG2E
+    p = p * e + 3.3109449e-1 * _LOG2E
+    p = p * e - 4.9986966e-1 * _LOG2E
+    p = p * e + 9.9999873e-1 * _LOG2E
     return p * e
 
 
 @triton.jit
 def _cell(
     logits, labels, C, h, w, H, W, tiles_x,
-    stride_lb, stride_lc, stride_lh, stride_lw, stride_yb, stride_yw,
-    BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
+    stride_lb, stride_lc, stride_lh, stride_lw, stride_yb, stride_yh, stride_yw,
+    BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """This program's columns of a cell: what does not change from row to row.
 
-    cell_y, first and last row; [BLOCK_C] channels c; [BLOCK_X] v in 0..1, whether the column exists, where its
-    labels begin; [BLOCK_C, BLOCK_X] logits on the edges above and below.
+    cell_y, first and last row; [BLOCK_C] channels c; [BLOCK_X, 1] v in 0..1; [BLOCK_X] whether the column exists, where
+    its labels begin; whether any label there is a channel here; [BLOCK_X, BLOCK_C] logits on the edges above and below
+    in units of log 2.
     """
     tile = tl.program_id(0)
     b = tl.program_id(2).to(tl.int64)
     tile_x = tile % tiles_x
     cell_x = (tile // tiles_x) % (w + 1)
     cell_y = tile // tiles_x // (w + 1)
+    first, last = _first_pixel(cell_y, h, H), _first_pixel(cell_y + 1, h, H)
 
-    x = _first_pixel(cell_x, w, W) + tile_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    x_0 = _first_pixel(cell_x, w, W) + tile_x * BLOCK_X
+    x = x_0 + tl.arange(0, BLOCK_X)
     valid = x < _first_pixel(cell_x + 1, w, W)
-    v = ((2 * x + 1) * w + W - cell_x * 2 * W).to(tl.float32) / (2 * W)
+    v = (((2 * x + 1) * w + W - cell_x * 2 * W).to(tl.float32) / (2 * W))[:, None]
     column = labels + b * stride_yb + tl.minimum(x, W - 1).to(tl.int64) * stride_yw
 
+    # labels of the columns that do not exist are their last neighbour's, at the edge of the image or in the next cell
+    c_0 = tl.program_id(1) * BLOCK_C
+    found = 0
+    for y_0 in range(first, last, ROWS):
+        y = tl.minimum(y_0 + tl.arange(0, ROWS), last - 1).to(tl.int64)
+        label = tl.load(column[None, :] + y[:, None] * stride_yh)
+        inside = (label >= c_0) & (label < tl.minimum(c_0 + BLOCK_C, C))
+        found += tl.max(tl.max(inside.to(tl.int32), 1), 0)
+
     # the four corners of the cell, clamped to the grid
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = c_0 + tl.arange(0, BLOCK_C)
     plane = logits + b * stride_lb + c.to(tl.int64) * stride_lc
     above = tl.maximum(cell_y - 1, 0).to(tl.int64) * stride_lh
     below = tl.minimum(cell_y, h - 1).to(tl.int64) * stride_lh
     left_column = tl.maximum(cell_x - 1, 0).to(tl.int64) * stride_lw
     right_column = tl.minimum(cell_x, w - 1).to(tl.int64) * stride_lw
-    a00 = tl.load(plane + above + left_column, mask=c < C, other=0.0).to(tl.float32)
-    a01 = tl.load(plane + above + right_column, mask=c < C, other=0.0).to(tl.float32)
-    a10 = tl.load(plane + below + left_column, mask=c < C, other=0.0).to(tl.float32)
-    a11 = tl.load(plane + below + right_column, mask=c < C, other=0.0).to(tl.float32)
-    upper = a00[:, None] * (1 - v)[None, :] + a01[:, None] * v[None, :]
-    lower = a10[:, None] * (1 - v)[None, :] + a11[:, None] * v[None, :]
-    first, last = _first_pixel(cell_y, h, H), _first_pixel(cell_y + 1, h, H)
-    return cell_y, first, last, c, v, valid, column, upper, lower
+    a00 = tl.load(plane + above + left_column, mask=c < C, other=0.0).to(tl.float32) * _LOG2E
+    a01 = tl.load(plane + above + right_column, mask=c < C, other=0.0).to(tl.float32) * _LOG2E
+    a10 = tl.load(plane + below + left_column, mask=c < C, other=0.0).to(tl.float32) * _LOG2E
+    a11 = tl.load(plane + below + right_column, mask=c < C, other=0.0).to(tl.float32) * _LOG2E
+    upper = a00[None, :] * (1 - v) + a01[None, :] * v
+    lower = a10[None, :] * (1 - v) + a11[None, :] * v
+    return cell_y, first, last, c, v, valid, column, found > 0, upper, lower
 
 
 @triton.jit
-def _row(y, cell_y, column, upper, lower, c, C, h, H, stride_yh, gamma, GAMMA_IS_2: tl.constexpr):
-    """What the sums and gradients of row y are made of: its distance u from the edge above and [BLOCK_C, BLOCK_X],
-    with s = target ? -z : z: target, wrong = sigmoid(s), right = sigmoid(-s), softplus(s), power = wrong^gamma."""
-    label = tl.load(column + tl.cast(y, tl.int64) * stride_yh).to(tl.int64)
-    label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
+def _row(y, cell_y, column, upper, lower, c, h, H, stride_yh, gamma, GAMMA_IS_2: tl.constexpr, TARGETS: tl.constexpr):
+    """What the sums and gradients of row y are made of: its distance u from the edge above and [BLOCK_X, BLOCK_C],
+    with s = target ? -z : z: target, wrong = sigmoid(s), right = sigmoid(-s), softplus(s) / log 2, wrong^gamma.
+    Without TARGETS none of the channels is a label here."""
     u = ((2 * y + 1) * h + H - cell_y * 2 * H).to(tl.float32) / (2 * H)
     z = upper * (1 - u) + lower * u
-    target = label[None, :] == c[:, None]
-    s = tl.where(target, -z, z)
-    e = tl.exp(-tl.abs(z))
-    r = 1 / (1 + e)
+    if TARGETS:
+        label = tl.load(column + tl.cast(y, tl.int64) * stride_yh)  # C and beyond are no channels that are stored
+        target = label[:, None] == c[None, :]
+        s = tl.where(target, -z, z)
+    else:
+        target = tl.full([1, 1], 0, tl.int1)
+        s = z
+    e = tl.exp2(-tl.abs(z))
+    r = reciprocal(1 + e)
     er = e * r
     wrong = tl.where(s >= 0, r, er)
     right = tl.where(s >= 0, er, r)
-    log_term = _log1p(e)
-    softplus = tl.maximum(s, 0.0, propagate_nan=tl.PropagateNan.ALL) + log_term
+    log_term = _log2_of_1_plus(e)
+    softplus = tl.maximum(s, 0.0) + log_term  # NaN comes by log_term
     if GAMMA_IS_2:
         power = wrong * wrong
     else:
-        power = tl.exp(-gamma * (tl.maximum(-s, 0.0) + log_term))
+        power = tl.exp2(-gamma * (tl.maximum(-s, 0.0) + log_term))
     return u, target, wrong, right, softplus, power
 
 
 @triton.jit
-def _store(out, which, values, valid, c, C):
-    """out [4, B, tiles, C]: sums of values [BLOCK_C, BLOCK_X] over the columns there are, at out[which]."""
+def _store(out, which, values, c, C):
+    """out [4, B, tiles, C]: values [BLOCK_C] at out[which]."""
     row = (which * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(out + row * C + c, tl.sum(tl.where(valid[None, :], values, 0.0), 1), mask=c < C)
+    tl.store(out + row * C + c, values, mask=c < C)
+
+
+@triton.jit
+def _sum_columns(values, valid):
+    """[BLOCK_X, BLOCK_C] -> [BLOCK_C], over the columns there are."""
+    return tl.sum(tl.where(valid[:, None], values, 0.0), 0)
 
 
 @triton.jit
@@ -131,27 +157,39 @@ def mask_loss_fwd_kernel(
     C, h, w, H, W, tiles_x,
     stride_lb, stride_lc, stride_lh, stride_lw, stride_yb, stride_yh, stride_yw,
     alpha, gamma,
-    BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, GAMMA_IS_2: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, ROWS: tl.constexpr, GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
     """sums [4, B, tiles, C]: focal, intersection, prob and target of each tile."""
-    cell_y, first, last, c, v, valid, column, upper, lower = _cell(
+    cell_y, first, last, c, v, valid, column, found, upper, lower = _cell(
         logits, labels, C, h, w, H, W, tiles_x,
-        stride_lb, stride_lc, stride_lh, stride_lw, stride_yb, stride_yw, BLOCK_C, BLOCK_X,
+        stride_lb, stride_lc, stride_lh, stride_lw, stride_yb, stride_yh, stride_yw, BLOCK_C, BLOCK_X, ROWS,
     )  # fmt: skip
-    focal = tl.zeros([BLOCK_C, BLOCK_X], tl.float32)
+    focal = tl.zeros([BLOCK_X, BLOCK_C], tl.float32)
     hit, miss, count = focal, focal, focal
-    for y in range(first, last):
-        _u, target, wrong, right, softplus, power = _row(
-            y, cell_y, column, upper, lower, c, C, h, H, stride_yh, gamma, GAMMA_IS_2
-        )
-        focal += tl.where(target, alpha, 1 - alpha) * (power * softplus)
-        hit += tl.where(target, right, 0.0)
-        miss += tl.where(target, 0.0, wrong)
-        count += tl.where(target, 1.0, 0.0)
-    _store(sums, 0, focal, valid, c, C)
-    _store(sums, 1, hit, valid, c, C)
-    _store(sums, 2, hit + miss, valid, c, C)
-    _store(sums, 3, count, valid, c, C)
+    if found:
+        for y in range(first, last):
+            _u, target, wrong, right, softplus, power = _row(
+                y, cell_y, column, upper, lower, c, h, H, stride_yh, gamma, GAMMA_IS_2, True
+            )
+            focal += tl.where(target, alpha, 1 - alpha) * (power * softplus)
+            hit = tl.where(target, hit + right, hit)
+            miss = tl.where(target, miss, miss + wrong)
+            count = tl.where(target, count + 1.0, count)
+        _store(sums, 1, _sum_columns(hit, valid), c, C)
+        _store(sums, 2, _sum_columns(hit + miss, valid), c, C)
+        _store(sums, 3, _sum_columns(count, valid), c, C)
+    else:
+        for y in range(first, last):
+            _u, target, wrong, right, softplus, power = _row(
+                y, cell_y, column, upper, lower, c, h, H, stride_yh, gamma, GAMMA_IS_2, False
+            )
+            focal += power * softplus
+            miss += wrong
+        focal *= 1 - alpha
+        _store(sums, 1, tl.zeros([BLOCK_C], tl.float32), c, C)
+        _store(sums, 2, _sum_columns(miss, valid), c, C)
+        _store(sums, 3, tl.zeros([BLOCK_C], tl.float32), c, C)
+    _store(sums, 0, _sum_columns(focal, valid) * _LN2, c, C)
 
 
 @triton.jit
@@ -160,33 +198,50 @@ def mask_loss_bwd_kernel(
     C, h, w, H, W, tiles_x,
     stride_lb, stride_lc, stride_lh, stride_lw, stride_yb, stride_yh, stride_yw,
     alpha, gamma,
-    BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, GAMMA_IS_2: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, ROWS: tl.constexpr, GAMMA_IS_2: tl.constexpr,
 ):  # fmt: skip
     """corners [4, B, tiles, C]: what each tile gives to its cell's corners 00, 01, 10, 11; grad_* [B, C] contiguous."""
-    cell_y, first, last, c, v, valid, column, upper, lower = _cell(
+    cell_y, first, last, c, v, valid, column, found, upper, lower = _cell(
         logits, labels, C, h, w, H, W, tiles_x,
-        stride_lb, stride_lc, stride_lh, stride_lw, stride_yb, stride_yw, BLOCK_C, BLOCK_X,
+        stride_lb, stride_lc, stride_lh, stride_lw, stride_yb, stride_yh, stride_yw, BLOCK_C, BLOCK_X, ROWS,
     )  # fmt: skip
     place = tl.program_id(2).to(tl.int64) * C + c
     of_focal = tl.load(grad_focal + place, mask=c < C, other=0.0)
     of_prob = tl.load(grad_prob + place, mask=c < C, other=0.0)
     of_both = of_prob + tl.load(grad_intersection + place, mask=c < C, other=0.0)
-    focal_hit, focal_miss = (-alpha * of_focal)[:, None], ((1 - alpha) * of_focal)[:, None]
-    above = tl.zeros([BLOCK_C, BLOCK_X], tl.float32)
-    below = above
-    for y in range(first, last):
-        u, target, wrong, right, softplus, power = _row(
-            y, cell_y, column, upper, lower, c, C, h, H, stride_yh, gamma, GAMMA_IS_2
-        )
-        slope = power * (gamma * right * softplus + wrong)
-        dz = tl.where(target, focal_hit, focal_miss) * slope
-        dz += tl.where(target, of_both[:, None], of_prob[:, None]) * (wrong * right)
-        above += dz * (1 - u)
-        below += dz * u
-    _store(corners, 0, above * (1 - v)[None, :], valid, c, C)
-    _store(corners, 1, above * v[None, :], valid, c, C)
-    _store(corners, 2, below * (1 - v)[None, :], valid, c, C)
-    _store(corners, 3, below * v[None, :], valid, c, C)
+    focal_hit, focal_miss = (-alpha * of_focal)[None, :], ((1 - alpha) * of_focal)[None, :]
+    slope_of_softplus = gamma * _LN2
+    whole = tl.zeros([BLOCK_X, BLOCK_C], tl.float32)
+    below = whole
+    if found:
+        for y in range(first, last):
+            u, target, wrong, right, softplus, power = _row(
+                y, cell_y, column, upper, lower, c, h, H, stride_yh, gamma, GAMMA_IS_2, True
+            )
+            slope = power * (slope_of_softplus * (right * softplus) + wrong)
+            dz = tl.where(target, focal_hit, focal_miss) * slope
+            dz += tl.where(target, of_both[None, :], of_prob[None, :]) * (wrong * right)
+            whole += dz
+            below += dz * u
+    else:
+        for y in range(first, last):
+            u, target, wrong, right, softplus, power = _row(
+                y, cell_y, column, upper, lower, c, h, H, stride_yh, gamma, GAMMA_IS_2, False
+            )
+            slope = slope_of_softplus * (right * softplus) + wrong
+            if GAMMA_IS_2:
+                dz = wrong * ((focal_miss * wrong) * slope + of_prob[None, :] * right)
+            else:
+                dz = focal_miss * (power * slope) + of_prob[None, :] * (wrong * right)
+            whole += dz
+            below += dz * u
+    whole, below = tl.where(valid[:, None], whole, 0.0), tl.where(valid[:, None], below, 0.0)
+    right_of_whole, right_of_below = tl.sum(whole * v, 0), tl.sum(below * v, 0)
+    left_of_whole, left_of_below = tl.sum(whole, 0) - right_of_whole, tl.sum(below, 0) - right_of_below
+    _store(corners, 0, left_of_whole - left_of_below, c, C)
+    _store(corners, 1, right_of_whole - right_of_below, c, C)
+    _store(corners, 2, left_of_below, c, C)
+    _store(corners, 3, right_of_below, c, C)
 
 
 def forward(mask_logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,7 +291,7 @@ def _plan(mask_logits: Tensor, labels: Tensor) -> _Plan:
     C, w = mask_logits.shape[1], mask_logits.shape[3]
     longest = triton.cdiv(labels.shape[2], w)
     block_x = min(triton.next_power_of_2(longest), MAX_BLOCK_X)
-    block_c = min(triton.next_power_of_2(C), PAIRS // block_x, MAX_BLOCK_C)
+    block_c = min(triton.next_power_of_2(C), MAX_BLOCK_C)
     return _Plan(block_c, block_x, triton.cdiv(longest, block_x))
 
 
@@ -268,7 +323,8 @@ def _launch(
         gamma=gamma,
         BLOCK_C=plan.block_c,
         BLOCK_X=plan.block_x,
+        ROWS=ROWS,
         GAMMA_IS_2=gamma == 2,
-        num_warps=4,
+        num_warps=1,
     )  # fmt: skip
     return left

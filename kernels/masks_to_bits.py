@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from zs3fast.kernels._math import reciprocal
 from zs3fast.kernels._tuning import cdiv
 
 WORDS = 4  # of a program
@@ -58,7 +59,7 @@ def _pixel(
         b = _read(map, y0, x1, stride_y, stride_x, inside)
         c = _read(map, y1, x0, stride_y, stride_x, inside)
         d = _read(map, y1, x1, stride_y, stride_x, inside)
-        return 1.0 / (1.0 + tl.exp(-_blend(a, b, c, d, down, right)))
+        return reciprocal(1.0 + tl.exp(-_blend(a, b, c, d, down, right)))
     else:
         return _read(map, y, x, stride_y, stride_x, inside)
 

@@ -22,6 +22,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from zs3fast.kernels._math import reciprocal
 
 BLOCK_PIXELS = 256
 NUM_WARPS = 4
@@ -61,7 +62,7 @@ def _sample(pointer, y, x, h, w, crop_h, crop_w, stride_y, stride_x, mask):
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return reciprocal(1.0 + tl.exp(-x))
 
 
 @triton.jit

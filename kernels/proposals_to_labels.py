@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from zs3fast.kernels._math import reciprocal
 from zs3fast.kernels._tuning import cdiv
 
 BLOCK_P, BLOCK_C, BLOCK_Q = 64, 64, 16
@@ -74,7 +75,7 @@ def _masks_at(
         else:
             value = _load(pointer, y, x, stride_y, stride_x, inside)
         if LOGITS:
-            value = 1.0 / (1.0 + tl.exp(-value))
+            value = reciprocal(1.0 + tl.exp(-value))
         total += value * share[None, :]
     return tl.where(inside, total, 0.0)
 

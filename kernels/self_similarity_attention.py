@@ -95,7 +95,7 @@ def _blocks(dtype: torch.dtype, dh: int, two: bool) -> dict[str, int]:
         "BLOCK_Q": 32 if small else 64,
         "BLOCK_K": max(64 >> (small + two + (block_d > 64)), 16),
         "BLOCK_D": block_d,
-        "num_warps": 8 if (two and block_d > 32) or (small and block_d > 64) else 4,
+        "num_warps": 8 if (two or small) and block_d > 32 else 4,
         "num_stages": 2,
     }
 
