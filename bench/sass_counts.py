@@ -63,27 +63,29 @@ def loops(code: list[tuple[str, str]], labels: dict[str, int]) -> list[tuple[int
     return sorted(found)
 
 
+def hot_loop(code: list[tuple[str, str]], labels: dict[str, int], opcode: str) -> tuple[int, int]:
+    """[first, last] of the smallest loop that holds as many of `opcode` as any: loops around it only repeat it."""
+
+    def marks(span: tuple[int, int]) -> int:
+        return sum(op.startswith(opcode) for op, _ in code[span[0] : span[1] + 1])
+
+    spans = loops(code, labels)
+    most = max(map(marks, spans), default=0)
+    return min((s for s in spans if marks(s) == most and most), key=lambda s: s[1] - s[0], default=(0, len(code) - 1))
+
+
 def count(listing: str, marker: tuple[str, float] | None) -> dict[str, Any]:
     """Instructions of the kernel and of its hot loop; see the module."""
     code, labels = instructions(listing)
     row: dict[str, Any] = {"instructions": len(code)}
-    spans = loops(code, labels)
-    row["loops"] = [last - first + 1 for first, last in spans]
+    row["loops"] = [last - first + 1 for first, last in loops(code, labels)]
     if marker is not None:
         opcode, times = marker
-
-        def marks(span: tuple[int, int]) -> int:
-            return sum(op.startswith(opcode) for op, _ in code[span[0] : span[1] + 1])
-
-        most = max((marks(span) for span in spans), default=0)
-        # the smallest loop that holds as many as any: loops around it only repeat it
-        hot = min(
-            (s for s in spans if marks(s) == most and most), key=lambda s: s[1] - s[0], default=(0, len(code) - 1)
-        )
-        inside = [op for op, _ in code[hot[0] : hot[1] + 1]]
-        row["hot"] = len(inside)
-        row["marker"], row["marks"] = opcode, marks(hot)
-        row["per_element"] = round(len(inside) * times / marks(hot), 1) if marks(hot) else None
+        first, last = hot_loop(code, labels, opcode)
+        inside = [op for op, _ in code[first : last + 1]]
+        row["hot"], row["marker"] = len(inside), opcode
+        row["marks"] = sum(op.startswith(opcode) for op in inside)
+        row["per_element"] = round(len(inside) * times / row["marks"], 1) if row["marks"] else None
         row["mix"] = dict(Counter(op.split(".")[0] for op in inside).most_common(8))
     return row
 
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/sass"))
     parser.add_argument("--label", default="", help="behind the version in the file's name")
     parser.add_argument("--listing", type=Path, help="a folder for the SASS itself")
+    parser.add_argument("--loops", type=Path, help="a folder for the SASS of the hot loops alone")
     asked = parser.parse_args()
     chosen = [w for w in work() if asked.op in (None, w.op)]
     plan = [(w, launch) for w in chosen for launch in launches.Case(w.op, w.name, w.run).launches()]
@@ -140,15 +143,19 @@ def main() -> None:
         }
         rows[f"{launch.name} ({w.name})"] = row
         print(f"{launch.name} ({w.name}): " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("op", "work")))
-        if asked.listing:
-            asked.listing.mkdir(parents=True, exist_ok=True)
-            name = re.sub(r"[^\w]+", "_", f"{launch.name}_{w.name}_{triton_version()}{asked.label}")
-            (asked.listing / f"{name}.sass").write_text(report.sass)
+        name = re.sub(r"[^\w]+", "_", f"{launch.name}_{w.name}_{triton_version()}{asked.label}")
+        code, labels = instructions(report.sass)
+        first, last = hot_loop(code, labels, marker[0]) if marker else (0, -1)
+        loop = "".join(f"{opcode}{operands}\n" for opcode, operands in code[first : last + 1])
+        for folder, text in ((asked.listing, report.sass), (asked.loops, loop)):
+            if folder and text:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{name}.sass").write_text(text)
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / f"triton-{triton_version()}{asked.label}.json"
     whole = json.loads(path.read_text())["kernels"] if asked.op and path.exists() else {}
-    text = {"triton": triton_version(), "arch": asked.arch, "kernels": whole | rows}
-    path.write_text(json.dumps(text, indent=1) + "\n")
+    found = {"triton": triton_version(), "arch": asked.arch, "kernels": whole | rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

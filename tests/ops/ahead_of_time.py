@@ -1,16 +1,20 @@
 """Compile every Triton kernel in every specialisation for GPUs that are not here, and judge what came out.
 
     python -m tests.ops.ahead_of_time [--op mask_loss] [--arch 80 90] [--jobs 2] [--out report.json] [--table]
+    python -m tests.ops.ahead_of_time --merge LOG...     # the table of docs/gpu.md, from what earlier runs printed
 
 Ends with 1 where a kernel does not compile, does not fit, misses the tensor cores or spills more than its budget. The
-table (docs/gpu.md) has one row a kernel and architecture: specialisations, most registers, spilled bytes, blocks an SM.
+table has one row a kernel and architecture: specialisations, registers, most bytes spilled, blocks an SM, how many
+specialisations use tensor cores. Merged, logs make one row a kernel, later logs replacing rows of earlier ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.ops.aot import ARCHS, AotReport, compile_all, judge, triton_version
@@ -53,14 +57,46 @@ def problems(compiled: list[Compiled]) -> list[str]:
 
 def table(compiled: list[Compiled]) -> str:
     lines = [
-        "| kernel | sm | specialisations | registers | spilled bytes | blocks an SM |",
-        "|---|---|---|---|---|---|",
+        "| kernel | sm | specialisations | registers | spilled bytes | blocks an SM | on tensor cores |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, arch in sorted({(launch.name, report.arch) for _, launch, report in compiled}):
         mine = [report for _, launch, report in compiled if (launch.name, report.arch) == (name, arch)]
         registers, blocks = [r.registers for r in mine], [r.blocks_per_sm() for r in mine]
         spills = max(r.spills for r in mine)
-        lines.append(f"| {name} | {arch} | {len(mine)} | {_range(registers)} | {spills} | {_range(blocks)} |")
+        cores = sum(r.uses_tensor_cores for r in mine)
+        cells = (name, arch, len(mine), _range(registers), spills, _range(blocks), cores)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def merged(logs: Iterable[str]) -> str:
+    """One row a kernel of what runs with `--table` printed: ranges over architectures, a group of columns a Triton."""
+    found: dict[str, dict[tuple[str, str], list[str]]] = {}  # Triton: {(kernel, architecture): the other cells}
+    for log in logs:
+        rows: dict[tuple[str, str], list[str]] = {}
+        for line in log.splitlines():
+            cells = [cell.strip() for cell in line.strip("| ").split("|")]
+            if len(cells) in (6, 7) and "_kernel" in cells[0] and cells[1].isdigit():
+                rows[cells[0], cells[1]] = cells[2:]
+            elif said := re.match(r"Triton (\S+): \d+ specialisations compiled", line):
+                found.setdefault(said[1], {}).update(rows)
+                rows = {}
+    versions = sorted(found, key=lambda version: [int(n) for n in version.split(".")])
+    head = [f"{v}: {c}" for v in versions for c in ("sm", "compiled", "registers", "spilled", "blocks", "tensor cores")]
+    lines = [f"| kernel | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for kernel in sorted({name for rows in found.values() for name, _ in rows}):
+        cells = [kernel]
+        for version in versions:
+            mine = {arch: row for (name, arch), row in found[version].items() if name == kernel}
+            if not mine:
+                cells += ["-"] * 6
+                continue
+            ends = [[int(n) for row in mine.values() for n in row[i].split("-")] for i in (1, 2, 3)]
+            cores = str(sum(int(row[4]) for row in mine.values())) if all(row[4:] for row in mine.values()) else "-"
+            cells += [", ".join(sorted(mine, key=int)), str(sum(int(row[0]) for row in mine.values()))]
+            cells += [_range(ends[0]), str(max(ends[1])), _range(ends[2]), cores]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -76,7 +112,11 @@ def main() -> int:
     parser.add_argument("--representative", action="store_true", help="only what the test suite compiles")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="LOG", help="print one table of earlier runs' tables")
     asked = parser.parse_args()
+    if asked.merge:
+        print(merged(path.read_text() for path in asked.merge))
+        return 0
     compiled = compile_plan(plan(asked.op, tuple(asked.arch), not asked.representative), asked.jobs)
     if asked.out:
         rows = {

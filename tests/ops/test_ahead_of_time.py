@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.ahead_of_time import Compiled, compile_plan, plan, problems
+from tests.ops.ahead_of_time import Compiled, compile_plan, merged, plan, problems
 from tests.ops.aot import AotReport, AotRequest, compile_all, judge, triton_version
 from tests.ops.launches import cases
 
@@ -50,6 +50,29 @@ def test_every_kernel_is_compiled() -> None:
     }
     compiled = {launch.name for case in cases() for launch in case.launches()}
     assert written and compiled == written
+
+
+def test_logs_make_one_table() -> None:
+    """Ranges over architectures, a group of columns a Triton; a later log replaces rows of an earlier one."""
+    first = """+ what was compiled ahead of time
+| kernel | sm | specialisations | registers | spilled bytes | blocks an SM | on tensor cores |
+|---|---|---|---|---|---|---|
+| a_fwd_kernel | 80 | 4 | 62-238 | 8 | 1-8 | 2 |
+| a_fwd_kernel | 90 | 4 | 60 | 0 | 8 | 2 |
+| b_bwd_kernel_dq | 90 | 1 | 255 | 40 | 1 | 0 |
+Triton 3.10: 9 specialisations compiled, 0 problems"""
+    second = """| b_bwd_kernel_dq | 90 | 1 | 168 | 0 | 2 | 0 |
+Triton 3.10: 1 specialisations compiled, 0 problems
+| a_fwd_kernel | 90 | 4 | 90-96 | 0 | 5 | 2 |
+Triton 3.8: 4 specialisations compiled, 0 problems"""
+    head, _, *rows = merged([first, second]).splitlines()
+    assert head.split(" | ")[1:8] == [
+        *(f"3.8: {c}" for c in ("sm", "compiled", "registers", "spilled", "blocks", "tensor cores")), "3.10: sm"
+    ]  # fmt: skip
+    assert rows == [
+        "| a_fwd_kernel | 90 | 4 | 90-96 | 0 | 5 | 2 | 80, 90 | 8 | 60-238 | 8 | 1-8 | 4 |",
+        "| b_bwd_kernel_dq | - | - | - | - | - | - | 90 | 1 | 168 | 0 | 2 | 0 |",
+    ]
 
 
 def test_every_launch_is_named_once() -> None:
