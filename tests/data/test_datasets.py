@@ -279,10 +279,16 @@ def test_class_files_with_a_background_and_with_synonyms(tmp_path):
     assert open_dataset("pc459", tmp_path, "val").class_names[3] == "name 3, synonym"
 
 
-def test_no_class_file(tmp_path):
+def test_pc459_knows_its_names(tmp_path):
+    """Labels 1..459 of labels.txt are mask values 0..458."""
     (pc459_tree(tmp_path) / "labels.txt").unlink()
-    with pytest.raises(ValueError, match="no class names of pc459; expected 459 .* class_names.txt, .*pc459.json"):
-        open_dataset("pc459", tmp_path, "val")
+    names = open_dataset("pc459", tmp_path, "val").class_names
+    assert names == class_names("pc459") and len(set(names)) == 459
+    spots = {1: "accordion", 63: "casette recorder", 189: "ground", 255: "money", 308: "pottedplant", 427: "tvmonitor"}
+    assert all(names[label - 1] == name for label, name in spots.items()) and names[458] == "wool"
+    assert names == sorted(names)
+    objects = [{"tvmonitor": "tvmonitor", "diningtable": "table"}.get(name, name) for name in class_names("voc20")]
+    assert set(objects) <= set(names)  # PASCAL's own objects are among them
 
 
 # ADE20K --------------------------------------------------------------------------------------------------------------

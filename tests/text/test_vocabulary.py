@@ -49,7 +49,7 @@ def test_unknown_dataset_lists_the_known():
         class_names("voc")
     with pytest.raises(ValueError, match="ade150 has no published seen/unseen split"):
         seen_classes("ade150")
-    known = "voc20 voc21 coco171 coco_object context59 context60 ade150 ade847 cityscapes"
+    known = "voc20 voc21 coco171 coco_object context59 context60 pc459 ade150 ade847 cityscapes"
     assert datasets() == known.split()
 
 

@@ -32,4 +32,4 @@ def ade847(root: Path, split: str) -> Source:
     ]
     prefixes = ("ADE20K_2021_17_01", "ade/ADE20K_2021_17_01")
     place, layout = find_folders(root, prefixes, layouts, f"ADE20K-847, {split}")
-    return folder_source(place, layout, read_class_names("ade847", place, 847, class_names("ade847")), 65535)
+    return folder_source(place, layout, read_class_names("ade847", place, class_names("ade847")), 65535)

@@ -1,4 +1,4 @@
-"""Class names that come with a dataset on disk: PASCAL Context 459, and ADE20K-847 where it has its own."""
+"""Class names that come with a dataset on disk, before those in the package: PASCAL Context 459 and ADE20K-847."""
 
 from __future__ import annotations
 
@@ -14,25 +14,18 @@ CLASS_FILES = ("class_names.txt", "classes.txt", "labels.txt", "{}.txt", "{}.jso
 _NUMBERED = re.compile(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*$")
 
 
-def read_class_names(dataset: str, place: Path, count: int, known: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The `count` names of a dataset, from the first of `CLASS_FILES` in its folder or the folder above.
+def read_class_names(dataset: str, place: Path, known: Sequence[str]) -> tuple[str, ...]:
+    """The names of a dataset, from the first of `CLASS_FILES` in its folder or the folder above; else the `known` ones.
 
-    Where there is none they are the `known` ones; an error where none are.
-
-    Text files hold a name a line, or "7: name" with numbers 1..count (0, the background, may be there) or
+    Text files hold as many names, one a line or "7: name" with numbers 1..count (0, the background, may be there) or
     0..count - 1, in any order. Synonyms after commas stay in the name. JSON files hold a list of names.
     """
     files = [name.format(dataset) for name in CLASS_FILES]
     for folder in (place, place.parent):
         for name in files:
             if (folder / name).is_file():
-                return _read(folder / name, count)
-    if known is not None:
-        return tuple(known)
-    raise ValueError(
-        f"root: {place} holds no class names of {dataset}; expected {count} of them, in dataset order, in one of "
-        f"{', '.join(files)}"
-    )
+                return _read(folder / name, len(known))
+    return tuple(known)
 
 
 def _read(path: Path, count: int) -> tuple[str, ...]:

@@ -37,11 +37,11 @@ def context60(root: Path, split: str) -> Source:
 
 
 def pc459(root: Path, split: str) -> Source:
-    """All 459 classes from 16-bit masks 0..458, 65535 ignored; names from the dataset's labels.txt or a class file."""
+    """All 459 classes from 16-bit masks 0..458, 65535 ignored; names from its labels.txt or a class file, or ours."""
     table = value_table({k: k for k in range(459)}, (65535,), 65535)
     layouts = _detectron2(split, f"pc459_{split}", "annotations_ctx459", table, ".tif", ".tiff", ".png")
     place, layout = find_folders(root, (*_PREFIXES, _DETECTRON2), layouts, f"PASCAL Context 459, {split}")
-    return folder_source(place, layout, read_class_names("pc459", place, 459), 65535)
+    return folder_source(place, layout, read_class_names("pc459", place, class_names("pc459")), 65535)
 
 
 def _listed(root: Path, split: str, names: list[str], table: np.ndarray) -> Source:

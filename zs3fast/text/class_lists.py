@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from zs3fast.text.ade847 import ADE847
+from zs3fast.text.pc459 import PC459
 
 
 def _split(names: str) -> tuple[str, ...]:
@@ -89,6 +90,7 @@ CLASS_NAMES = {
     "coco_object": COCO_OBJECT,
     "context59": CONTEXT59,
     "context60": CONTEXT60,
+    "pc459": PC459,
     "ade150": ADE150,
     "ade847": ADE847,
     "cityscapes": CITYSCAPES,
