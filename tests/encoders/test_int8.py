@@ -143,6 +143,15 @@ def test_auto_chooses_the_type_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> N
     assert {p.dtype for p in kept.parameters()} == {torch.float32} and layers(kept)
 
 
+def test_hooks_see_what_the_layers_give() -> None:
+    model = quantize_encoder(model_of())
+    expected, seen = run(model)[0], []
+    layer = model.encoder.transformer.resblocks[0].mlp.c_fc
+    with layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[-1])):
+        assert relative(run(model)[0], expected) < 1e-4
+    assert seen == [layer.out_features]
+
+
 def test_autocast() -> None:
     model = quantize_encoder(model_of())
     expected, _ = run(model)

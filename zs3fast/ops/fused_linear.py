@@ -86,11 +86,12 @@ def linear(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Tens
 
     A layer of another kind may do all of it by a method `fused(x, activation, residual)`.
     """
-    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
-        return fused_linear(x, layer.weight, layer.bias, activation=activation, residual=residual)
-    fused: Callable[..., Tensor] | None = getattr(layer, "fused", None)
-    if fused is not None:
-        return fused(x, activation, residual)
+    if not (layer._forward_hooks or layer._forward_pre_hooks):
+        if type(layer) is nn.Linear:
+            return fused_linear(x, layer.weight, layer.bias, activation=activation, residual=residual)
+        fused: Callable[..., Tensor] | None = getattr(layer, "fused", None)
+        if fused is not None:
+            return fused(x, activation, residual)
     out = FUNCTIONS[activation](layer(x))
     return out if residual is None else residual + out
 
