@@ -1,12 +1,12 @@
 """`zs3fast serve` under load on loopback, beside calling the Segmenter in process with the same requests.
 
-    python bench/serve.py                          # 4 clients x 500 mixed requests on the small model in the package
+    python bench/serve.py --write                  # 4 clients x 500 mixed requests on the small model in the package
     python bench/serve.py --clients 8 --each 250   # others
 
 Requests are PNG files of four sizes, three class lists, three formats of answers, and one in ten that is no good. Every
 answer's status is checked. A time is one request's, as its client sees it; "alone" is one after the other without HTTP
 or Ray: decoded, segmented, encoded. Memory is the resident size of the replica and the HTTP proxy, before and after.
-Nothing is written without --write, which puts rows into bench/results.
+Nothing is written without --write, which puts the run in the last one's place in bench/results.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=400, help="of these, requests in process as well")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--wait", type=float, default=5.0, help="milliseconds")
-    parser.add_argument("--write", action="store_true", help="put the rows into bench/results")
+    parser.add_argument("--write", action="store_true", help="into bench/results/<device>/serve.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     segmenter = Segmenter.from_pretrained("zs3fast-tiny", class_names=LISTS[0], device="cpu", dtype="float32")
@@ -145,7 +145,7 @@ def main() -> None:
     for row in rows:
         print({key: value for key, value in row.items() if key not in ("versions", "isa", "device")})
     if args.write:
-        harness.update_results(harness.results_path("serve"), rows)
+        harness.write_results(harness.results_path("serve"), rows)
 
 
 if __name__ == "__main__":
