@@ -67,6 +67,8 @@ def segmenter() -> Segmenter:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    os.environ["RAY_worker_niceness"] = "0"  # else a busy machine starves what is waited for
+    os.environ["RAY_worker_register_timeout_seconds"] = "600"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     yield
     ray.shutdown()

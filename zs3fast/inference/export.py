@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,8 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 def _write_pt2(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
     torch.export.save(program, path)
-    module = torch.export.load(path).module()
+    with _silent("torch._export.serde.serialize"):  # it warns of symbols that no longer matter
+        module = torch.export.load(path).module()
     return lambda *given: tuple(module(*given))
 
 
@@ -270,15 +272,16 @@ def _write_aoti(program: ExportedProgram, path: Path, inputs: tuple[str, ...], o
 
 def _write_onnx(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
     onnxruntime = _package("onnxruntime")
-    written = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=OPSET,
-        optimize=True,
-        verbose=False,
-        input_names=list(inputs),
-        output_names=list(outputs),
-    )
+    with _silent("onnxscript"):  # it warns of each layer norm that it leaves as it is
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=list(outputs),
+        )
     assert written is not None
     written.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -288,6 +291,18 @@ def _write_onnx(program: ExportedProgram, path: Path, inputs: tuple[str, ...], o
         return tuple(map(torch.from_numpy, session.run(None, feed)))
 
     return run
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Within the block another package's logger says errors alone."""
+    its = logging.getLogger(name)
+    before = its.level
+    its.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        its.setLevel(before)
 
 
 def _write_openvino(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:

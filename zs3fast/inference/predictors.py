@@ -572,7 +572,11 @@ def fitted_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
 
 def normalise(pixels: np.ndarray | Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [H, W, 3] -> float32 [3, H, W], (pixels / 255 - mean) / std, where the pixels are."""
-    return _normalise(torch.as_tensor(pixels).permute(2, 0, 1).float(), mean, std)
+    levels = torch.as_tensor(pixels).permute(2, 0, 1)
+    out = torch.empty(levels.shape, device=levels.device)
+    for c in range(len(levels)):  # one at a time: of a large image what lies between would be twice the result
+        out[c : c + 1] = _normalise(levels[c : c + 1].float(), mean[c : c + 1], std[c : c + 1])
+    return out
 
 
 def squash(pixels: np.ndarray | Tensor, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

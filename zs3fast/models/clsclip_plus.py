@@ -163,7 +163,7 @@ class ClsCLIPPlus:
                 x0, y0, x1, y1 = plan.windows[w]
                 size = (y1 - y0, x1 - x0)
                 logits = F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)
-                yield c, plan.windows[w], logits[0, 0].sigmoid()
+                yield c, plan.windows[w], logits[0, 0].sigmoid_()
 
     def _check(self, image: Tensor, text_embeddings: Tensor, boxes: BoxProposals, class_words: Words) -> None:
         if not isinstance(boxes, BoxProposals):
