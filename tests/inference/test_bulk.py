@@ -75,7 +75,9 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["rle", "png"])
-@pytest.mark.parametrize(("classes", "shape"), [(3, (7, 5)), (300, (40, 33)), (255, (16, 17)), (1, (1, 1))])
+@pytest.mark.parametrize(
+    ("classes", "shape"), [(3, (7, 5)), (300, (40, 33)), (10_000, (9, 70)), (255, (16, 17)), (1, (1, 1))]
+)
 def test_labels_survive(kind: str, classes: int, shape: tuple[int, int]) -> None:
     labels = np.random.default_rng(classes).integers(-1, classes, shape).astype(np.int32)
     labels[0, 0] = classes - 1
