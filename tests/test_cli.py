@@ -282,7 +282,7 @@ def test_prepared_embeddings(place, tiny):
     expected = Segmenter(make_model(), text_embeddings=text_rows(5))("x.png")
     assert np.array_equal(np.asarray(Image.open("out/x_labels.png")), expected.labels)
     output = run("segment", "x.png", "--weights", tiny, "--text-embeddings", "rows.npy", "-c", "a, b", code=2)
-    assert output == "error --text-embeddings: rows.npy has 5 rows, expected one for each of 2 classes"
+    assert output == "error --text-embeddings: rows.npy: expected a row for each of 2 classes, got 5"
 
 
 def test_untrained_weights_work_and_say_so_once(place):
@@ -306,7 +306,7 @@ def test_untrained_weights_work_and_say_so_once(place):
         (["--classes-file", "none.txt"], "--classes-file: no file none.txt"),
         (["--weights", "none"], "--weights: no file none"),
         (["--device", "tpu"], "--device: 'tpu' cannot be used here"),
-        (["--weights", "tiny", "--trained-on", "voc20"], "--trained-on is for official checkpoints"),
+        (["--weights", "tiny", "--trained-on", "voc20"], "--trained-on: expected an official checkpoint"),
         (["--weights", "tiny", "--templates", "photo"], "templates: expected 'single', 'multi'"),
         (["--weights", "tiny", "--background", "sky, sky"], "background: 'sky' is given twice"),
         (["--weights", "tiny", "--quantize", "int4"], "quantize: expected one of int8, int8-weights, fp8, got 'int4'"),
@@ -314,7 +314,7 @@ def test_untrained_weights_work_and_say_so_once(place):
         (["--weights", "tiny", "--dtype", "nn"], "--dtype: expected one of float32, bfloat16, float16, auto, got 'nn'"),
         (["--weights", "tiny", "--min-score", "nan"], "--min-score: expected a finite number"),
         ([], "expected class names: give --classes, --classes-file or --dataset"),
-        (["-c", "cat", "--clip", "ViT-B16"], "clip: open_clip has no model 'ViT-B16'; close names: "),
+        (["-c", "cat", "--clip", "ViT-B16"], "clip: expected a model of open_clip, such as "),
         (["-c", "cat", "--method", "zegclipp"], "method: expected one of"),
         (["--weights", "tiny", "--workers", "-1"], "Invalid value for '--workers'"),
         (["--weights", "tiny", "--batch-size", "0"], "Invalid value for '--batch-size'"),

@@ -432,12 +432,14 @@ def _segmenter(
     attention = source.pop("attention")
     if weights is not None:
         if attention is not None:
-            raise ValueError(f"--attention is for --method maskclip without --weights, got {attention!r}")
+            raise ValueError(f"--attention: expected with --method maskclip and no --weights, got {attention!r}")
         path = find_weights(weights)
         if weights.startswith(TINY):
             _note_strange_words(weights, entries)
         if is_converted(path) and trained_on is not None:
-            raise ValueError(f"--trained-on is for official checkpoints, {path} knows its own training vocabulary")
+            raise ValueError(
+                f"--trained-on: expected an official checkpoint, got {path}, which knows its own vocabulary"
+            )
         if not is_converted(path) and trained_on is None:
             stderr.print("[yellow]note[/]: no --trained-on for an official checkpoint, so no class counts as seen")
         with _loading(f"Loading {path.name}"):
@@ -452,7 +454,7 @@ def _segmenter(
     method, seed = source["method"], source.pop("seed")
     needs_no_training = method is None or model_class(method).training_free
     if attention is not None and (method is None or not needs_no_training):  # the default has its own
-        raise ValueError(f"--attention is for --method maskclip without --weights, got {attention!r}")
+        raise ValueError(f"--attention: expected with --method maskclip and no --weights, got {attention!r}")
     if entries is None:
         if method is None or rows is not None or not needs_no_training or source["untrained"]:
             raise ValueError("expected class names: give --classes, --classes-file or --dataset")

@@ -215,7 +215,7 @@ class Segmentation:
         """Mask logits of each window with its corner; a ValueError without `details`, or for a method without any."""
         windows = self._details().windows
         if windows is None:
-            raise ValueError("windows: this method looks at no windows")
+            raise ValueError("windows: expected a method that looks at windows, got a result of another")
         return windows
 
     def trusty_map(self, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -227,7 +227,7 @@ class Segmentation:
 
     def _details(self) -> Details:
         if self.details is None:
-            raise ValueError("details: the result does not hold any, call the Segmenter with details=True")
+            raise ValueError("details: expected a result of Segmenter(..., details=True), got one without")
         return self.details
 
     def overlay(self, *, legend: bool = True, blend: float = 0.6) -> Image:

@@ -25,7 +25,7 @@ def test_towers_are_timed_in_turns(method: str, capsys: pytest.CaptureFixture[st
     assert [row["backend"] for row in rows] == ["float32", "bfloat16", "int8", "int8 bfloat16"]
     assert rows[0]["relative_error"] == 0 and rows[0]["speed_up"] == 1
     assert all(1e-4 < row["relative_error"] < quantize.BUDGET and row["p50_ms"] > 0 for row in rows[1:])
-    assert "fp8 does not run here: kind: fp8 runs on CUDA GPUs" in capsys.readouterr().out
+    assert "fp8 does not run here: kind: expected a model on a CUDA GPU for fp8" in capsys.readouterr().out
 
 
 def test_a_saved_model_is_scored(tmp_path: Path) -> None:

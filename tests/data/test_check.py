@@ -105,7 +105,7 @@ def test_what_a_folder_holds(tmp_path):
 
 def test_bad_arguments(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "holds none of ade150, " in run(tmp_path / "empty", code=2)
+    assert "ROOT: expected ade150, " in run(tmp_path / "empty", code=2)
     assert "no folder" in run(tmp_path / "nowhere", code=2)
     assert "--dataset: expected one of ade150" in run(tmp_path, "--dataset", "voc", code=2)
     assert "--split: expected train or val, got 'test'" in run(tmp_path, "--split", "test", code=2)

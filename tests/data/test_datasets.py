@@ -258,16 +258,16 @@ def test_pc459_apart_from_voc(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (PC459_LINES[:-1], "number 459 of 1..459 is missing"),
-        ([*PC459_LINES[:-1], "1: again"], "a number is given twice"),
-        ([*PC459_LINES, "460: more"], "number 460 is beyond 459"),
-        ([f"name {i}" for i in range(10)], "holds 10 class names, expected 459"),
+        (PC459_LINES[:-1], "expected all numbers of 1..459, got none with 459"),
+        ([*PC459_LINES[:-1], "1: again"], "expected each number once, got"),
+        ([*PC459_LINES, "460: more"], "expected numbers up to 459, got 460"),
+        ([f"name {i}" for i in range(10)], "expected 459 class names, got 10"),
     ],
 )
 def test_bad_class_files(tmp_path, lines, message):
     place = pc459_tree(tmp_path)
     write_list(place / "labels.txt", lines)
-    with pytest.raises(ValueError, match=rf"labels.txt .*({message})"):
+    with pytest.raises(ValueError, match=rf"labels.txt.*({message})"):
         open_dataset("pc459", tmp_path, "val")
 
 
@@ -391,7 +391,7 @@ def test_bad_arguments(tmp_path):
         open_dataset("voc22", tmp_path, "val")
     with pytest.raises(ValueError, match="split: expected train or val, got 'test'"):
         open_dataset("voc20", tmp_path, "test")
-    with pytest.raises(ValueError, match="fold: only voc5i and coco20i have folds, got 0 for voc20"):
+    with pytest.raises(ValueError, match="fold: expected voc5i or coco20i, which have folds, got voc20"):
         open_dataset("voc20", tmp_path, "val", fold=0)
     with pytest.raises(FileNotFoundError, match="root: no folder .*nowhere"):
         open_dataset("voc20", tmp_path / "nowhere", "val")
@@ -420,17 +420,17 @@ def test_missing_files_are_named_when_a_dataset_is_opened(tmp_path):
 def test_lists_that_name_a_pair_twice_or_nothing(tmp_path):
     place = voc(tmp_path)
     write_list(place / "ImageSets/Segmentation/val.txt", ["d", "e", "d"])
-    with pytest.raises(ValueError, match="val.txt lists d twice"):
+    with pytest.raises(ValueError, match="val.txt: expected each id once, got d twice"):
         open_dataset("voc20", tmp_path, "val")
     write_list(place / "ImageSets/Segmentation/val.txt", [])
-    with pytest.raises(ValueError, match="val.txt lists nothing"):
+    with pytest.raises(ValueError, match="val.txt: expected an id a line, got none"):
         open_dataset("voc20", tmp_path, "val")
 
 
 @pytest.mark.parametrize("value", [21, 254])
 def test_labels_out_of_range(tmp_path, value):
     voc(tmp_path, values={"d": (0, 1, value)})
-    with pytest.raises(ValueError, match=rf"labels: .*d.png holds the value {value}, which is no label of voc20"):
+    with pytest.raises(ValueError, match=rf"labels: .*d.png: expected labels of .*, got {value}"):
         open_dataset("voc20", tmp_path, "val")[0]
 
 
@@ -438,14 +438,14 @@ def test_sixteen_bit_labels_out_of_range(tmp_path):
     place = pc459_tree(tmp_path)
     folder = place / "annotations_detectron2/pc459_val"
     write_image(folder / "x.tif", stripes((0, 459), dtype=np.uint16))
-    with pytest.raises(ValueError, match="x.tif holds the value 459"):
+    with pytest.raises(ValueError, match="x.tif: expected labels of .*, got 459"):
         open_dataset("pc459", tmp_path, "val")[0]
     write_image(folder / "x.tif", stripes((0, 70000), dtype=np.int32))
-    with pytest.raises(ValueError, match="x.tif holds the value 70000"):
+    with pytest.raises(ValueError, match="x.tif: expected labels of .*, got 70000"):
         open_dataset("pc459", tmp_path, "val")[0]
     context = voc(tmp_path)
     write_image(context / "SegmentationClass/d.png", stripes((0, 300), dtype=np.uint16))
-    with pytest.raises(ValueError, match="d.png holds the value 300"):
+    with pytest.raises(ValueError, match="d.png: expected labels of .*, got 300"):
         open_dataset("voc20", tmp_path, "val")[0]
 
 
@@ -556,7 +556,7 @@ def test_list_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text \(.* at byte 3\)"):
         read_ids(tmp_path / "latin.txt")
     write_list(tmp_path / "twice.txt", ["a.jpg", "b", "a"])
-    with pytest.raises(ValueError, match="twice.txt lists a twice"):
+    with pytest.raises(ValueError, match="twice.txt: expected each id once, got a twice"):
         read_ids(tmp_path / "twice.txt")
 
 

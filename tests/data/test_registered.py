@@ -63,7 +63,7 @@ def test_values_are_labels_unless_told(tmp_path: Path) -> None:
     dataset = open_dataset(str(own(tmp_path, (0, 1, 2, 9, 200), ignore=[9, 200])), None, "val")
     assert row(dataset[0].labels) == [0, 1, 2, 255, 255]
     dataset = open_dataset(str(own(tmp_path, (0, 1, 2, 9, 200))), None, "val")
-    with pytest.raises(ValueError, match="d.png holds the value 9, which is no label of .*streets.yaml"):
+    with pytest.raises(ValueError, match="d.png: expected labels of .*streets.yaml, got 9"):
         dataset[0]
 
 
@@ -79,7 +79,7 @@ def test_masks_in_colours(tmp_path: Path) -> None:
     indexed.save(tmp_path / "data/masks/val/d.png")
     assert row(open_dataset(str(path), None, "val")[0].labels) == [0, 1, 2, 255, 0]
     write_image(tmp_path / "data/masks/val/d.png", np.full((8, 20, 3), 77, np.uint8))
-    with pytest.raises(ValueError, match=r"d.png holds the colour \[77, 77, 77\], which is none of"):
+    with pytest.raises(ValueError, match=r"d.png: expected colours of .*, got \[77, 77, 77\]"):
         open_dataset(str(path), None, "val")[0]
 
 
@@ -124,17 +124,17 @@ def test_registered_names(tmp_path: Path) -> None:
 
 BAD = {
     "unknown key 'mask', expected .*did you mean masks": {"mask": "x"},
-    "images, names missing": {"images": None, "names": None},
+    "expected images, names too, got none": {"images": None, "names": None},
     "names: expected a list of class names": {"names": "road, sofa"},
     "names: expected names, got True; put it in quotes": {"names": ["road", True]},
     "names: 'Road' is given twice": {"names": ["road", "Road"]},
     "unseen: expected names of the list or 0..2, got 'cat'": {"unseen": ["cat"]},
     "unseen: expected names of the list or 0..2, got 3": {"unseen": [3]},
     "ignore: expected mask values 0..65535, got -1": {"ignore": [-1]},
-    "ignore: 1 is the label of 'sofa'": {"ignore": 1},
+    "ignore: expected labels of no class, got 1, 'sofa'": {"ignore": 1},
     "label_offset: expected the first class's value": {"label_offset": "one"},
     r"palette: expected \[red, green, blue\] for each of 3 names": {"palette": COLOURS[:2]},
-    r"palette: \[128, 0, 0\] is given twice": {"palette": [COLOURS[0], *COLOURS[:2]]},
+    r"palette: expected different colours, got \[128, 0, 0\] twice": {"palette": [COLOURS[0], *COLOURS[:2]]},
     "images: expected a path, with {split} in it": {"images": 5},
     "masks: expected train and val, got 'test'": {"masks": {"test": "x"}},
 }

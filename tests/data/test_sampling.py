@@ -156,7 +156,7 @@ def test_bad_training_sets(items, tree):
         PairSet(items.dataset, clsclip, classes=[20])
     with pytest.raises(ValueError, match="negative_prob: expected 0..1, got 2"):
         PairSet(items.dataset, clsclip, negative_prob=2)
-    with pytest.raises(ValueError, match="dataset: voc20 train holds nothing to train on"):
+    with pytest.raises(ValueError, match="dataset: expected something to train on, got none in voc20 train"):
         PairSet(items.dataset, clsclip, classes=[9])
 
 

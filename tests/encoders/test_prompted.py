@@ -150,10 +150,14 @@ def test_only_prompts_train_and_each_sample_draws_its_own_dropout() -> None:
     [
         (torch.zeros(3, 64, 64), ValueError, r"images: expected \[B, 3, H, W\], got \[3, 64, 64\]"),
         (torch.zeros(1, 1, 64, 64), ValueError, r"images: expected \[B, 3, H, W\]"),
-        (torch.zeros(1, 3, 64, 60), ValueError, r"images: H and W must be multiples of the patch size 16, got 64 x 60"),
-        (torch.zeros(1, 3, 0, 64), ValueError, r"images: H and W"),
+        (
+            torch.zeros(1, 3, 64, 60),
+            ValueError,
+            r"images: expected H and W to be multiples of the patch size 16, got 64 x 60",
+        ),
+        (torch.zeros(1, 3, 0, 64), ValueError, r"images: expected H and W"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, r"images: expected normalised floating-point"),
-        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, r"images: on meta, but the model is on cpu"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), ValueError, r"images: expected the model's device cpu, got meta"),
     ],
 )
 def test_bad_images_are_named(images: Tensor, error: type[Exception], message: str) -> None:

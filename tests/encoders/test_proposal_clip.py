@@ -177,7 +177,7 @@ def test_pixels_that_fill_no_patch_are_left_out() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="start_layer: expected 0..2 for a tower of 3 layers, got 3"):
         ProposalClipViT(vision_config(CONFIG), start_layer=3)
-    with pytest.raises(ValueError, match="images: H and W must be multiples of the patch size 16, got 16 x 8"):
+    with pytest.raises(ValueError, match="images: expected H and W to be multiples of the patch size 16, got 16 x 8"):
         vit().trunk(images((16, 8)))
-    with pytest.raises(ValueError, match=r"images: H and W must be at least 32, got 16 x 64"):
+    with pytest.raises(ValueError, match=r"images: expected H and W of at least 32, got 16 x 64"):
         resnet().trunk(images((16, 64)))

@@ -253,7 +253,7 @@ def test_folds_of_pairs(tree):
     weights.save(model, "clsclip.safetensors")
     np.save("tokens.npy", np.random.default_rng(0).standard_normal((20, model.embed_dim), np.float32))
     options = common(weights="clsclip.safetensors", dataset="voc5i", **{"text-embeddings": "tokens.npy"})
-    assert "fold: voc5i is tested fold by fold, expected 0..3" in run(*options, code=2)
+    assert "fold: expected 0..3, as voc5i is tested fold by fold" in run(*options, code=2)
     model.seen = range(15, 20)  # which these weights call pottedplant, ..., tvmonitor
     weights.save(model, "leak.safetensors")
     leaked = "potted plant, sheep, sofa, train, tv monitor"
@@ -303,11 +303,14 @@ def test_folds_of_pairs(tree):
     assert 0 < rows["sheep"]["tp"] + rows["sheep"]["fp"] <= 3 * 33 * 33 and rows["sheep"]["tp"] <= inside
     for more, message in (
         (("--episodes", "many"), "episodes: expected all or a number, got 'many'"),
-        (("--setting", "inductive"), "setting: a fold of voc5i has one setting of its own, got 'inductive'"),
+        (("--setting", "inductive"), "setting: expected none for a fold of voc5i, which has its own, got 'inductive'"),
         (("--threshold", "2"), "threshold: expected a number between 0 and 1, got 2.0"),
         (("--eval-size", "half"), "--eval-size: expected one of original, input, got 'half'"),
-        (("--eval-size", "input", "--boxes", "files:boxes.json"), "--eval-size: input is for folds without boxes"),
-        (("--weights", "tiny.safetensors", "--text-embeddings", "rows.npy"), "weights: voc5i is for clsclip"),
+        (
+            ("--eval-size", "input", "--boxes", "files:boxes.json"),
+            "--eval-size: expected a fold without boxes for input",
+        ),
+        (("--weights", "tiny.safetensors", "--text-embeddings", "rows.npy"), "weights: expected clsclip's for voc5i"),
     ):
         assert message in run(*options, "--fold", 3, *more, code=2)
 
@@ -346,13 +349,13 @@ def test_maft_takes_its_proposals_from_files_by_the_names_of_the_pictures(tree):
         ({"split": "test"}, "split: expected train or val, got 'test'"),
         ({"setting": "zero-shot"}, "setting: expected one of inductive"),
         ({"denominator": "all"}, "denominator: expected one of gt_or_pred, gt, got 'all'"),
-        ({"fold": 1}, "fold: voc20 has no folds"),
+        ({"fold": 1}, "fold: expected one of voc5i and coco20i, which have folds, got voc20"),
         ({"quantize": "int4"}, "quantize: expected one of int8, int8-weights, fp8, got 'int4'"),
-        ({"eval-size": "input"}, "--eval-size: input is for folds without boxes"),
-        ({"boxes": "files:boxes.json"}, "boxes: are for the folds of voc5i and coco20i, got them for voc20"),
+        ({"eval-size": "input"}, "--eval-size: expected a fold without boxes for input"),
+        ({"boxes": "files:boxes.json"}, "boxes: expected a fold of voc5i and coco20i, got voc20"),
         ({"worst": -1}, "worst: expected at least 0, got -1"),
         ({"device": "tpu9"}, "device: 'tpu9' cannot be used here"),
-        ({"trained-on": "voc20"}, "--trained-on: is for official checkpoints"),
+        ({"trained-on": "voc20"}, "--trained-on: expected an official checkpoint"),
         ({"text-embeddings": "absent.npy"}, "--text-embeddings: no file absent.npy"),
     ],
 )

@@ -168,12 +168,16 @@ def test_settings_say_who_is_seen_and_what_is_scored():
     cross = resolve_setting(None, toy, ["other"])
     assert cross == Setting("cross-dataset", (), None)
     assert "trained on the classes of toy itself" in resolve_setting("cross-dataset", toy, NAMES).notes[0]
-    with pytest.raises(ValueError, match="setting: expected one of inductive, .*: the weights do not say"):
+    with pytest.raises(
+        ValueError, match="setting: expected one of inductive, .*, got none, and the weights do not say"
+    ):
         resolve_setting(None, toy, None)
     with pytest.raises(ValueError, match="setting: expected one of .*, got 'zero-shot'"):
         resolve_setting("zero-shot", toy, NAMES)
     toy.unseen = []
-    with pytest.raises(ValueError, match="setting: toy has no seen and unseen classes, so inductive cannot be scored"):
+    with pytest.raises(
+        ValueError, match="setting: expected a dataset with seen and unseen classes for inductive, got toy"
+    ):
         resolve_setting("inductive", toy, None)
     assert resolve_setting(None, toy, NAMES).name == "cross-dataset"
 

@@ -88,7 +88,7 @@ def test_the_upper_bound_of_maft(tree: Path) -> None:  # noqa: F811
     assert bound["setting"] == "inductive" and bound["scores"]["miou_unseen"] is not None
     for more, message in (
         (["--crops", "mask"], "--upper-bound: goes with a proposer and without crops"),
-        (["--weights", "tiny.safetensors"], "proposer: tagclip takes none"),
+        (["--weights", "tiny.safetensors"], "proposer: expected none for tagclip"),
     ):
         assert message in run(*options, "--upper-bound", *more, code=2)
     assert "--upper-bound: goes with a proposer" in run(*common(), "--upper-bound", code=2)
@@ -133,4 +133,4 @@ def test_the_trusty_token_may_cross_over(tree: Path) -> None:  # noqa: F811
     assert report("kept")["settings"]["keep_trusty_token"] is True
     assert not np.array_equal(np.load("kept/counts.npy"), np.load("dropped/counts.npy"))
     refused = run(*common(output="no"), "--keep-trusty-token", code=2)
-    assert "--keep-trusty-token: is for a TagCLIP with its token, cross-dataset, got tagclip inductive" in refused
+    assert "--keep-trusty-token: expected a TagCLIP with its token, cross-dataset, got tagclip inductive" in refused

@@ -82,7 +82,7 @@ def test_gates_weigh_channels_and_patches(groups: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decoder_width": 30}, "decoder_heads: 4 does not divide decoder_width 30"),
+        ({"decoder_width": 30}, "decoder_heads: expected a divisor of decoder_width 30, got 4"),
         ({"layers": 0}, "decoder_layers: expected at least 1, got 0"),
         ({"head": "bilinear"}, "head: expected one of conv, linear, got 'bilinear'"),
     ],

@@ -78,7 +78,7 @@ def test_bad_protocols(changes: dict[str, object], message: str) -> None:
 def test_unknown_or_unwanted_protocols_are_one_line() -> None:
     with pytest.raises(ValueError, match="protocol: expected one of .*, got 'sclp'; did you mean sclip"):
         Segmenter(tiny_model("maskclip"), protocol="sclp")
-    with pytest.raises(ValueError, match="protocol: is for training-free methods, zegclip has its own"):
+    with pytest.raises(ValueError, match="protocol: expected None for zegclip"):
         Segmenter(tiny_model("zegclip"), protocol="sclip")
 
 

@@ -190,7 +190,7 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds others"):
         Shards(str(tmp_path), "rle").begin(told())
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="got the file"):
         Shards(str(tmp_path / "mine.txt"), "rle").begin(told())
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -156,7 +156,7 @@ def test_scores_of_every_class_are_those_the_labels_came_from(method: str) -> No
     assert result.class_scores((20, 30)).shape == (3, 20, 30)
     (streamed,) = [one for _, one in seg.stream([photo()], LISTS[1], **options)]
     np.testing.assert_array_equal(streamed.class_scores((20, 30)), result.class_scores((20, 30)))
-    with pytest.raises(ValueError, match="details: the result does not hold any"):
+    with pytest.raises(ValueError, match="details: expected a result of Segmenter"):
         seg(photo(), LISTS[1]).class_scores()
 
 
@@ -173,7 +173,7 @@ def test_windows_and_the_trusty_map() -> None:
     assert result.trusty_map().shape == (70, 130)
     with pytest.raises(ValueError, match="trusty_map: the model has no trusty token"):
         segmenter("zegclip")(photo(), LISTS[1], details=True).trusty_map()
-    with pytest.raises(ValueError, match="windows: this method looks at no windows"):
+    with pytest.raises(ValueError, match="windows: expected a method that looks at windows"):
         _ = segmenter("clsclip")(photo(), LISTS[1], details=True).windows
 
 

@@ -254,7 +254,7 @@ def test_bad_constructions():
     with pytest.raises(ValueError, match="window_batch: expected at least 1, got 0"):
         Segmenter(make_model(), window_batch=0)
     encoder = TextEncoder.from_state_dict(text_state(tiny_clip()), cache=False)
-    with pytest.raises(ValueError, match="text_embeddings: give these or a text_encoder"):
+    with pytest.raises(ValueError, match="text_embeddings: expected these or a text_encoder, got both"):
         Segmenter(make_model(), text_encoder=encoder, text_embeddings=text_rows(5))
     with pytest.raises(ValueError, match="classes: expected class names"):
         Segmenter(make_model(class_names=None), text_encoder=encoder)(photo(9, 9))

@@ -249,11 +249,11 @@ def test_checkpoint_of_another_number_of_regions_can_be_repeated() -> None:
         ({"regions": 0}, "regions: expected a square number"),
         ({"regions": (0, 2)}, "regions: expected .* at least 1"),
         ({"regions": 25}, "regions: 5 x 5 regions do not fit a patch grid of 4 x 4; expected at most one a patch"),
-        ({"prompt_depth": 1}, "prompt_depth: CLIP-RC gives every layer its prompts, got 1"),
+        ({"prompt_depth": 1}, "prompt_depth: expected none, as CLIP-RC gives every layer its prompts, got 1"),
         ({"alignment": "all"}, "alignment: expected one of region_global, region, global, none, got 'all'"),
         ({"init": "jittor"}, "init: expected one of official, intent"),
         ({"output_gain": 0}, "output_gain: expected a number above 0, got 0"),
-        ({"decoder_heads": 5}, "decoder_heads: 5 does not divide"),
+        ({"decoder_heads": 5}, "decoder_heads: expected a divisor of the joint width 32, got 5"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

@@ -365,7 +365,7 @@ def test_compile_and_export() -> None:
         ({"seen_offset": 0.1}, "seen_offset: ClsCLIP has no calibration, expected 0, got 0.1"),
         ({"image_size": 60}, "image_size: expected a multiple of the patch size 16, got 60"),
         ({"memory_budget": 0}, "memory_budget: expected a positive number of bytes, got 0"),
-        ({"loss_weights": {"focal": 1.0}}, "loss_weights: unknown terms"),
+        ({"loss_weights": {"focal": 1.0}}, "loss_weights: expected terms of"),
         ({"head": "mlp"}, "head: expected one of conv, linear, got 'mlp'"),
     ],
 )
@@ -429,7 +429,7 @@ def test_bad_loss_input_is_named() -> None:
     with pytest.raises(TypeError, match="dtype: background is -1, expected a signed type"):
         model.predict_labels(out, (64, 64), torch.uint8, threshold=0.5)
     nameless = make(num_classes=None, seen=None)
-    with pytest.raises(ValueError, match="setting: the inductive loss needs a model that knows num_classes"):
+    with pytest.raises(ValueError, match="num_classes: expected a number for the inductive loss"):
         nameless.loss(some, labels, pairs=PAIRS)
     assert nameless.loss(some, labels, "supervised", pairs=PAIRS)["loss"] > 0
 

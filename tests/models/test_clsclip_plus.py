@@ -194,7 +194,7 @@ def test_bad_input_is_named() -> None:
         (
             (image[:, :80], text, boxes, WORDS),
             ValueError,
-            "boxes: made for an image of H x W = 90 x 130, got one of 80",
+            "boxes: expected an image of H x W = 90 x 130, got one of 80",
         ),
         (
             (image[None], text, boxes, WORDS),

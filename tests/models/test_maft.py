@@ -201,7 +201,7 @@ def test_ensemble_uses_the_proposer_s_scores_and_the_usable_masks() -> None:
     is_seen = torch.tensor([c in model.seen for c in range(7)])
     share = torch.where(is_seen, 0.8, 0.2)
     torch.testing.assert_close(got, own[..., :-1] ** share * clip ** (1 - share))
-    with pytest.raises(ValueError, match="proposals: class_scores have 5 columns, expected 8"):
+    with pytest.raises(ValueError, match="proposals: expected class_scores of 8 columns, got 5"):
         model(pictures(), text(), dataclasses.replace(proposals, class_scores=own[..., :5]))
 
 
@@ -288,7 +288,7 @@ def test_targets_that_cannot_be() -> None:
         model.loss(out, torch.zeros(2, 1, 96, 96), torch.full((2, 1), 9))
     with pytest.raises(ValueError, match="gt_labels: expected integers"):
         model.loss(out, torch.zeros(2, 1, 96, 96), torch.zeros(2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="out: distillation needs a train-mode output"):
+    with pytest.raises(ValueError, match="out: expected an output of train mode for distillation"):
         evaluated = model.eval()(pictures(), text(), masks_of(2, 6))
         model.loss(evaluated, torch.zeros(2, 1, 96, 96), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 32))
     with pytest.raises(TypeError, match="proposals: expected Proposals or a tensor"):
@@ -320,12 +320,12 @@ def test_a_list_of_one_class_more_is_a_list() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_sizes": ((96, 96),)}, "proposals: image_sizes are of 1 images, masks of 2"),
-        ({"image_sizes": ((96, 96),) * 3}, "proposals: image_sizes are of 3 images, masks of 2"),
+        ({"image_sizes": ((96, 96),)}, "proposals: expected image_sizes of 2 images, as masks, got 1"),
+        ({"image_sizes": ((96, 96),) * 3}, "proposals: expected image_sizes of 2 images, as masks, got 3"),
         ({"valid": torch.ones(2, 3, dtype=torch.bool)}, r"proposals: expected valid \[2, 6\], got \[2, 3\]"),
-        ({"padded_size": (64, 64)}, r"proposals: masks are \[96, 96\], padded_size is \[64, 64\]"),
+        ({"padded_size": (64, 64)}, r"proposals: expected masks of padded_size \[64, 64\], got \[96, 96\]"),
         ({"mask_logits": torch.zeros(2, 6, 24, 24)}, "proposals: expected mask_logits or masks, got both"),
-        ({"class_scores": torch.full((2, 6, 5), 0.2)}, "proposals: class_scores have 5 columns, expected 8"),
+        ({"class_scores": torch.full((2, 6, 5), 0.2)}, "proposals: expected class_scores of 8 columns, got 5"),
     ],
 )
 def test_proposals_that_do_not_fit_together(changes: dict[str, object], message: str) -> None:

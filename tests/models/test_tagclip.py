@@ -227,9 +227,9 @@ def test_learnable_descriptor_is_closed_set() -> None:
     model = tiny_model("tagclip", descriptor="learnable", trusty_token=False)
     images, text = tiny_inputs()
     assert model(images, text).mask_logits.shape[1] == NUM_CLASSES
-    with pytest.raises(ValueError, match="text_embeddings: the learnable descriptor holds 7 classes, got 3"):
+    with pytest.raises(ValueError, match="text_embeddings: expected the learnable descriptor's 7 classes, got 3"):
         model(images, text[:3])
-    with pytest.raises(ValueError, match="'learnable' has no row for the trusty token"):
+    with pytest.raises(ValueError, match="trusty_token: expected False for descriptor 'learnable'"):
         tiny_model("tagclip", descriptor="learnable")
 
 
@@ -245,7 +245,7 @@ def test_learnable_descriptor_is_closed_set() -> None:
         ({"trusty_target": "x"}, "trusty_target"),
         ({"descriptor": "attn:q_s"}, "descriptor: unknown 'attn:q_s'"),
         ({"descriptor": "qxs"}, "descriptor: unknown 'qxs'"),
-        ({"descriptor": "attn_cat:qmscq_q_q"}, "attn_cat takes inputs of width D"),
+        ({"descriptor": "attn_cat:qmscq_q_q"}, "expected inputs of width D for attn_cat"),
     ],
 )
 def test_bad_options(options: dict[str, str], message: str) -> None:

@@ -208,7 +208,7 @@ def test_pixels_past_the_last_whole_patch_are_left_out(attention: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "scclip", "residual": True}, "residual: SC-CLIP has no residual"),
+        ({"attention": "scclip", "residual": True}, "residual: expected None or False, as SC-CLIP"),
         ({"std": 0.0}, "std: expected a positive number of patches, got 0.0"),
         ({"std": float("nan")}, "std: expected a positive number of patches, got nan"),
         ({"tau": -1.0}, "tau: expected a positive number, got -1.0"),

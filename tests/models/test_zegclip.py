@@ -214,7 +214,7 @@ def test_bad_loss_input(labels: torch.Tensor, setting: str, error: type[Exceptio
         (torch.zeros(0, 32), ValueError, r"text_embeddings: expected \[C, 32\] with C >= 1"),
         (torch.zeros(32), ValueError, "text_embeddings"),
         (torch.zeros(3, 32, dtype=torch.long), TypeError, "text_embeddings: expected a floating-point type"),
-        (torch.zeros(3, 32, device="meta"), ValueError, "text_embeddings: on meta, but the model is on cpu"),
+        (torch.zeros(3, 32, device="meta"), ValueError, "text_embeddings: expected the model's device cpu, got meta"),
         ([[0.0] * 32], TypeError, "text_embeddings: expected a tensor"),
     ],
 )
@@ -226,13 +226,16 @@ def test_bad_text(text: object, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seen": [0, 0]}, "seen: indices must differ"),
+        ({"seen": [0, 0]}, "seen: expected different indices"),
         ({"seen": [7]}, r"seen: expected indices in 0..6, got \[7\]"),
         ({"image_size": 60}, "image_size: expected a multiple of the patch size 16, got 60"),
-        ({"decoder_heads": 5}, "decoder_heads: 5 does not divide the joint width 32"),
-        ({"loss_weights": {"focal": 1.0}}, "loss_weights: unknown terms"),
+        ({"decoder_heads": 5}, "decoder_heads: expected a divisor of the joint width 32, got 5"),
+        ({"loss_weights": {"focal": 1.0}}, "loss_weights: expected terms of"),
         ({"class_names": ["cat"]}, "class_names: expected num_classes = 7 names, got 1"),
-        ({"clip": {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], "head_width": 13}}}, "clip: width 48 .* head_width 13"),
+        (
+            {"clip": {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], "head_width": 13}}},
+            "clip: expected a multiple of head_width 13 .*, got 48",
+        ),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

@@ -203,8 +203,8 @@ def changed(**change):
         (changed(boxes=[{"box": ["a", 2, 20, 9], "name": "dog"}]), "boxes.json, street.jpg: "),
         (changed(boxes=[{"box": [1, 2, 3, 4], "name": "dog", "score": 3}]), "street.jpg: scores: expected 1 values"),
         (changed(height=None), "image_size: .* does not say the size of street.jpg"),
-        ({"pictures": [SIMPLE["pictures"][0]] * 2}, "has the image 'street.jpg' twice"),
-        (SIMPLE, "name: .* is about 2 images, expected a file name"),
+        ({"pictures": [SIMPLE["pictures"][0]] * 2}, "expected each image once, got 'street.jpg' twice"),
+        (SIMPLE, "name: expected a file name, as .* is about 2 images"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -214,7 +214,7 @@ def test_bad_files(tmp_path, content, message):
 
 def test_files_of_other_pictures(tmp_path):
     proposer = FileBoxProposer(write(tmp_path / "boxes.json", SIMPLE))
-    with pytest.raises(ValueError, match=r"is for street.jpg of \(60, 80\), this image is \(60, 81\)"):
+    with pytest.raises(ValueError, match=r"expected \(60, 80\), as .* says of street.jpg, got \(60, 81\)"):
         proposer(np.zeros((60, 81, 3), np.uint8), "street.jpg")
     with pytest.raises(ValueError, match="has 0 images named 'road.jpg'; it has street.jpg"):
         proposer(np.zeros((60, 80, 3), np.uint8), "road.jpg")

@@ -116,25 +116,29 @@ NAN = torch.full((1, 1, 64, 64), float("nan"))
     [
         ([], {}, "masks: expected the masks of at least one image, got none"),
         ([torch.zeros(0, 64, 64)], {}, "masks: expected at least one proposal, got none"),
-        ([torch.zeros(2, 64, 64)], {}, "masks: every mask is empty"),
+        ([torch.zeros(2, 64, 64)], {}, "masks: expected at least one with a pixel in it"),
         (NAN, {}, r"masks\[0\]: expected finite values, got nan"),
         ([torch.full((1, 64, 64), 255)], {}, r"masks\[0\]: expected values in \[0, 1\], got 255 to 255"),
         ([-torch.ones(1, 64, 64)], {}, r"masks\[0\]: expected values in \[0, 1\]"),
         ([torch.ones(64, 64)], {}, r"masks\[0\]: expected \[Nq, H, W\] .*got \[64, 64\]"),
-        (torch.ones(2, 64, 64), {}, r"masks: a batch of equal sizes is \[B, Nq, H, W\], got \[2, 64, 64\]"),
-        ([torch.ones(1, 64, 64)], {"original_sizes": [(64, 65)]}, r"masks\[0\]: made for an image of \(64, 64\)"),
-        ([torch.ones(1, 64, 64)], {"original_sizes": [(64, 64)] * 2}, "masks: of 1 images, expected 2"),
+        (torch.ones(2, 64, 64), {}, r"masks: expected \[B, Nq, H, W\] of a batch of equal sizes, got \[2, 64, 64\]"),
+        (
+            [torch.ones(1, 64, 64)],
+            {"original_sizes": [(64, 65)]},
+            r"masks\[0\]: expected masks of an image of .*, got \(64, 64\)",
+        ),
+        ([torch.ones(1, 64, 64)], {"original_sizes": [(64, 64)] * 2}, "masks: expected those of 2 images, got 1"),
         ([torch.ones(1, 64, 64)], {"quality": [torch.ones(2)]}, r"quality\[0\]: expected one row for each of 1 masks"),
-        ([torch.ones(1, 64, 64)], {"quality": []}, "quality: of 0 images, expected 1"),
+        ([torch.ones(1, 64, 64)], {"quality": []}, "quality: expected those of 1 images, got 0"),
         (
             [torch.ones(1, 64, 64)],
             {"class_scores": [torch.ones(1, 3)], "class_names": ["a", "b", "c"]},
-            "class_scores have 3 columns, expected 4",
+            "expected class_scores of 4 columns, got 3",
         ),
         (
             [torch.ones(1, 64, 64)] * 2,
             {"class_scores": [torch.ones(1, 3), torch.ones(1, 4)]},
-            r"class_scores\[1\]: 4 columns, the first image's have 3",
+            r"class_scores\[1\]: expected 3 columns, as the first image's, got 4",
         ),
     ],
 )
@@ -153,13 +157,13 @@ def test_no_array():
     [
         ({"masks": None}, "expected mask_logits or masks, got neither"),
         ({"mask_logits": torch.zeros(1, 2, 16, 16)}, "expected mask_logits or masks, got both"),
-        ({"masks": torch.zeros(1, 2, 64, 32)}, r"masks are \[64, 32\], padded_size is \[64, 64\]"),
+        ({"masks": torch.zeros(1, 2, 64, 32)}, r"expected masks of padded_size \[64, 64\], got \[64, 32\]"),
         ({"masks": torch.zeros(2, 64, 64)}, r"expected masks \[B, Nq, H, W\], got \[2, 64, 64\]"),
         ({"masks": torch.full((1, 2, 64, 64), float("nan"))}, "masks: expected finite values"),
         ({"masks": torch.full((1, 2, 64, 64), 7.0)}, r"masks: expected values in \[0, 1\], got 7 to 7"),
         ({"valid": torch.ones(1, 3, dtype=torch.bool)}, r"expected valid \[1, 2\], got \[1, 3\]"),
-        ({"image_sizes": ((64, 64), (64, 64))}, "image_sizes are of 2 images, masks of 1"),
-        ({"image_sizes": ((65, 64),)}, r"image size \(65, 64\) is outside padded_size"),
+        ({"image_sizes": ((64, 64), (64, 64))}, "expected image_sizes of 1 images, as masks, got 2"),
+        ({"image_sizes": ((65, 64),)}, r"expected image sizes within padded_size .*, got \(65, 64\)"),
         ({"class_scores": torch.zeros(1, 3, 4)}, r"expected class_scores \[1, 2, K \+ 1\], got \[1, 3, 4\]"),
         ({"class_scores": torch.full((1, 2, 4), float("nan"))}, "class_scores hold values that are not finite"),
     ],
@@ -173,9 +177,9 @@ def test_malformed_proposals(change, message):
 
 def test_proposals_of_another_batch_or_picture():
     good = from_masks([rectangles(64, 64, 2)], **FRAME)
-    with pytest.raises(ValueError, match="masks: of 1 images, expected 2"):
+    with pytest.raises(ValueError, match="masks: expected those of 2 images, got 1"):
         check_proposals(good, [(64, 64)] * 2)
-    with pytest.raises(ValueError, match=r"made for an image of \(64, 64\), this one is \(64, 80\)"):
+    with pytest.raises(ValueError, match=r"expected masks of an image of \(64, 80\), got \(64, 64\)"):
         check_proposals(good, [(64, 80)])
 
 

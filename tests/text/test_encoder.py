@@ -97,7 +97,7 @@ def test_activation_and_heads_change_the_result(clip):
     gelu = TextEncoder.from_state_dict(state, cache=False, quick_gelu=False).encode(["cat"])
     two_heads = TextEncoder.from_state_dict(state, cache=False, heads=2).encode(["cat"])
     assert (quick - gelu).abs().max() > 1e-4 and (quick - two_heads).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="heads: the width 64 of the text tower is not a multiple of 5"):
+    with pytest.raises(ValueError, match="heads: expected a divisor of the text tower's width 64, got 5"):
         TextEncoder.from_state_dict(state, heads=5)
 
 
@@ -120,7 +120,7 @@ def test_too_long_a_name_is_refused_not_cut(clip):
     encoder = TextEncoder.from_state_dict(text_state(clip), cache=False)
     fits = " ".join(["cat"] * 71)  # with "a photo of a", start and end: 77 tokens
     assert torch.isfinite(encoder.encode([fits])).all()
-    with pytest.raises(ValueError, match=r"classes: too long for the text tower \(77 tokens\)"):
+    with pytest.raises(ValueError, match=r"classes: expected at most 77 tokens, the text tower's, got"):
         encoder.encode([fits + " cat"])
 
 
@@ -222,14 +222,16 @@ def test_from_open_clip_dict_with_a_file(clip, tmp_path):
 
 
 def test_unknown_clip_lists_close_names():
-    with pytest.raises(ValueError, match="clip: open_clip has no model 'ViT-B16'; close names: .*ViT-B-16"):
+    with pytest.raises(ValueError, match="clip: expected a model of open_clip, such as .*ViT-B-16.*, got 'ViT-B16'"):
         TextEncoder.from_open_clip("ViT-B16")
     with pytest.raises(ValueError, match="clip: the configuration lacks text_cfg"):
         TextEncoder.from_open_clip({"embed_dim": 3, "vision_cfg": {}})
 
 
 def test_unknown_tag_lists_the_tags():
-    with pytest.raises(ValueError, match="'opneai' is neither a file nor a tag; tags of this model: openai, "):
+    with pytest.raises(
+        ValueError, match=r"pretrained: expected a file or a tag of this model \(openai, .*, got 'opneai'"
+    ):
         TextEncoder.from_open_clip("ViT-B-16", "opneai")
 
 

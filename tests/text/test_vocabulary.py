@@ -47,7 +47,7 @@ def test_landmarks_of_the_lists():
 def test_unknown_dataset_lists_the_known():
     with pytest.raises(ValueError, match="dataset: expected one of voc20, .*got 'voc'"):
         class_names("voc")
-    with pytest.raises(ValueError, match="ade150 has no published seen/unseen split"):
+    with pytest.raises(ValueError, match="dataset: expected one with a published seen/unseen split, .*, got ade150"):
         seen_classes("ade150")
     known = "voc20 voc21 coco171 coco_object context59 context60 pc459 ade150 ade847 cityscapes"
     assert datasets() == known.split()
@@ -114,7 +114,7 @@ def test_bad_class_lists_name_the_argument(given, message):
 
 
 def test_classes_that_are_no_names():
-    with pytest.raises(TypeError, match="classes: each class is a name.*got 7"):
+    with pytest.raises(TypeError, match="classes: expected a name.*got 7"):
         parse_classes(["cat", 7])
 
 

@@ -98,7 +98,10 @@ def test_the_table_and_what_it_means(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--find-batch-size", "--memory", "nan"], "memory: expected a number of GiB above 0, got nan"),
         (["--find-batch-size", "--memory", "1e9"], "GiB, which are free, got 1e+09"),
         (["--find-batch-size", "--most", "0"], "most: expected at least 1, got 0"),
-        (["--find-batch-size", "--resume"], "--resume: --find-batch-size trains nothing that could go on"),
+        (
+            ["--find-batch-size", "--resume"],
+            "--resume: expected none with --find-batch-size, which trains nothing that could go on",
+        ),
         (["--memory", "8"], "--memory, --most: expected with --find-batch-size alone"),
     ],
 )

@@ -100,10 +100,10 @@ def test_resume_with_two_processes_is_bit_exact(two: Path, tmp_path: Path) -> No
 
 def test_batches_that_do_not_divide(one: Path) -> None:
     config = load_config(one / "config.yaml")
-    with pytest.raises(ValueError, match="batch_size: 4 images do not divide among 3 processes"):
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 processes, got 4"):
         shares(config, 3)
     with pytest.raises(
-        ValueError, match=r"micro_batch: 2 does not divide the 1 images a process has \(batch_size 4 on 4"
+        ValueError, match=r"micro_batch: expected a divisor of the 1 images a process has, got 2 \(batch_size 4 on 4"
     ):
         shares(config, 4)
     assert shares(config, 2).micro_batches == 1

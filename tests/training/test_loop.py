@@ -258,7 +258,7 @@ def test_refusals_before_the_first_step(reference: RunResult, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro_batch": 3}, "micro_batch: 3 does not divide the 4 images a process has"),
+        ({"micro_batch": 3}, "micro_batch: expected a divisor of the 4 images a process has, got 3"),
         ({"model": {"num_promts": 3}}, "unknown key 'model.num_promts'; did you mean num_prompts"),
         ({"data": {"root": None}}, "data.root: expected the folder of voc20"),
         ({"text": {"embeddings": None}}, "text.embeddings: expected a .npy file"),

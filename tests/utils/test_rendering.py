@@ -44,7 +44,7 @@ def test_sixteen_bit_png(tmp_path, count):
 
 
 def test_only_png(tmp_path):
-    with pytest.raises(ValueError, match="path: label maps are PNG files, got .*out.jpg"):
+    with pytest.raises(ValueError, match="path: expected a .png file for a label map, got .*out.jpg"):
         result([[0]], 1).save(tmp_path / "out.jpg")
 
 

@@ -80,7 +80,7 @@ def test_wrong_shapes_are_listed() -> None:
 
 
 def test_checkpoints_of_other_methods_are_recognised() -> None:
-    with pytest.raises(CheckpointError, match="method 'tagclip' was asked for, but these are weights of 'zegclip'"):
+    with pytest.raises(CheckpointError, match="expected weights of 'tagclip', got those of 'zegclip'"):
         zs3fast.load_official(official(), method="tagclip", **OPTIONS)
     with pytest.raises(CheckpointError, match="this maft checkpoint has no 'IPCLIP.conv1.weight', which its sizes"):
         zs3fast.load_official({"IPCLIP.proj": torch.ones(1)})

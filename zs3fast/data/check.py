@@ -135,7 +135,7 @@ def find_datasets(root: str | os.PathLike[str], split: str | None = None) -> lis
                     continue
         if found:
             return found
-    raise ValueError(f"root: {root} holds none of {', '.join(list_datasets())} in a layout that is known")
+    raise ValueError(f"root: expected {', '.join(list_datasets())} in a known layout, got {root}, which holds none")
 
 
 @contextmanager

@@ -35,9 +35,9 @@ def _read(path: Path, count: int) -> tuple[str, ...]:
         reason = str(error).removeprefix(f"{path} is ")
         raise FileFormatError(f"{path} is no list of class names: {reason}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise FileFormatError(f"{path} is no list of class names: expected strings")
+        raise FileFormatError(f"{path} is no list of class names: expected a list of strings, got other values")
     if len(names) != count:
-        raise FileFormatError(f"{path} holds {len(names)} class names, expected {count}")
+        raise FileFormatError(f"{path}: expected {count} class names, got {len(names)}")
     return tuple(name.strip() for name in names)
 
 
@@ -47,14 +47,16 @@ def _lines(text: str, count: int) -> list[str]:
     found = [match for match in matches if match]
     if len(found) != len(lines):
         return lines
-    numbered = {int(match[1]): match[2] for match in found}
+    numbers = [int(match[1]) for match in found]
+    numbered = {number: match[2] for number, match in zip(numbers, found, strict=True)}
     if len(numbered) != len(found):
-        raise ValueError("a number is given twice")
+        twice = next(number for number in numbers if numbers.count(number) > 1)
+        raise ValueError(f"expected each number once, got {twice} twice")
     first = 0 if 0 in numbered and count not in numbered else 1
     missing = [number for number in range(first, first + count) if number not in numbered]
     if missing:
-        raise ValueError(f"number {missing[0]} of {first}..{first + count - 1} is missing")
+        raise ValueError(f"expected all numbers of {first}..{first + count - 1}, got none with {missing[0]}")
     extra = numbered.keys() - set(range(first + count))
     if extra:
-        raise ValueError(f"number {min(extra)} is beyond {first + count - 1}")
+        raise ValueError(f"expected numbers up to {first + count - 1}, got {min(extra)}")
     return [numbered[number] for number in range(first, first + count)]

@@ -145,7 +145,7 @@ class SegmentationDataset(Dataset[Sample]):
         labels = table[values] if known else np.full(values.shape, INVALID, np.int32)
         if np.min(labels, initial=0) == INVALID:
             value = values[_invalid(values, table)][0]
-            raise ValueError(f"labels: {path} holds the value {value}, which is no label of {self.name}")
+            raise ValueError(f"labels: {path}: expected labels of {self.name}, got {value}")
         return labels
 
     def missing(self) -> list[tuple[str, Path]]:
@@ -190,7 +190,7 @@ def read_colour_labels(path: Path, palette: dict[tuple[int, int, int], int], nam
     for index, code in enumerate(found.tolist()):
         colour = (code >> 16, code >> 8 & 255, code & 255)
         if colour not in palette:
-            raise ImageError(f"labels: {path} holds the colour {list(colour)}, which is none of {name}'s palette")
+            raise ImageError(f"labels: {path}: expected colours of {name}'s palette, got {list(colour)}")
         labels[index] = palette[colour]
     return labels[places].reshape(codes.shape)
 

@@ -22,9 +22,9 @@ def fold_classes(name: str, fold: int | None) -> list[int]:
     voc5i: 5 fold .. 5 fold + 4 of 20.  coco20i: fold + 4 v for v = 0..19 of 80.
     """
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < FOLDS:
-        raise ValueError(f"fold: {name} has folds 0..{FOLDS - 1}, got {fold!r}")
+        raise ValueError(f"fold: expected one of {name}'s, 0..{FOLDS - 1}, got {fold!r}")
     if name == "voc5i":
         return list(range(5 * fold, 5 * fold + 5))
     if name == "coco20i":
         return list(range(fold, 80, FOLDS))
-    raise ValueError(f"fold: only voc5i and coco20i have folds, got {fold} for {name}")
+    raise ValueError(f"fold: expected voc5i or coco20i, which have folds, got {name}")

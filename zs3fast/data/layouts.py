@@ -124,11 +124,11 @@ def read_ids(path: Path) -> list[str]:
     """
     ids = [_id(line.strip()) for line in read_text(path).splitlines() if line.strip()]
     if not ids:
-        raise ValueError(f"{path} lists nothing")
+        raise ValueError(f"{path}: expected an id a line, got none")
     known: set[str] = set()
     for name in ids:
         if name in known:
-            raise ValueError(f"{path} lists {name} twice")
+            raise ValueError(f"{path}: expected each id once, got {name} twice")
         known.add(name)
     return ids
 

@@ -51,7 +51,7 @@ def open_dataset(
     own = registered_source(name, root, split) if split in SPLITS else None
     if own is not None:
         if fold is not None:
-            raise ValueError(f"fold: {name} has none, got {fold}")
+            raise ValueError(f"fold: expected None for {name}, which has none, got {fold}")
         source, place = own
         return _with_files(SegmentationDataset(name, split, source, place, None, _unseen_of), check_files)
     if name not in SOURCES and name not in registered() and not is_file_name(name):
@@ -65,7 +65,7 @@ def open_dataset(
     if fold is not None or name in FOLDED:
         fold_classes(name, fold)
     if root is None:
-        raise ValueError(f"root: expected the folder of {name}")
+        raise ValueError(f"root: expected the folder of {name}, got None")
     root = Path(root)
     source = SOURCES[name](root, split)
     return _with_files(SegmentationDataset(name, split, source, root, fold, _unseen_of), check_files)

@@ -79,7 +79,7 @@ def registered_source(name: str, root: str | os.PathLike[str] | None, split: str
     description, beside = found
     if callable(description):
         if root is None:
-            raise ValueError(f"root: expected the folder of {name}")
+            raise ValueError(f"root: expected the folder of {name}, got None")
         return description(Path(root), split), Path(root)
     if root is None:
         root = (beside or Path()) / str(description.get("root", ""))
@@ -109,7 +109,7 @@ def _checked(content: Any, where: str) -> Mapping[str, Any]:
             )
     missing = [key for key in ("images", "masks", "names") if content.get(key) is None]
     if missing:
-        raise FileFormatError(f"{where}: {', '.join(missing)} missing")
+        raise FileFormatError(f"{where}: expected {', '.join(missing)} too, got none")
     entries = _entries(content, where)
     _unseen(content, entries, where)
     _numbers(content, entries, where)
@@ -153,7 +153,9 @@ def _numbers(content: Mapping[str, Any], entries: list[ClassEntry], where: str) 
             kind = "colours [red, green, blue]" if colours else f"mask values 0..{_VALUES - 1}"
             raise FileFormatError(f"{where}: ignore: expected {kind}, got {value!r}")
         if not colours and "ignore" in content and offset <= value < offset + len(entries):
-            raise FileFormatError(f"{where}: ignore: {value} is the label of {entries[value - offset][0]!r}")
+            raise FileFormatError(
+                f"{where}: ignore: expected labels of no class, got {value}, {entries[value - offset][0]!r}"
+            )
     return offset, ignored
 
 
@@ -167,9 +169,11 @@ def _colours(content: Mapping[str, Any], entries: list[ClassEntry], where: str) 
     taken = [*map(tuple, palette), *map(tuple, _numbers(content, entries, where)[1])]
     twice = next((list(colour) for colour in taken if taken.count(colour) > 1), None)
     if twice is not None:
-        raise FileFormatError(f"{where}: palette: {twice} is given twice")
+        raise FileFormatError(f"{where}: palette: expected different colours, got {twice} twice")
     if content.get("label_offset"):
-        raise FileFormatError(f"{where}: label_offset: masks in colours have none, got {content['label_offset']!r}")
+        raise FileFormatError(
+            f"{where}: label_offset: expected none for masks in colours, got {content['label_offset']!r}"
+        )
     return np.array(palette, np.int64)
 
 
@@ -204,7 +208,7 @@ def _source(content: Mapping[str, Any], root: Path, split: str, where: str) -> S
     for key in ("images", "masks"):
         place = _place(content, key, split, where)
         if place is None:
-            raise ValueError(f"{where}: {key}: none for the split {split}")
+            raise ValueError(f"{where}: {key}: expected one for the split {split}, got none")
         folders[key] = root / place
         if not folders[key].is_dir():
             raise FileNotFoundError(f"{where}: {key}: no folder {folders[key]}")
@@ -212,7 +216,7 @@ def _source(content: Mapping[str, Any], root: Path, split: str, where: str) -> S
     listing = _place(content, "lists", split, where)
     ids = sorted(masks) if listing is None else read_ids(root / listing)
     if not ids:
-        raise ValueError(f"{where}: {folders['masks']} holds no masks ({', '.join(_MASKS)})")
+        raise ValueError(f"{where}: expected masks ({', '.join(_MASKS)}), got none in {folders['masks']}")
     ignore_index = 255 if len(entries) <= 255 else _VALUES - 1
     offset, ignored = _numbers(content, entries, where)
     palette = _colours(content, entries, where)

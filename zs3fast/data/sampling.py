@@ -41,7 +41,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.seed = seed
         self._epoch: tuple[int, np.ndarray] | None = None
         if not len(self):
-            raise ValueError(f"dataset: {dataset.name} {dataset.split} holds nothing to train on")
+            raise ValueError(f"dataset: expected something to train on, got none in {dataset.name} {dataset.split}")
 
     def __len__(self) -> int:
         """Items of one epoch."""

@@ -172,7 +172,7 @@ class ClsclipTransform(_Recipe):
     def _box_around(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
         places = np.argwhere(mask)
         if not len(places):
-            raise ValueError("class_index: the class is not in the image")
+            raise ValueError("class_index: expected a class in the image, got one that is not")
         centre = places[rng.integers(len(places))]
         extent = np.minimum(mask.shape, self.crop_size)
         top, left = (centre - extent // 2).clip(0, mask.shape - extent)
@@ -192,7 +192,7 @@ class FlipTransform(_Recipe):
             if class_index is None or (labels == class_index).any():
                 break
         else:
-            raise ValueError(f"class_index: {class_index} is not in the image, or in a corner no crop hits")
+            raise ValueError(f"class_index: expected a class that a crop of the image can hold, got {class_index}")
         image = sample.image[window]
         if rng.random() < 0.5:
             image, labels = image[:, ::-1], labels[:, ::-1]

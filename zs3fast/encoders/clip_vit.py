@@ -176,10 +176,12 @@ class ClipViT(nn.Module):
         if not images.is_floating_point():
             raise TypeError(f"images: expected normalised floating-point pixels, got {images.dtype}")
         if images.device != self.proj.device:
-            raise ValueError(f"images: on {images.device}, but the model is on {self.proj.device}")
+            raise ValueError(f"images: expected the model's device {self.proj.device}, got {images.device}")
         height, width = images.shape[-2:]
         if height < patch or width < patch or height % patch or width % patch:
-            raise ValueError(f"images: H and W must be multiples of the patch size {patch}, got {height} x {width}")
+            raise ValueError(
+                f"images: expected H and W to be multiples of the patch size {patch}, got {height} x {width}"
+            )
         return height // patch, width // patch
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -86,15 +86,15 @@ def vision_config(
     if odd:
         what = "; ".join(_oddness(key, vision.get(key)) for key in odd)
         expected = "expected one such as ViT-B-16 or ViT-L-14"
-        raise ValueError(f"clip: the image tower of {name} is not a plain CLIP ViT ({what}), {expected}")
+        raise ValueError(f"clip: {expected}, got {name}, whose image tower is no plain CLIP ViT ({what})")
     sizes = vision.get("image_size", 224), vision.get("patch_size", 16)
     if not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"clip: image_size and patch_size of {name} must be single integers, got {sizes}")
+        raise ValueError(f"clip: expected single integers as image_size and patch_size of {name}, got {sizes}")
     image_size, patch_size = sizes
     width = vision.get("width", 768)
     head_width = vision.get("head_width", 64)
     if width % head_width:
-        raise ValueError(f"clip: width {width} of {name} is not a multiple of head_width {head_width}")
+        raise ValueError(f"clip: expected a multiple of head_width {head_width} as width of {name}, got {width}")
     if quick_gelu is None:
         named_only = isinstance(clip, str) and pretrained is None
         quick_gelu = named_only or uses_quick_gelu(clip, pretrained)

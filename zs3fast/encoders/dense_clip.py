@@ -100,9 +100,9 @@ class DenseClipViT(ClipViT):
             if not fits or not math.isfinite(value):
                 raise ValueError(f"{name}: expected {expected}, got {value}")
         if residual and attention == "scclip":
-            raise ValueError("residual: SC-CLIP has no residual connection in the last block, expected None or False")
+            raise ValueError(f"residual: expected None or False, as SC-CLIP has none in the last block, got {residual}")
         if attention in ("rcs", "scclip") and config.layers < 2:
-            raise ValueError(f"attention: {attention} needs 2 blocks at least, the tower has {config.layers}")
+            raise ValueError(f"attention: expected a tower of at least 2 blocks for {attention}, got {config.layers}")
         self.attention = attention
         self.residual = ATTENTIONS[attention] if residual is None else residual
         self.std, self.tau, self.lam, self.c = std, tau, lam, c

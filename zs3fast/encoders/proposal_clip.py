@@ -156,7 +156,7 @@ class ProposalClipResNet(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
         if min(images.shape[-2:]) < 32:
-            raise ValueError(f"images: H and W must be at least 32, got {images.shape[-2]} x {images.shape[-1]}")
+            raise ValueError(f"images: expected H and W of at least 32, got {images.shape[-2]} x {images.shape[-1]}")
         visual = self.visual
         with torch.no_grad():
             x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))

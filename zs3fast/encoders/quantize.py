@@ -53,15 +53,15 @@ def quantize_encoder(model: nn.Module, kind: str = "int8") -> nn.Module:
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"model: expected one of create_model or load_official, got {type(model).__name__}")
     if getattr(model, "quantized", None):
-        raise ValueError(f"model: its image tower is {model.quantized} already, expected one that is not quantised")
+        raise ValueError(f"model: expected an image tower that is not quantised, got {model.quantized}")
     if not isinstance(encoder, ClipViT):
-        raise ValueError(f"model: expected a ViT as image tower, {type(encoder).__name__} is made of convolutions")
+        raise ValueError(f"model: expected a ViT as image tower, got {type(encoder).__name__}, made of convolutions")
     if model.training:
-        raise ValueError("model: expected eval mode, since a quantised tower cannot train; call model.eval() first")
+        raise ValueError(
+            "model: expected eval mode, as a quantised tower cannot train, got train mode; call model.eval()"
+        )
     blocks = encoder.transformer.resblocks
-    replaced: list[
-        tuple[Attention, Mlp]
-    ]  # all of them before the first is put in place: an error leaves the model whole
+    replaced: list[tuple[Attention, Mlp]]  # all before the first is put in place: an error leaves the model whole
     if runs_kernels(model, kind):
         replaced = [(Int8Attention(block.attn), Int8Mlp(block.mlp)) for block in blocks]
     else:
@@ -227,7 +227,9 @@ def _quantizer(kind: str, like: Tensor) -> Quantize:
         holder.weight = nn.Parameter(weight.detach(), requires_grad=False)
         quantize_(holder, config)
         if type(holder.weight) is nn.Parameter:  # left as it was
-            raise ValueError(f"kind: {kind} takes weights with sides of a multiple of 16, got {list(weight.shape)}")
+            raise ValueError(
+                f"kind: expected weights with sides of a multiple of 16 for {kind}, got {list(weight.shape)}"
+            )
         return holder.weight
 
     return quantize
@@ -235,7 +237,7 @@ def _quantizer(kind: str, like: Tensor) -> Quantize:
 
 def _check_fp8(device: torch.device) -> None:
     if device.type != "cuda":
-        raise ValueError(f"kind: fp8 runs on CUDA GPUs, the model is on {device}; int8 runs everywhere")
+        raise ValueError(f"kind: expected a model on a CUDA GPU for fp8, got {device}; int8 runs everywhere")
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
         raise ValueError(
@@ -254,9 +256,9 @@ def _forward_only(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Before the first norm of a block: torchao's products have no gradient, and take no empty input."""
     x = inputs[0]
     if norm.training:
-        raise ValueError("model: its quantised image tower is in training mode; call model.eval()")
+        raise ValueError("model: expected eval mode of its quantised image tower, got train mode; call model.eval()")
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("images: no gradient goes through a quantised image tower, got inputs that require one")
+        raise ValueError("images: expected none that require a gradient, which no quantised tower gives, got some")
     if not x.numel():
         raise ValueError("images: expected at least one for a quantised image tower, got an empty batch")
 

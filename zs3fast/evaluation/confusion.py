@@ -71,7 +71,7 @@ def check_counter(num_classes: int, ignore_index: int) -> None:
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     if 0 <= ignore_index < num_classes:
-        raise ValueError(f"ignore_index: {ignore_index} is one of the {num_classes} classes, expected another value")
+        raise ValueError(f"ignore_index: expected none of the {num_classes} classes, got {ignore_index}")
 
 
 def as_labels(name: str, labels: Labels, device: torch.device) -> Tensor:

@@ -118,9 +118,9 @@ def _check(o: EvalOptions) -> None:
     """Raise for options that do not go together, before anything is opened."""
     folded = " and ".join(PAIR_DATASETS)
     if o.dataset in PAIR_DATASETS and o.fold is None:
-        raise ValueError(f"fold: {o.dataset} is tested fold by fold, expected 0..3")
+        raise ValueError(f"fold: expected 0..3, as {o.dataset} is tested fold by fold, got None")
     if o.dataset not in PAIR_DATASETS and o.fold is not None:
-        raise ValueError(f"fold: {o.dataset} has no folds, only {folded} have")
+        raise ValueError(f"fold: expected one of {folded}, which have folds, got {o.dataset}")
     for name, least in (("worst", 0), ("limit", 1)):
         value = getattr(o, name)
         if value is not None and value < least:
@@ -128,12 +128,13 @@ def _check(o: EvalOptions) -> None:
     one_of("denominator", o.denominator, DENOMINATORS)
     one_of("no_box", o.no_box, NO_BOX)
     if o.fold is None and o.boxes is not None:
-        raise ValueError(f"boxes: are for the folds of {folded}, got them for {o.dataset}")
+        raise ValueError(f"boxes: expected a fold of {folded}, got {o.dataset}")
     one_of("eval_size", o.eval_size, EVAL_SIZES)
     if o.eval_size != "original" and (o.fold is None or o.boxes is not None):
-        raise ValueError(f"eval_size: {o.eval_size} is for folds without boxes")
+        got = "no fold" if o.fold is None else "boxes"
+        raise ValueError(f"eval_size: expected a fold without boxes for {o.eval_size}, got {got}")
     if o.fold is not None and o.setting is not None:
-        raise ValueError(f"setting: a fold of {o.dataset} has one setting of its own, got {o.setting!r}")
+        raise ValueError(f"setting: expected none for a fold of {o.dataset}, which has its own, got {o.setting!r}")
     if o.episodes != "all" and not o.episodes.isdecimal():
         raise ValueError(f"episodes: expected all or a number, got {o.episodes!r}")
     if o.boxes_as_masks and (o.boxes is None or o.refine):
@@ -186,11 +187,11 @@ def _label_job(
         setting = replace(setting, notes=(*setting.notes, f"cross-dataset: {said}"))
     elif o.keep_trusty_token:
         raise ValueError(
-            f"keep_trusty_token: is for a TagCLIP with its token, cross-dataset, got {model.method} {setting.name}"
+            f"keep_trusty_token: expected a TagCLIP with its token, cross-dataset, got {model.method} {setting.name}"
         )
     if o.upper_bound:
         if not isinstance(model, MAFT):
-            raise ValueError(f"upper_bound: is for maft, these weights are {model.method}'s")
+            raise ValueError(f"upper_bound: expected weights of maft, got {model.method}'s")
         model.ensemble, model.ensemble_form, model.seen_offset = 1.0, "freeseg", 0.0
         setting = replace(setting, calibrated=tuple(range(images.num_classes)))
     label = labeller(segmenter, images.class_names, setting.calibrated, segmenter.classes)
@@ -252,7 +253,7 @@ def _pair_job(
 ) -> Job:
     model = segmenter.model
     if not isinstance(model, ClsCLIP):
-        raise ValueError(f"weights: {o.dataset} is for clsclip, these are {settings['method']}'s")
+        raise ValueError(f"weights: expected clsclip's for {o.dataset}, got {settings['method']}'s")
     rows = _text_rows(segmenter, rows)
     masks = _pair_segmenter(model, _classes(segmenter), rows, images, o)
     settings |= {"text_sha256": tensor_digest(rows), "fold": o.fold, "episodes": o.episodes, "threshold": o.threshold}
@@ -318,12 +319,12 @@ def _segmenter(path: Path | None, o: EvalOptions, **options: Any) -> Segmenter:
         given = {name: getattr(o, name) for name in _OF_PLAIN_CLIP if getattr(o, name) is not None}
         model = create_model(given.pop("method", "maskclip"), **{"clip": _CLIP, **given})
         if not model.training_free:
-            raise ValueError(f"weights: {model.method} is trained, expected weights of it")
+            raise ValueError(f"weights: expected a file for {model.method}, which is trained, got none")
         return Segmenter(model, **options)
     official = {}
     if is_converted(path):
         if o.trained_on is not None:
-            raise ValueError(f"trained_on: is for official checkpoints, {path} knows its own training vocabulary")
+            raise ValueError(f"trained_on: expected an official checkpoint, got {path}, which knows its own vocabulary")
     elif o.trained_on is not None:
         official = training_vocabulary(o.trained_on)
     return Segmenter.from_pretrained(path, **options, official=official)

@@ -117,7 +117,7 @@ def learned_setting(model: ZeroShotModel) -> str | None:
         return None
     if len(model.seen) == model.num_classes:
         return "supervised"
-    return "transductive" if model.self_training and model.seen_offset == 0 else "inductive"
+    return "transductive" if model.clears_offset and model.seen_offset == 0 else "inductive"
 
 
 def resolve_setting(
@@ -147,17 +147,19 @@ def resolve_setting(
     if learned == "training-free" and name in (None, learned):
         return Setting(learned, (), None)
     if name == "training-free":
-        raise ValueError("setting: training-free is for methods without training, these weights were trained")
+        raise ValueError("setting: expected a method without training for training-free, got trained weights")
     own = vocabulary is not None and _same_names(vocabulary, dataset.class_names)
     if name is None:
         if vocabulary is None:
-            raise ValueError(f"setting: expected one of {', '.join(names)}: the weights do not say what they learned")
+            raise ValueError(
+                f"setting: expected one of {', '.join(names)}, got none, and the weights do not say what they learned"
+            )
         name = (learned or "inductive") if own and dataset.unseen else "cross-dataset"
     if name == "cross-dataset":
         note = f"cross-dataset: the weights were trained on the classes of {dataset.name} itself"
         return Setting(name, (), None, (note,) if own else ())
     if not dataset.unseen or not dataset.seen:
-        raise ValueError(f"setting: {dataset.name} has no seen and unseen classes, so {name} cannot be scored on it")
+        raise ValueError(f"setting: expected a dataset with seen and unseen classes for {name}, got {dataset.name}")
     if vocabulary is not None and not own:
         raise ValueError(
             f"setting: {name} needs weights trained on the classes of {dataset.name}; these were trained on others "

@@ -42,7 +42,7 @@ class BinaryDecoder(nn.Module):
     ):
         super().__init__()
         if decoder_width < 1 or decoder_width % heads:
-            raise ValueError(f"decoder_heads: {heads} does not divide decoder_width {decoder_width}")
+            raise ValueError(f"decoder_heads: expected a divisor of decoder_width {decoder_width}, got {heads}")
         if layers < 1:
             raise ValueError(f"decoder_layers: expected at least 1, got {layers}")
         if head not in HEADS:

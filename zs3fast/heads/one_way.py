@@ -142,7 +142,7 @@ class OneWayDecoder(nn.Module):
     ):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"decoder_heads: {heads} does not divide the joint width {dim}")
+            raise ValueError(f"decoder_heads: expected a divisor of the joint width {dim}, got {heads}")
         if layers < 1:
             raise ValueError(f"decoder_layers: expected at least 1, got {layers}")
         stack: list[nn.Module] = [DecoderLayer(dim, heads, ffn_width, dropout) for _ in range(layers - 1)]

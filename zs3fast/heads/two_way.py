@@ -49,7 +49,7 @@ class TwoWayDecoder(nn.Module):
     ):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"decoder_heads: {heads} does not divide the joint width {dim}")
+            raise ValueError(f"decoder_heads: expected a divisor of the joint width {dim}, got {heads}")
         if layers < 1:
             raise ValueError(f"decoder_layers: expected at least 1, got {layers}")
         self.query_chunk = query_chunk

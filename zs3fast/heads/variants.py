@@ -53,7 +53,7 @@ class LinearDescriptor(nn.Module):
     def __init__(self, dim: int, inputs: tuple[str, ...], project: bool = True):
         super().__init__()
         if not project and inputs != ("q",):
-            raise ValueError(f"descriptor: only 'q' can be used without projection, got {'_'.join(inputs)!r}")
+            raise ValueError(f"descriptor: expected 'q' where there is no projection, got {'_'.join(inputs)!r}")
         self.inputs = inputs
         self.q_proj = nn.Linear(dim * _total_width(inputs), dim) if project else nn.Identity()
 
@@ -72,7 +72,8 @@ class LearnableDescriptor(nn.Module):
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         if text.shape[0] != self.q.num_embeddings:
             raise ValueError(
-                f"text_embeddings: the learnable descriptor holds {self.q.num_embeddings} classes, got {text.shape[0]}"
+                f"text_embeddings: expected the learnable descriptor's {self.q.num_embeddings} classes, got "
+                f"{text.shape[0]}"
             )
         return self.q.weight.expand(visual.shape[0], -1, -1)
 
@@ -124,7 +125,7 @@ class AttentionConcatDescriptor(nn.Module):
         super().__init__()
         self.dropout = dropout
         if any(name in _WIDE for name in inputs):
-            raise ValueError(f"descriptor: attn_cat takes inputs of width D, got {'_'.join(inputs)!r}")
+            raise ValueError(f"descriptor: expected inputs of width D for attn_cat, got {'_'.join(inputs)!r}")
         self.inputs = inputs
         self.attention = Attention(dim, heads, dropout)
         self.norm = nn.LayerNorm(dim)
@@ -151,7 +152,7 @@ def build_variant(spec: str, dim: int, heads: int, num_classes: int | None, drop
     inputs = tuple(names.split("_"))
     if spec == "learnable":
         if num_classes is None:
-            raise ValueError("num_classes: the learnable descriptor needs it")
+            raise ValueError("num_classes: expected a number for the learnable descriptor, got None")
         return LearnableDescriptor(dim, num_classes)
     if spec == "identity":
         return LinearDescriptor(dim, ("q",), project=False)

@@ -405,7 +405,7 @@ def ray_started(address: str | None, actors: int, num_gpus: float, num_cpus: flo
     if address is None:
         gpus = torch.cuda.device_count()
         if num_gpus * actors > gpus:
-            raise ValueError(f"num_gpus: {actors} x {num_gpus} are asked for, this machine has {gpus}")
+            raise ValueError(f"num_gpus: expected at most this machine's {gpus}, got {actors} x {num_gpus}")
         # Ray's CPUs are its book-keeping: actors may take all cores, and readers, which mostly wait, still get a turn.
         cpus = max(os.cpu_count() or 1, int(np.ceil(actors * num_cpus)) + 1)
         quiet.update(num_cpus=cpus, include_dashboard=False)

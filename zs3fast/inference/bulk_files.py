@@ -279,7 +279,7 @@ class Shards:
 
     def _begin(self, told: dict[str, Any]) -> None:
         if self.fs.isfile(self.path):
-            raise ValueError(f"OUTPUT: expected a folder, {self.url} is a file")
+            raise ValueError(f"OUTPUT: expected a folder, got the file {self.url}")
         if not self.fs.exists(self.manifest):
             inside = [] if not self.fs.exists(self.path) else self.fs.ls(self.path, detail=False)
             if inside:

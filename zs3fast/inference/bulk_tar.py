@@ -78,5 +78,5 @@ def _images_of(key: str, found: list[tuple[str, Sample]], suffixes: Sequence[str
     whole = [(ending, place) for ending, place in found if f".{ending}" in suffixes] or found
     kinds = sorted({ending for ending, _ in whole})
     if len(kinds) > 1:
-        raise ValueError(f"expected one image in a sample, {key!r} has {' and '.join(kinds[:2])}")
+        raise ValueError(f"expected one image in a sample, got {' and '.join(kinds[:2])} in {key!r}")
     return [place for _, place in whole]

@@ -48,7 +48,7 @@ def export(
         from zs3fast.utils.resizing import bilinear
 
         if (height is None) != (width is None):
-            raise ValueError("--height and --width: expected both or neither")
+            raise ValueError("--height and --width: expected both or neither, got one")
         if classes_as not in ("baked", "input"):
             raise ValueError(f"--classes-as: expected baked or input, got {classes_as!r}")
         segmenter = Segmenter.from_pretrained(weights, device="cpu", dtype=torch.float32)

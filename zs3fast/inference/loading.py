@@ -69,7 +69,9 @@ def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
     path, kept = Path(name_or_path), cache_dir() / "weights"
     if path.is_file():
         if path.suffix in _GRAPHS:
-            raise ValueError(f"name_or_path: expected weights, {path} is a graph for another runtime (docs/export.md)")
+            raise ValueError(
+                f"name_or_path: expected weights, got {path}, a graph for another runtime (docs/export.md)"
+            )
         return path
     named = kept / f"{os.fspath(name_or_path)}.safetensors"
     if named.is_file():
@@ -95,7 +97,9 @@ def read_weights(
     """
     if is_converted(path):
         if official:
-            raise ValueError(f"official: {path} carries its own settings, got {', '.join(sorted(official))} as well")
+            raise ValueError(
+                f"official: expected none, as {path} carries its own settings, got {', '.join(sorted(official))}"
+            )
         model, extra = weights.load(path)
     else:
         model, extra = read_official(path, **official)

@@ -360,7 +360,7 @@ class Zooming(Predictor):
         image = normalise(torch.from_numpy(request.pixels).to(device), model.pixel_mean, model.pixel_std)
         found = self.boxes(request.pixels, request.source) if request.encoded is None else request.encoded
         if request.details:
-            raise ValueError("details: ClsCLIP+ keeps none, expected details=False with boxes")
+            raise ValueError("details: expected False with boxes, as ClsCLIP+ keeps none, got True")
         boxes, size = found.to(device), request.pixels.shape[:2]
         if self.refine:
 
@@ -437,7 +437,7 @@ class Proposing(Predictor):
         check(none, none, lambda place, value: nothing)
         if (frame.padded_size, (frame.image_size,)) != (proposals.padded_size, proposals.image_sizes):
             raise ValueError(
-                f"proposer: its masks lie on a frame of {proposals.padded_size}, the image's is {frame.padded_size}"
+                f"proposer: expected masks on the image's frame {frame.padded_size}, got {proposals.padded_size}"
             )
         if self.crops is None:
             embeddings = model.encoder.proposal_head(encoded.tokens, mask_bits(proposals, encoded.grid))
@@ -494,9 +494,11 @@ def _plain_predictor(
     takes = {"proposals": ("proposer", "crops"), "squash": ("boxes",)}.get(model.protocol, ())
     for name, value in (("proposer", proposer), ("crops", crops), ("boxes", boxes)):
         if value is not None and name not in takes:
-            raise ValueError(f"{name}: {model.method} takes none, got {value!r}")
+            raise ValueError(f"{name}: expected none for {model.method}, got {value!r}")
     if protocol is not None and model.protocol != "averaged_windows":
-        raise ValueError(f"protocol: is for training-free methods, {model.method} has its own, got {protocol!r}")
+        raise ValueError(
+            f"protocol: expected None for {model.method}, which is trained and has its own, got {protocol!r}"
+        )
     if model.protocol == "proposals":
         if proposer is None:
             raise ValueError(f"proposer: {model.method} classifies regions and needs something that finds them")

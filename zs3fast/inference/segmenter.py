@@ -87,7 +87,7 @@ class Segmenter:
     ):
         options = (options or SegmenterOptions()).with_(keywords)
         if text_encoder is not None and text_embeddings is not None:
-            raise ValueError("text_embeddings: give these or a text_encoder, not both")
+            raise ValueError("text_embeddings: expected these or a text_encoder, got both")
         self.options = options
         self.model = suited(from_clip(seen=[]), options, own=True) if model is None else suited(model, options)
         self._predictor = predictor_for(

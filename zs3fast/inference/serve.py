@@ -126,7 +126,7 @@ def read_parameters(query: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """
     unknown = sorted(set(query) - set(PARAMETERS))
     if unknown:
-        raise ValueError(f"{unknown[0][:40]!r}: expected one of {', '.join(PARAMETERS)}")
+        raise ValueError(f"parameter: expected one of {', '.join(PARAMETERS)}, got {unknown[0][:40]!r}")
     given = query.get("classes")
     entries = None
     if given is not None:

@@ -67,6 +67,7 @@ class ZeroShotModel(nn.Module):
     protocol: ClassVar[str] = "windows"  # or "averaged_windows", "squash", "proposals": see inference/predictors.py
     training_free: ClassVar[bool] = False  # whether CLIP's weights are all it needs
     self_training: ClassVar[bool] = False  # whether it can learn unseen classes from its own labels (transductive)
+    clears_offset: ClassVar[bool] = False  # whether self-training leaves no `seen_offset`, and other training one
     pairwise: ClassVar[bool] = False  # whether it answers for (image, class) pairs, each with a mask of its own
     min_score: float | None = None  # pixels below stay unlabelled, where a Segmenter is not told otherwise
 
@@ -92,7 +93,7 @@ class ZeroShotModel(nn.Module):
         unknown = set(loss_weights or {}) - set(self.default_loss_weights)
         if unknown:
             raise ValueError(
-                f"loss_weights: unknown terms {sorted(unknown)}, expected {list(self.default_loss_weights)}"
+                f"loss_weights: expected terms of {list(self.default_loss_weights)}, got {sorted(unknown)}"
             )
         self.image_size = image_size
         self.num_classes = num_classes
@@ -132,7 +133,7 @@ class ZeroShotModel(nn.Module):
     def seen(self, seen: Sequence[int]) -> None:
         indices = [int(c) for c in seen]
         if len(set(indices)) != len(indices):
-            raise ValueError(f"seen: indices must differ, got {indices}")
+            raise ValueError(f"seen: expected different indices, got {indices}")
         limit = self.num_classes
         if any(c < 0 or (limit is not None and c >= limit) for c in indices):
             raise ValueError(f"seen: expected indices in 0..{'' if limit is None else limit - 1}, got {indices}")
@@ -161,7 +162,9 @@ class ZeroShotModel(nn.Module):
         if not text_embeddings.is_floating_point():
             raise TypeError(f"text_embeddings: expected a floating-point type, got {text_embeddings.dtype}")
         if text_embeddings.device != like.device:
-            raise ValueError(f"text_embeddings: on {text_embeddings.device}, but the model is on {like.device}")
+            raise ValueError(
+                f"text_embeddings: expected the model's device {like.device}, got {text_embeddings.device}"
+            )
         return text_embeddings.to(like.dtype)
 
     def seen_among(self, classes: int) -> Sequence[int]:
@@ -232,7 +235,7 @@ class SegmentationModel(FeatureModel):
     """
 
     encoder: PromptedClipViT
-    self_training = True
+    self_training = clears_offset = True
     pixel_mean = IMAGENET_MEAN  # these methods normalise with ImageNet's statistics, not CLIP's
     pixel_std = IMAGENET_STD
 
@@ -363,7 +366,7 @@ class SegmentationModel(FeatureModel):
         channels = out.mask_logits.shape[1]
         classes = channels if self.num_classes is None and setting == "supervised" else self.num_classes
         if classes is None:
-            raise ValueError(f"setting: the {setting} loss needs a model that knows num_classes, and it is None")
+            raise ValueError(f"num_classes: expected a number for the {setting} loss, got None")
         expected = len(self.seen) if setting == "inductive" else classes
         if channels != expected:
             what = "the seen classes" if setting == "inductive" else "all classes"

@@ -70,7 +70,9 @@ class ClipRC(SegmentationModel):
         **options: Any,
     ):
         if options.get("prompt_depth") is not None:
-            raise ValueError(f"prompt_depth: CLIP-RC gives every layer its prompts, got {options['prompt_depth']}")
+            raise ValueError(
+                f"prompt_depth: expected none, as CLIP-RC gives every layer its prompts, got {options['prompt_depth']}"
+            )
         if not (isinstance(output_gain, (int, float)) and 0 < output_gain < float("inf")):
             raise ValueError(f"output_gain: expected a number above 0, got {output_gain!r}")
         self._regions = regions if isinstance(regions, int) else tuple(regions)

@@ -307,7 +307,7 @@ class ClsCLIP(ZeroShotModel):
         one_of("setting", setting, ("inductive", "supervised"))
         classes = self.num_classes
         if classes is None and setting == "inductive":
-            raise ValueError("setting: the inductive loss needs a model that knows num_classes, and it is None")
+            raise ValueError("num_classes: expected a number for the inductive loss, got None")
         targets.check_labels(labels, 1 << 31 if classes is None else classes, ignore_index)
         asked, of_pair = self._asked(out, labels, setting, pairs)
         logits = out.mask_logits.float() if out.mask_logits.dtype != torch.float64 else out.mask_logits
@@ -379,7 +379,7 @@ def _checked_pairs(pairs: Tensor, images: int, text: Tensor) -> Tensor:
     if pairs.dim() != 2 or pairs.shape[1] != 2 or not len(pairs):
         raise ValueError(f"pairs: expected [P, 2] of (image, class) with P >= 1, got {list(pairs.shape)}")
     if pairs.device != text.device:
-        raise ValueError(f"pairs: on {pairs.device}, but the model is on {text.device}")
+        raise ValueError(f"pairs: expected the model's device {text.device}, got {pairs.device}")
     limits = constant([images, len(text)], pairs.device)
 
     def error(place: list[int], pair: list[int]) -> ValueError:

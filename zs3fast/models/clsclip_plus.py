@@ -177,7 +177,7 @@ class ClsCLIPPlus:
             raise ValueError(f"image: expected a normalised floating-point image [3, H, W], got {got}")
         if tuple(image.shape[1:]) != tuple(boxes.image_size):
             raise ValueError(
-                f"boxes: made for an image of H x W = {' x '.join(map(str, boxes.image_size))}, "
+                f"boxes: expected an image of H x W = {' x '.join(map(str, boxes.image_size))}, "
                 f"got one of {image.shape[1]} x {image.shape[2]}"
             )
         if len(class_words) != len(text_embeddings):

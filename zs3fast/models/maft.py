@@ -102,7 +102,9 @@ class MAFT(ZeroShotModel):
             quick_gelu = vision.quick_gelu
         else:
             if freeze is not None:
-                raise ValueError(f"freeze: units of a ViT, and this tower is a ResNet, got {list(freeze)}")
+                raise ValueError(
+                    f"freeze: expected None for a ResNet, since these are units of a ViT, got {list(freeze)}"
+                )
             self.encoder = ProposalClipResNet(config["vision_cfg"], config["embed_dim"])
         self._architecture.update(
             start_layer=start_layer, quick_gelu=quick_gelu, freeze=None if freeze is None else units
@@ -369,7 +371,7 @@ class MAFT(ZeroShotModel):
         terms = {"ma": MA_LOSSES[self.ma_loss](predicted, wanted) if len(wanted) else predicted.sum()}
         if teacher_embedding is not None:
             if out.image_embedding is None:
-                raise ValueError("out: distillation needs a train-mode output, this one was made in eval mode")
+                raise ValueError("out: expected an output of train mode for distillation, got one of eval mode")
             student, teacher = (
                 _similarity(part, out.text_embeddings).softmax(-1) for part in (out.image_embedding, teacher_embedding)
             )
@@ -382,7 +384,8 @@ class MAFT(ZeroShotModel):
         scores = proposals.class_scores
         if scores is not None and proposals.class_names is None and scores.shape[-1] != classes + 1:
             raise ValueError(
-                f"proposals: class_scores have {scores.shape[-1]} columns, expected {classes + 1}: one for each of the "
+                f"proposals: expected class_scores of {classes + 1} columns, got {scores.shape[-1]}: one for each of "
+                f"the "
                 f"{classes} classes asked for and one for no object"
             )
 
@@ -488,7 +491,7 @@ def as_proposals(proposals: Proposals | Tensor, batch: int) -> Proposals:
     logits = None if isinstance(proposals, Tensor) else proposals.mask_logits
     given = logits if masks is None else masks
     if given is None:
-        raise ValueError("proposals: expected masks or mask_logits, both are None")
+        raise ValueError("proposals: expected masks or mask_logits, got neither")
     if given.dim() != 4 or given.shape[0] != batch:
         raise ValueError(f"proposals: expected masks [B, Nq, H, W] with B = {batch}, got {list(given.shape)}")
     if not given.shape[1]:

@@ -74,7 +74,9 @@ class TagCLIP(SegmentationModel):
         if any(letter not in ("a", "n") for letter in letters):
             raise ValueError(f"layout: expected letters a and n joined by '_', got {layout!r}")
         if descriptor == "learnable" and trusty_token:
-            raise ValueError("descriptor: 'learnable' has no row for the trusty token; use it with trusty_token=False")
+            raise ValueError(
+                "trusty_token: expected False for descriptor 'learnable', which has no row for it, got True"
+            )
         super().__init__(**options)
         self.trusty_weighting = trusty_weighting
         self.trusty_loss = one_of("trusty_loss", trusty_loss, ("focal", "dice"))

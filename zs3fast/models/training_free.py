@@ -21,7 +21,7 @@ class Named(MaskCLIP):
         """The method's own attention, and no other."""
         if attention not in (None, cls.attention):
             raise ValueError(
-                f"attention: {cls.method} is {cls.attention!r}, got {attention!r}; method maskclip takes any attention"
+                f"attention: expected {cls.attention!r} for {cls.method}, got {attention!r}; method maskclip takes any"
             )
         return cls.attention
 

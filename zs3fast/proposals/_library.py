@@ -37,7 +37,7 @@ def load(model_class: str, name: str, model_types: tuple[str, ...] | None) -> nn
     with _told(name):
         config = library.AutoConfig.from_pretrained(name)
     if model_types is not None and config.model_type not in model_types:
-        raise ValueError(f"weights: {name!r} is a {config.model_type} model, expected {' or '.join(model_types)}")
+        raise ValueError(f"weights: expected {' or '.join(model_types)}, got {name!r}, a {config.model_type} model")
     with _told(name):
         model, report = getattr(library, model_class).from_pretrained(name, output_loading_info=True)
     parameters = {key for key, _ in model.named_parameters()}

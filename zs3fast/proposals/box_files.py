@@ -73,9 +73,9 @@ class FileBoxProposer:
         entry = self._images[name]
         size = entry["size"] or image_size
         if size is None:
-            raise ValueError(f"image_size: {self.path} does not say the size of {name}, expected (H, W)")
+            raise ValueError(f"image_size: expected (H, W), as {self.path} does not say the size of {name}, got None")
         if image_size is not None and tuple(image_size) != tuple(size):
-            raise ValueError(f"image_size: {self.path} is for {name} of {tuple(size)}, this image is {image_size}")
+            raise ValueError(f"image_size: expected {tuple(size)}, as {self.path} says of {name}, got {image_size}")
         try:
             return make_boxes(entry["boxes"], entry["names"], size, scores=entry["scores"], vocabulary=self.vocabulary)
         except (ValueError, TypeError) as error:
@@ -85,7 +85,9 @@ class FileBoxProposer:
         if name is None:
             if len(self._images) == 1:
                 return next(iter(self._images))
-            raise ValueError(f"name: {self.path} is about {len(self._images)} images, expected a file name")
+            raise ValueError(
+                f"name: expected a file name, as {self.path} is about {len(self._images)} images, got None"
+            )
         if name in self._images:
             return name
         matches = [key for key in self._images if Path(key).name == Path(name).name]
@@ -133,7 +135,7 @@ class FileBoxProposer:
 
     def _add(self, name: str, **entry: Any) -> None:
         if name in self._images:
-            raise ValueError(f"boxes: {self.path} has the image {name!r} twice")
+            raise ValueError(f"boxes: {self.path}: expected each image once, got {name!r} twice")
         self._images[name] = entry
 
 

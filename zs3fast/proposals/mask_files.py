@@ -70,12 +70,12 @@ class FileMaskProposer:
         asked: Sequence[str | None] = names or [None]
         contents = [_read(self._file_of(name)) for name in asked]
         if len({content.get("class_names") for content in contents}) != 1:
-            raise ValueError(f"masks: the files under {self.path} have different class_names")
+            raise ValueError(f"masks: expected the same class_names in all files under {self.path}, got different ones")
         joined: dict[str, Any] = {}
         for key in ("masks", "class_scores", "quality"):
             given = [content[key][0] for content in contents if key in content]
             if given and len(given) != len(contents):
-                raise ValueError(f"masks: only some of the files under {self.path} have {key}")
+                raise ValueError(f"masks: expected {key} in all or none of the files under {self.path}, got it in some")
             if given:
                 joined[key] = given
         if "class_names" in contents[0]:
@@ -140,7 +140,7 @@ def _read_folder(path: Path) -> np.ndarray:
             check_unpacked(len(files) * mask.size, f"masks: {path}", f"{len(files)} masks of {_size(mask)}")
             masks = np.zeros((len(files), *mask.shape), bool)
         if mask.shape != masks.shape[1:]:
-            raise ValueError(f"masks: {file} is {mask.shape}, {files[0].name} is {masks.shape[1:]}")
+            raise ValueError(f"masks: {file}: expected {masks.shape[1:]}, as {files[0].name}, got {mask.shape}")
         masks[index] = mask
     assert masks is not None
     return masks
@@ -150,17 +150,19 @@ def _read_npz(path: Path) -> dict[str, Any]:
     known = ("masks", "quality", "class_scores", "class_names")
     arrays = read_npz(path, "masks")
     if "masks" not in arrays or set(arrays) - set(known):
-        raise ValueError(f"masks: {path} holds {sorted(arrays)}, expected `masks` and perhaps {', '.join(known[1:])}")
+        raise ValueError(f"masks: {path}: expected `masks` and perhaps {', '.join(known[1:])}, got {sorted(arrays)}")
     content: dict[str, Any] = {name: [arrays[name]] for name in known[:3] if name in arrays}
     odd = next((name for name in content if content[name][0].dtype.kind not in "biuf"), None)
     if odd is not None:
-        raise FileFormatError(f"masks: {path} holds {content[odd][0].dtype} as {odd}, expected numbers")
+        raise FileFormatError(f"masks: {path}: expected numbers as {odd}, got {content[odd][0].dtype}")
     if arrays["masks"].ndim != 3:
-        raise FileFormatError(f"masks: {path} has masks {list(arrays['masks'].shape)}, expected [Nq, H, W]")
+        raise FileFormatError(f"masks: {path}: expected masks [Nq, H, W], got {list(arrays['masks'].shape)}")
     if "class_names" in arrays:
         names = arrays["class_names"]
         if names.ndim != 1 or names.dtype.kind not in "US":
-            raise FileFormatError(f"masks: {path} has class_names {names.dtype} {list(names.shape)}, expected K names")
+            raise FileFormatError(
+                f"masks: {path}: expected K names as class_names, got {names.dtype} {list(names.shape)}"
+            )
         words = names.tolist()
         content["class_names"] = tuple(w.decode("utf-8", "replace") if isinstance(w, bytes) else w for w in words)
     return content

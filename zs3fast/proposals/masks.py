@@ -66,7 +66,7 @@ def from_masks(
     if not any(len(item) for item in rows):
         raise ValueError("masks: expected at least one proposal, got none")
     if not any(bool(item.any()) for item in rows):
-        raise ValueError("masks: every mask is empty, expected at least one with a pixel in it")
+        raise ValueError("masks: expected at least one with a pixel in it, got empty ones alone")
     own_sizes = [(int(item.shape[1]), int(item.shape[2])) for item in rows]
     if original_sizes is not None:
         _check_sizes(own_sizes, original_sizes)
@@ -127,7 +127,9 @@ def check_proposals(proposals: Proposals, original_sizes: Sequence[tuple[int, in
         raise ValueError(f"proposals: expected {name} [B, Nq, H, W], got {list(given.shape)}")
     batch, count = given.shape[:2]
     if proposals.masks is not None and tuple(given.shape[2:]) != tuple(proposals.padded_size):
-        raise ValueError(f"proposals: masks are {list(given.shape[2:])}, padded_size is {list(proposals.padded_size)}")
+        raise ValueError(
+            f"proposals: expected masks of padded_size {list(proposals.padded_size)}, got {list(given.shape[2:])}"
+        )
     expected = {"valid": (batch, count), "quality": (batch, count)}
     for field, shape in expected.items():
         tensor = getattr(proposals, field)
@@ -143,10 +145,14 @@ def check_proposals(proposals: Proposals, original_sizes: Sequence[tuple[int, in
 def _check_frames(proposals: Proposals, batch: int) -> None:
     for field in ("image_sizes", "original_sizes"):
         if len(getattr(proposals, field)) != batch:
-            raise ValueError(f"proposals: {field} are of {len(getattr(proposals, field))} images, masks of {batch}")
+            raise ValueError(
+                f"proposals: expected {field} of {batch} images, as masks, got {len(getattr(proposals, field))}"
+            )
     for size in proposals.image_sizes:
         if not (0 < size[0] <= proposals.padded_size[0] and 0 < size[1] <= proposals.padded_size[1]):
-            raise ValueError(f"proposals: image size {tuple(size)} is outside padded_size {proposals.padded_size}")
+            raise ValueError(
+                f"proposals: expected image sizes within padded_size {proposals.padded_size}, got {tuple(size)}"
+            )
 
 
 def _check_scores(proposals: Proposals, batch: int, count: int) -> None:
@@ -157,7 +163,7 @@ def _check_scores(proposals: Proposals, batch: int, count: int) -> None:
         raise ValueError(f"proposals: expected class_scores [{batch}, {count}, K + 1], got {list(scores.shape)}")
     if names is not None and scores.shape[2] != len(names) + 1:
         raise ValueError(
-            f"proposals: class_scores have {scores.shape[2]} columns, expected {len(names) + 1}: one for each of the "
+            f"proposals: expected class_scores of {len(names) + 1} columns, got {scores.shape[2]}: one for each of the "
             f"{len(names)} class_names and one for no object"
         )
     unknown = scores.isnan().flatten(0, 1)  # a column of NaN is a class that the proposer does not know
@@ -190,15 +196,15 @@ def _check_values(given: Tensor, name: str) -> None:
 
 def _check_sizes(own: Sequence[tuple[int, int]], expected: Sequence[tuple[int, int]]) -> None:
     if len(own) != len(expected):
-        raise ValueError(f"masks: of {len(own)} images, expected {len(expected)}")
+        raise ValueError(f"masks: expected those of {len(expected)} images, got {len(own)}")
     for index, (got, want) in enumerate(zip(own, expected)):
         if tuple(got) != tuple(want):
-            raise ValueError(f"masks[{index}]: made for an image of {tuple(got)}, this one is {tuple(want)}")
+            raise ValueError(f"masks[{index}]: expected masks of an image of {tuple(want)}, got {tuple(got)}")
 
 
 def _images_of(masks: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray) -> list[Tensor | np.ndarray]:
     if isinstance(masks, (Tensor, np.ndarray)) and masks.ndim != 4:
-        raise ValueError(f"masks: a batch of equal sizes is [B, Nq, H, W], got {list(masks.shape)}")
+        raise ValueError(f"masks: expected [B, Nq, H, W] of a batch of equal sizes, got {list(masks.shape)}")
     if len(masks) == 0:
         raise ValueError("masks: expected the masks of at least one image, got none")
     return list(masks)
@@ -276,13 +282,13 @@ def _pad_rows(values: Sequence[Tensor | np.ndarray] | None, rows: Sequence[Tenso
     if values is None:
         return None
     if len(values) != len(rows):
-        raise ValueError(f"{name}: of {len(values)} images, expected {len(rows)}")
+        raise ValueError(f"{name}: expected those of {len(rows)} images, got {len(values)}")
     tensors = [torch.as_tensor(value).to(rows[0]) for value in values]
     for index, (tensor, item) in enumerate(zip(tensors, rows)):
         if tensor.dim() != (2 if name == "class_scores" else 1) or len(tensor) != len(item):
             raise ValueError(f"{name}[{index}]: expected one row for each of {len(item)} masks, got {tensor.shape}")
         if tensor.shape[1:] != tensors[0].shape[1:]:
             raise ValueError(
-                f"{name}[{index}]: {tensor.shape[1]} columns, the first image's have {tensors[0].shape[1]}"
+                f"{name}[{index}]: expected {tensors[0].shape[1]} columns, as the first image's, got {tensor.shape[1]}"
             )
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)

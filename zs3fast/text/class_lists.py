@@ -122,7 +122,9 @@ def unseen_classes(dataset: str) -> list[int]:
         ValueError: unknown dataset, or one without a published zero-shot split (ade150).
     """
     if _known(dataset) not in UNSEEN:
-        raise ValueError(f"dataset: {dataset} has no published seen/unseen split; these have: {', '.join(UNSEEN)}")
+        raise ValueError(
+            f"dataset: expected one with a published seen/unseen split, {', '.join(UNSEEN)}, got {dataset}"
+        )
     return list(UNSEEN[dataset])
 
 

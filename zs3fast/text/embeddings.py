@@ -25,13 +25,11 @@ def load_text_embeddings(path: str | os.PathLike[str], num_classes: int | None =
     """
     array = read_npy(path, "text_embeddings")
     if array.dtype not in (np.float16, np.float32, np.float64):
-        raise ValueError(f"text_embeddings: {path} holds {array.dtype}, expected float16, float32 or float64")
+        raise ValueError(f"text_embeddings: {path}: expected float16, float32 or float64, got {array.dtype}")
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"text_embeddings: {path} has shape {list(array.shape)}, expected [C, D]")
+        raise ValueError(f"text_embeddings: {path}: expected [C, D], got {list(array.shape)}")
     if num_classes is not None and len(array) != num_classes:
-        raise ValueError(
-            f"text_embeddings: {path} has {len(array)} rows, expected one for each of {num_classes} classes"
-        )
+        raise ValueError(f"text_embeddings: {path}: expected a row for each of {num_classes} classes, got {len(array)}")
     if not np.isfinite(array).all():
-        raise ValueError(f"text_embeddings: {path} holds values that are not finite")
+        raise ValueError(f"text_embeddings: {path}: expected finite numbers, got others")
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))

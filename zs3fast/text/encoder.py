@@ -125,7 +125,7 @@ class TextEncoder:
         width = weights["ln_final.weight"].shape[0]
         heads = heads or max(width // 64, 1)
         if width % heads:
-            raise ValueError(f"heads: the width {width} of the text tower is not a multiple of {heads}")
+            raise ValueError(f"heads: expected a divisor of the text tower's width {width}, got {heads}")
         tower = sketch(  # on the meta device: random weights, which would take longer than all the rest, are not drawn
             partial(
                 ClipTextTower,
@@ -215,7 +215,7 @@ class TextEncoder:
             context = tokens.shape[1]
             for sentence in sentences:
                 if len(encode(sentence)) + 2 > context:
-                    raise ValueError(f"classes: too long for the text tower ({context} tokens): {sentence!r}")
+                    raise ValueError(f"classes: expected at most {context} tokens, the text tower's, got {sentence!r}")
         return tokens
 
 

@@ -143,7 +143,7 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         templates = TEMPLATES.get(templates, (templates,))
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"templates: each needs exactly one {{}} for the class name, got {template!r}")
+            raise ValueError(f"templates: expected exactly one {{}} in each for the class name, got {template!r}")
     if not templates:
         raise ValueError("templates: expected at least one, got none")
     return tuple(templates)

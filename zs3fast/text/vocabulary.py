@@ -67,7 +67,9 @@ def _entry(item: str | Sequence[str], argument: str) -> ClassEntry:
     if isinstance(item, str):
         return tuple(names_of(item, argument))
     if not isinstance(item, Sequence) or not item or not all(isinstance(name, str) for name in item):
-        raise TypeError(f"{argument}: each class is a name, a line of synonyms or a tuple of names, got {item!r}")
+        raise TypeError(
+            f"{argument}: expected a name, a line of synonyms or a tuple of names for each class, got {item!r}"
+        )
     return tuple(_name(name, name, argument) for name in item)
 
 

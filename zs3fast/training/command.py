@@ -78,12 +78,14 @@ def train(
     if find_batch_size:
         with one_line_errors(USAGE_ERROR):
             if resume:
-                raise ValueError("--resume: --find-batch-size trains nothing that could go on")
+                raise ValueError(
+                    "--resume: expected none with --find-batch-size, which trains nothing that could go on, got it"
+                )
             _find_batch_size(loaded, memory, most)
         return
     with one_line_errors(USAGE_ERROR):
         if memory is not None or most is not None:
-            raise ValueError("--memory, --most: expected with --find-batch-size alone")
+            raise ValueError("--memory, --most: expected with --find-batch-size alone, got no --find-batch-size")
     from zs3fast.training.loop import train as run
     from zs3fast.utils.files import expect_folder
 

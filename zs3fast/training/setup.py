@@ -77,12 +77,13 @@ def shares(config: TrainConfig, world: int) -> Shares:
     """The split of a batch over processes and forward passes, or an error that names what does not divide."""
     total = config.batch_size
     if total % world:
-        raise ValueError(f"batch_size: {total} images do not divide among {world} processes")
+        raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {total}")
     per_process = total // world
     micro = config.micro_batch or per_process
     if per_process % micro:
         raise ValueError(
-            f"micro_batch: {micro} does not divide the {per_process} images a process has (batch_size {total} "
+            f"micro_batch: expected a divisor of the {per_process} images a process has, got {micro} (batch_size "
+            f"{total} "
             f"on {world} processes)"
         )
     return Shares(total, per_process, micro, per_process // micro)
@@ -92,7 +93,7 @@ def open_data(config: TrainConfig, split: str | None = None) -> SegmentationData
     """The dataset of the configuration, or of another split of it."""
     data = config.data
     if data.root is None and data.name in SOURCES:  # others say themselves where they lie
-        raise ValueError(f"data.root: expected the folder of {data.name} (--data FOLDER)")
+        raise ValueError(f"data.root: expected the folder of {data.name} (--data FOLDER), got none")
     return open_dataset(data.name, data.root, split or data.split, fold=data.fold)
 
 
@@ -183,14 +184,14 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: Tr
             raise ValueError(f"text: {config.method} reads no class names, expected nothing under it")
         return torch.zeros(dataset.num_classes, 0)
     if config.text.shuffle and (not trained_class(config.method).pairwise or config.text.embeddings is not None):
-        raise ValueError("text.shuffle: is for clsclip with its text tower, not for prepared text.embeddings")
+        raise ValueError("text.shuffle: expected false but for clsclip with its text tower, got true")
     if config.text.embeddings is not None:
         rows = load_text_embeddings(config.text.embeddings)
         if len(rows) == dataset.background:  # which stands last
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         if len(rows) != dataset.num_classes:
             raise ValueError(
-                f"text.embeddings: {config.text.embeddings} has {len(rows)} rows, expected one for each of "
+                f"text.embeddings: {config.text.embeddings}: got {len(rows)} rows, expected one for each of "
                 f"{dataset.num_classes} classes of {dataset.name}"
             )
     else:
@@ -198,7 +199,7 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: Tr
         [rows] = _encoded(dataset, model, own or model.templates or "multi")
     if rows.shape[1] != model.embed_dim:
         raise ValueError(
-            f"text.embeddings: rows of width {rows.shape[1]}, but the model's joint width is {model.embed_dim}"
+            f"text.embeddings: expected rows of the model's joint width {model.embed_dim}, got {rows.shape[1]}"
         )
     return rows.cpu()
 

@@ -101,5 +101,6 @@ def check(config: TrainConfig) -> None:
     dataset = setup.open_data(config, config.validation.split)
     if pairwise and not test_pairs(dataset, dataset.unseen):
         raise ValueError(
-            f"validation.every: {dataset.name} {dataset.split} holds no pair of fold {dataset.fold} to score"
+            f"validation.split: expected pairs of fold {dataset.fold} to score, got none in {dataset.name} "
+            f"{dataset.split}"
         )

@@ -57,7 +57,7 @@ def read_image(image: Any) -> tuple[np.ndarray, str | None]:
         return _from_array(image), None
     if isinstance(image, Tensor):
         if image.dim() == 3 and image.shape[0] not in (1, 3, 4):
-            raise ValueError(f"image: a tensor has its channels first, [3, H, W], got {list(image.shape)}")
+            raise ValueError(f"image: expected a tensor with channels first, [3, H, W], got {list(image.shape)}")
         array = image.detach().cpu()
         array = array.float() if array.dtype in (torch.bfloat16, torch.float16) else array
         return _from_array((array.permute(1, 2, 0) if array.dim() == 3 else array).numpy()), None
@@ -111,7 +111,7 @@ def read_mask_file(path: Path, what: str = "labels", grey: bool = False) -> tupl
         if grey and image.mode in ("LA", "RGB", "RGBA"):
             return np.asarray(image.convert("L")), None
         if image.mode not in ("1", "L", "P", *_SIXTEEN):
-            raise ImageError(f"{name} is an image of mode {image.mode}, expected class indices in one channel")
+            raise ImageError(f"{name}: expected class indices in one channel, got an image of mode {image.mode}")
         top = _largest_grey(image)
         values = np.asarray(image)
         note = _ramp_note(image, values) if image.mode == "P" else None
@@ -127,7 +127,7 @@ def read_colours(path: Path, what: str = "labels") -> np.ndarray:
     name = f"{what}: {path}"
     with _opened(path, name) as image:
         if image.mode not in ("P", "L", "1", "RGB", "RGBA"):
-            raise ImageError(f"{name} is an image of mode {image.mode}, expected colours of 8 bits a channel")
+            raise ImageError(f"{name}: expected colours of 8 bits a channel, got an image of mode {image.mode}")
         return np.asarray(image.convert("RGB"))
 
 
@@ -234,13 +234,13 @@ def _warn_of_frames(image: Image.Image, name: str) -> None:
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
     """uint8 [H, W, 3] of a loaded image as it is stored, converted strip by strip."""
     if 0 in image.size:
-        raise ImageError(f"image: {name} has no pixels, its size is {image.size}")
+        raise ImageError(f"image: {name}: expected at least one pixel, got the size {image.size}")
     if image.mode == "F":
-        raise ImageError(f"image: {name} holds floating-point pixels of unknown range, expected 8 or 16 bits a channel")
+        raise ImageError(f"image: {name}: expected 8 or 16 bits a channel, got floating-point pixels of unknown range")
     if image.mode == "I":
         low, high = (int(value) for value in image.getextrema())  # type: ignore[arg-type]  # a pair: of one channel
         if low < 0 or high > 65535:
-            raise ImageError(f"image: {name} holds integers from {low} to {high}, expected 8 or 16 bits")
+            raise ImageError(f"image: {name}: expected 8 or 16 bits, got integers from {low} to {high}")
     transparent = image.has_transparency_data
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for rows in strips(image.height, image.width):
@@ -325,7 +325,7 @@ def resize(image: np.ndarray, size: tuple[int, int], antialias: bool) -> np.ndar
 
 def _from_array(array: np.ndarray) -> np.ndarray:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
-        raise ValueError(f"image: an array is [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {list(array.shape)}")
+        raise ValueError(f"image: expected an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {list(array.shape)}")
     array = _eight_bits(array)
     if array.ndim == 2:
         array = array[:, :, None]
@@ -343,7 +343,7 @@ def _eight_bits(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind != "f":
         raise TypeError(f"image: expected uint8, uint16 or floats in 0..1, got {array.dtype}")
     if not (array.min() >= 0 and array.max() <= 1):  # so written, nan fails too
-        raise ValueError(f"image: floats must lie in 0..1, got {_exactly(array.min())} to {_exactly(array.max())}")
+        raise ValueError(f"image: expected floats in 0..1, got {_exactly(array.min())} to {_exactly(array.max())}")
     out: np.ndarray = np.rint(array * 255).astype(np.uint8)
     return out
 

@@ -54,7 +54,7 @@ def clip_model_config(clip: str | dict[str, Any], parts: tuple[str, ...] = ("vis
 
         names = open_clip.list_models()
         close = close_names(clip, names, 5) or ["ViT-B-16", "ViT-L-14"]
-        raise ValueError(f"clip: open_clip has no model {clip!r}; close names: {', '.join(close)}")
+        raise ValueError(f"clip: expected a model of open_clip, such as {', '.join(close)}, got {clip!r}")
     return config
 
 
@@ -253,9 +253,7 @@ def check_file(clip: str | dict[str, Any], pretrained: str) -> None:
         return
     if not os.path.isfile(pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip)) if isinstance(clip, str) else "none"
-        raise ValueError(
-            f"pretrained: {pretrained!r} is neither a file nor a tag; tags of this model: {tags or 'none'}"
-        )
+        raise ValueError(f"pretrained: expected a file or a tag of this model ({tags or 'none'}), got {pretrained!r}")
 
 
 def _fetched(clip: str | dict[str, Any], pretrained: str, tag: dict[str, Any]) -> Path:

@@ -119,9 +119,9 @@ def save_labels(labels: np.ndarray, path: str | os.PathLike[str], count: int) ->
     Up to 255 classes: 8 bits with a palette, 255 = unlabelled. More: 16-bit grey, 65535 = unlabelled.
     """
     if not os.fspath(path).lower().endswith(".png"):
-        raise ValueError(f"path: label maps are PNG files, got {os.fspath(path)!r}")
+        raise ValueError(f"path: expected a .png file for a label map, got {os.fspath(path)!r}")
     if count > 65535:
-        raise ValueError(f"labels: a PNG holds up to 65535 classes, got {count}")
+        raise ValueError(f"labels: expected at most 65535 classes, which a PNG holds, got {count}")
     colours: np.ndarray | None = None
     if count <= 255:
         colours = np.full((256, 3), 255, np.uint8)

@@ -27,7 +27,7 @@ def read_text(path: str | os.PathLike[str], what: str = "") -> str:
             raise FileFormatError(f"{name} is {'a folder' if path.is_dir() else 'no plain file'}, expected a text file")
         raise FileNotFoundError(f"{what}{': ' if what else ''}no file {path}")
     if path.stat().st_size > _LARGEST:
-        raise FileLimitError(f"{name} has {path.stat().st_size} bytes, expected at most {_LARGEST} of a text file")
+        raise FileLimitError(f"{name}: expected at most {_LARGEST} bytes of a text file, got {path.stat().st_size}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

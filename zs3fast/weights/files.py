@@ -49,7 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra_tensors: dict[str
     tensors = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     clash = set(tensors) & set(extra_tensors or {})
     if clash:
-        raise ValueError(f"extra_tensors: {sorted(clash)} are names of the model's own weights")
+        raise ValueError(f"extra_tensors: expected other names than the model's own weights, got {sorted(clash)}")
     tensors = {name: t.detach().cpu().contiguous() for name, t in {**tensors, **(extra_tensors or {})}.items()}
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(model.config)})

@@ -88,7 +88,7 @@ def load_official(
             f"{source}: no official checkpoint of a known method; its keys start with {sorted(state)[:3]}"
         )
     if method is not None and method != found:
-        raise CheckpointError(f"{source}: method {method!r} was asked for, but these are weights of {found!r}")
+        raise CheckpointError(f"{source}: expected weights of {method!r}, got those of {found!r}")
     vocabulary = {"seen": seen, "num_classes": num_classes, **options}
     if _LAYOUTS[found].decoder is None:
         tower = _tower_sizes(found, state, source, heads, "IPCLIP.")
@@ -187,7 +187,7 @@ def _tower_sizes(method: str, state: dict[str, Tensor], source: str, heads: int 
     grid = math.isqrt(shape("positional_embedding")[0] - 1)
     heads = heads or max(width // 64, 1)
     if width % heads:
-        raise ValueError(f"heads: {heads} does not divide the encoder's width {width}")
+        raise ValueError(f"heads: expected a divisor of the encoder's width {width}, got {heads}")
     name = _clip_name(width, layers, heads, patch_size, embed_dim, mlp_width, grid)
     return {"clip": name, "image_size": grid * patch_size, "embed_dim": embed_dim}
 

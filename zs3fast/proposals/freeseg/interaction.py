@@ -44,7 +44,7 @@ class TextInteraction(nn.Module):
     def __init__(self, dim: int = 256, text_dim: int = 512, *, inner: int = 2048, heads: int = 8, dropout: float = 0.1):
         super().__init__()
         if inner % heads:
-            raise ValueError(f"heads: {heads} does not divide the interaction's width {inner}")
+            raise ValueError(f"heads: expected a divisor of the interaction's width {inner}, got {heads}")
         self.heads, self.dropout = heads, dropout
         self.layer_norm_q = nn.LayerNorm(dim)
         self.layer_norm_k = nn.LayerNorm(text_dim)

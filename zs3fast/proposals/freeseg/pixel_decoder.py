@@ -99,7 +99,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, dim: int, heads: int, levels: int, points: int):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"heads: {heads} does not divide the width {dim}")
+            raise ValueError(f"heads: expected a divisor of the width {dim}, got {heads}")
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
