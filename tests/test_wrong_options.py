@@ -117,7 +117,7 @@ def test_a_wrong_value_names_its_option(command: str, param: Any, place: Path) -
         (["train", "zegclip_world", "-o", "x.png"], "--output: x.png is a file, expected a folder"),
         (["demo", "-o", "x.png"], "--output: x.png is a file, expected a folder"),
         (["figures", "tagclip", "x.png", "-o", "x.png"], "--output: x.png is a file, expected a folder"),
-        (["figures", "tagclip", "x.png", "--trained-on", "voc20"], "--trained-on: is for official checkpoints"),
+        (["figures", "tagclip", "x.png", "--trained-on", "voc20"], "--trained-on: expected an official checkpoint"),
         (["convert", "official.pth", "x.safetensors", "--trained-on", "voc"], "--trained-on: expected one of voc20"),
         (["convert", "official.pth", "x.safetensors", "--seen-offset", "nan"], "--seen-offset: expected a finite num"),
         (["export", "zs3fast-tiny", "model.txt"], "OUT: expected a name that ends in .pt2"),

@@ -123,7 +123,7 @@ def _segmenter(
     path, official = find_weights(weights), {}
     if trained_on is not None:
         if is_converted(path):
-            raise ValueError(f"trained_on: is for official checkpoints, {path} knows its own training vocabulary")
+            raise ValueError(f"trained_on: expected an official checkpoint, got {path}, which knows its own vocabulary")
         official = training_vocabulary(trained_on)
     entries = None if classes is None else parse_classes(classes, "--classes")
     entries = entries if classes_file is None else read_class_file(classes_file)
