@@ -120,3 +120,75 @@ def test_what_it_does_not_take() -> None:
         Segmentor(tiny_model("zegclip"), text, test_cfg={"mode": "tiles"})
     with pytest.raises(ValueError, match="class_names: expected 7, a name a row, got 2"):
         Segmentor(tiny_model("zegclip"), text, class_names=["a", "b"])
+
+
+class Wrapper:
+    """mmengine's OptimWrapper as far as `train_step` knows it."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        self.optimizer = torch.optim.SGD(parameters, lr=0.1)
+
+    def update_params(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["zegclip", "tagclip", "clip_rc"])
+def test_what_runners_call(method: str) -> None:
+    """1.x: loops of mmengine, images as they come from a loader. 0.x: `model(return_loss=..., **data)` by keywords."""
+    text = tiny_inputs()[1]
+    segmentor = Segmentor(tiny_model(method), text, class_names=[f"class {i}" for i in range(7)])
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    meta = {"ori_shape": (70, 90), "img_shape": (64, 64)}
+    data = {"inputs": list(pixels), "data_samples": samples(tiny_labels(2), **meta)}
+    images = segmentor.data_preprocessor(data)["inputs"]
+    segmentor.eval()
+    labels = [sample.pred_sem_seg.data[0].numpy() for sample in segmentor.test_step(data)]
+    assert [label.shape for label in labels] == [(70, 90)] * 2
+    assert np.array_equal(segmentor.val_step(data)[1].pred_sem_seg.data[0].numpy(), labels[1])
+    old_meta = {"ori_shape": (70, 90, 3), "img_shape": (64, 64, 3), "flip": False}
+    (old,) = segmentor(return_loss=False, rescale=True, img=[images[:1]], img_metas=[[old_meta]])
+    assert old.shape == (70, 90) and float((old == labels[0]).mean()) > 0.99  # 0.x takes a softmax before the argmax
+    mirrored = {**old_meta, "flip": True, "flip_direction": "horizontal"}
+    views = {"img": [images[:1], images[:1].flip(-1)], "img_metas": [[old_meta], [mirrored]]}
+    mean = sum(segmentor.inference(x, m, True) for x, m in zip(views["img"], views["img_metas"])) / 2
+    (both,) = segmentor(return_loss=False, **views)
+    assert np.array_equal(both, mean.argmax(1)[0].numpy())
+    assert segmentor.CLASSES == segmentor.dataset_meta["classes"]
+
+    segmentor.train()
+    torch.manual_seed(1)
+    terms = segmentor.loss(images, data["data_samples"])
+    torch.manual_seed(1)
+    batch = {"img": images, "img_metas": [old_meta] * 2, "gt_semantic_seg": tiny_labels(2)[:, None]}
+    out = segmentor.train_step(batch, None)
+    assert out["num_samples"] == 2 and set(out["log_vars"]) == {*terms, "loss"}
+    assert out["log_vars"]["loss"] == pytest.approx(float(sum(terms.values()).detach()), rel=1e-5)
+    name, weight = next(iter(segmentor.model.trainable().items()))
+    before = weight.detach().clone()
+    logged = segmentor.train_step(data, Wrapper(list(segmentor.model.trainable().values())))
+    assert set(logged) == {*terms, "loss"} and not torch.equal(weight, before), name
+
+
+def test_a_flipped_image_of_0_x_is_turned_back() -> None:
+    text = tiny_inputs()[1]
+    segmentor = Segmentor(tiny_model("zegclip"), text, test_cfg={"mode": "whole"}).eval()
+    images = tiny_inputs()[0][:1]
+    for direction, axis in (("horizontal", -1), ("vertical", -2)):
+        meta = {"ori_shape": (64, 64), "flip": True, "flip_direction": direction}
+        with torch.no_grad():
+            turned = segmentor.inference(images, [meta], True)
+            plain = segmentor.inference(images, [{"ori_shape": (64, 64)}], True)
+        assert torch.equal(turned, plain.flip(axis))
+
+
+def test_calls_that_will_not_do() -> None:
+    images, text, *_ = tiny_inputs()
+    segmentor = Segmentor(tiny_model("zegclip"), text).eval()
+    with pytest.raises(TypeError, match="inputs: expected images"):
+        segmentor(return_loss=False)
+    with pytest.raises(TypeError, match="forward: expected inputs, data_samples and mode, got rescale too"):
+        segmentor(images, rescale=True)
+    with pytest.raises(ValueError, match="img_metas: expected 2, a list for each of img, got 1"):
+        segmentor(return_loss=False, img=[images, images], img_metas=[[{}]])

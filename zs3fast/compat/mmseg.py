@@ -137,13 +137,20 @@ class Segmentor(nn.Module):
         return {**data, "inputs": (images - mean) / std}
 
     def forward(
-        self, inputs: Tensor, data_samples: Sequence[Any] | None = None, mode: str = "tensor", **old: Any
+        self, inputs: Any = None, data_samples: Sequence[Any] | None = None, mode: str = "tensor", **old: Any
     ) -> Any:
-        """mode "tensor": mask logits; "loss": `loss`; "predict": `predict`. 0.x: (img, img_metas, return_loss=...)."""
+        """mode "tensor": mask logits; "loss": `loss`; "predict": `predict`.
+
+        0.x: (img, img_metas, return_loss=..., gt_semantic_seg or rescale), by these names or in this order.
+        """
+        inputs, data_samples = old.pop("img", inputs), old.pop("img_metas", data_samples)
+        if inputs is None:
+            raise TypeError("inputs: expected images [B, 3, H, W] (0.x: img), got None")
         if "return_loss" in old or "gt_semantic_seg" in old:
-            if old.pop("return_loss", True):
-                return self.forward_train(inputs, data_samples or (), **old)
-            return self.simple_test(inputs, data_samples or (), **old)
+            train = old.pop("return_loss", True)
+            return (self.forward_train if train else self.forward_test)(inputs, data_samples or (), **old)
+        if old:
+            raise TypeError(f"forward: expected inputs, data_samples and mode, got {', '.join(old)} too")
         one_of("mode", mode, MODES)
         if mode == "loss":
             return self.loss(inputs, data_samples or ())
@@ -183,7 +190,7 @@ class Segmentor(nn.Module):
         """Scores by `test_cfg["mode"]`; with `rescale` given (0.x) their softmax over classes."""
         run = self.slide_inference if self.test_cfg.get("mode") == "slide" else self.whole_inference
         scores = run(inputs, batch_img_metas, bool(rescale))
-        return scores if rescale is None else scores.softmax(1)
+        return scores if rescale is None else _turned_back(scores.softmax(1), batch_img_metas[0])
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: Sequence[Any] | None = None) -> list[Any]:
@@ -202,8 +209,7 @@ class Segmentor(nn.Module):
             if "img_padding_size" in meta or "padding_size" in meta:
                 left, right, top, bottom = meta.get("img_padding_size", meta.get("padding_size"))
                 scores = scores[:, top : scores.shape[1] - bottom, left : scores.shape[2] - right]
-            if meta.get("flip"):
-                scores = scores.flip(-1 if meta.get("flip_direction", "horizontal") == "horizontal" else -2)
+            scores = _turned_back(scores, meta)
             scores = self._rescaled(scores[None], [meta], "ori_shape" in meta)[0]
             sample.seg_logits = SimpleNamespace(data=scores)
             sample.pred_sem_seg = SimpleNamespace(data=scores.argmax(0, keepdim=True))
@@ -213,7 +219,62 @@ class Segmentor(nn.Module):
         """Weighted terms, each "decode." and the official name; mmseg's runner adds up those with "loss" in them."""
         return _prefixed(self.decode_head.loss(self.extract_feat(inputs), data_samples))
 
+    # What a runner calls
+
+    def train_step(self, data: Mapping[str, Any], optim_wrapper: Any = None) -> dict[str, Any]:
+        """Loss of a batch. 1.x: the optimiser's step is made, values to log are returned; 0.x (`img`): neither stepped
+        nor logged, but {"loss", "log_vars", "num_samples"}, for a hook to step upon."""
+        if "img" in data:
+            total, values = self.parse_losses(self(**data))
+            logged = {name: float(value.detach()) for name, value in values.items()}
+            return {"loss": total, "log_vars": logged, "num_samples": len(data["img_metas"])}
+        total, values = self.parse_losses(self(**self.data_preprocessor(data, True), mode="loss"))
+        optim_wrapper.update_params(total)
+        return values
+
+    def val_step(self, data: Mapping[str, Any], optimizer: object = None) -> Any:
+        """1.x: `test_step`; 0.x: `train_step`, which steps nothing there."""
+        return self.train_step(data) if "img" in data else self.test_step(data)
+
+    def test_step(self, data: Mapping[str, Any]) -> list[Any]:
+        """`predict` of images as they come from a loader."""
+        samples: list[Any] = self(**self.data_preprocessor(data, False), mode="predict")
+        return samples
+
+    def parse_losses(self, losses: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of all terms with "loss" in their name, and every term with that sum, to log."""
+        values = {name: value.mean() for name, value in losses.items()}
+        total = torch.stack([value for name, value in values.items() if "loss" in name]).sum()
+        return total, {**values, "loss": total}
+
+    _parse_losses = parse_losses
+
     # 0.x
+
+    @property
+    def CLASSES(self) -> tuple[str, ...] | None:  # noqa: N802
+        return self.dataset_meta["classes"]
+
+    def forward_dummy(self, img: Tensor) -> Tensor:
+        return self._forward(img)
+
+    def forward_test(self, imgs: Any, img_metas: Any, **options: Any) -> list[np.ndarray]:
+        """`simple_test`; lists of images and of their metas, as 0.x's loaders give them, are views of the same."""
+        if isinstance(imgs, Tensor):
+            return self.simple_test(imgs, img_metas, **options)
+        if len(imgs) != len(img_metas):
+            raise ValueError(f"img_metas: expected {len(imgs)}, a list for each of img, got {len(img_metas)}")
+        if len(imgs) == 1:
+            return self.simple_test(imgs[0], img_metas[0], **options)
+        return self.aug_test(imgs, img_metas, **options)
+
+    @torch.no_grad()
+    def aug_test(self, imgs: Sequence[Tensor], img_metas: Sequence[Metas], rescale: bool = True) -> list[np.ndarray]:
+        """Label maps [H, W] at `ori_shape` of the mean over several views, flipped ones turned back."""
+        if not rescale:
+            raise ValueError("rescale: expected True, several views agree at ori_shape alone")
+        scores = [self.inference(img, metas, True) for img, metas in zip(imgs, img_metas, strict=True)]
+        return list(torch.stack(scores).mean(0).argmax(1).cpu().numpy())
 
     def forward_train(self, img: Tensor, img_metas: Any, gt_semantic_seg: Tensor) -> dict[str, Tensor]:
         """`loss` from labels [B, 1, H, W] or [B, H, W]."""
@@ -231,6 +292,13 @@ class Segmentor(nn.Module):
         if size == tuple(scores.shape[-2:]):
             return scores
         return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+
+
+def _turned_back(scores: Tensor, meta: Mapping[str, Any]) -> Tensor:
+    """Scores [..., H, W] of an image that was flipped, as it was before."""
+    if not meta.get("flip"):
+        return scores
+    return scores.flip(-1 if (meta.get("flip_direction") or "horizontal") == "horizontal" else -2)
 
 
 def _prefixed(terms: dict[str, Tensor]) -> dict[str, Tensor]:
