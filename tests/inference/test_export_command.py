@@ -29,6 +29,12 @@ def test_a_model_becomes_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert (labels[0].numpy() == expected).mean() > 0.99  # ties up to rounding
 
 
+def test_maft_needs_no_proposer(tmp_path: Path) -> None:
+    """Proposals are an input of its graph; the command once asked for what finds them, and has no such option."""
+    result = CliRunner().invoke(app, ["export", "zs3fast-tiny-maft", str(tmp_path / "m.pt2"), "--classes", "star, sky"])
+    assert result.exit_code == 0 and "images, proposal_masks -> proposal_logits" in result.output, result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

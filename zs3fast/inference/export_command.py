@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -43,6 +43,7 @@ def export(
         import torch
 
         from zs3fast.inference.export import ExportError, export_model
+        from zs3fast.inference.loading import find_weights, read_weights
         from zs3fast.inference.segmenter import Segmenter
         from zs3fast.utils.images import read_image
         from zs3fast.utils.resizing import bilinear
@@ -51,7 +52,9 @@ def export(
             raise ValueError("--height and --width: expected both or neither, got one")
         if classes_as not in ("baked", "input"):
             raise ValueError(f"--classes-as: expected baked or input, got {classes_as!r}")
-        segmenter = Segmenter.from_pretrained(weights, device="cpu", dtype=torch.float32)
+        read, tower = read_weights(find_weights(weights), {}, device="cpu")
+        needs: dict[str, Any] = {"proposer": _regions_are_an_input} if read.protocol == "proposals" else {}
+        segmenter = Segmenter(read, text_encoder=tower, device="cpu", dtype=torch.float32, **needs)
         model = segmenter.model
         size = None if height is None or width is None else (height, width)
         side = size or (model.image_size, model.image_size)
@@ -75,3 +78,8 @@ def export(
         stdout.print(escape(str(error)))
         raise typer.Exit(RUN_ERROR) from None
     stdout.print(escape(str(report)))
+
+
+def _regions_are_an_input(*_: Any) -> NoReturn:
+    """In place of MAFT's proposer: a graph is given proposals, and nothing here looks for any."""
+    raise NotImplementedError("proposals are an input of the graph")
