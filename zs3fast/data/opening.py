@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
 from zs3fast.data.datasets import SegmentationDataset
 from zs3fast.data.folds import fold_classes
-from zs3fast.data.presence import images_per_class
 from zs3fast.data.registered import is_file_name, registered, registered_source
 from zs3fast.data.sources import FOLDED, PAINTED, SOURCES, SPLITS
 from zs3fast.text import unseen_classes
 from zs3fast.utils.options import did_you_mean
 
-logger = logging.getLogger("zs3fast")
-
-_PUBLISHED_SPLITS = ("coco171", "context59", "context60", "voc20")
-_RARE = 10  # ADE20K-847: classes in at most so many training images are unseen
+_PUBLISHED_SPLITS = ("ade847", "coco171", "context59", "context60", "voc20")
 
 
 def list_datasets() -> list[str]:
@@ -72,25 +67,12 @@ def open_dataset(
 
 
 def _unseen_of(dataset: SegmentationDataset) -> list[int]:
-    """Unseen classes of a known dataset: of the published split, of the fold, or none.
-
-    ADE20K-847: those in at most 10 training images, counted once and cached (MAFT section 9); none where the training
-    images are not there.
-    """
+    """Unseen classes of a known dataset: of the published split, of the fold, or none."""
     if dataset._source.unseen is not None:
         return list(dataset._source.unseen)
     if dataset.name in FOLDED:
         return fold_classes(dataset.name, dataset.fold)
-    if dataset.name in _PUBLISHED_SPLITS:
-        return unseen_classes(dataset.name)
-    if dataset.name != "ade847":
-        return []
-    try:
-        training = dataset if dataset.split == "train" else open_dataset(dataset.name, dataset.root, "train")
-    except (ValueError, OSError) as error:
-        logger.warning("%s: no seen/unseen split, it is counted on the training images (%s)", dataset.name, error)
-        return []
-    return [c for c, images in enumerate(images_per_class(training)) if images <= _RARE]
+    return unseen_classes(dataset.name) if dataset.name in _PUBLISHED_SPLITS else []
 
 
 def _with_files(dataset: SegmentationDataset, check_files: bool) -> SegmentationDataset:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zs3fast.text.ade847 import ADE847
+from zs3fast.text.ade847 import ADE847, ADE847_UNSEEN
 from zs3fast.text.pc459 import PC459
 
 
@@ -102,6 +102,7 @@ UNSEEN = {
     "coco171": (19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160),
     "context59": (0, 6, 7, 14, 19, 24, 31, 33, 48, 54),
     "context60": (1, 7, 8, 15, 20, 25, 32, 34, 49, 55),
+    "ade847": ADE847_UNSEEN,
 }
 
 
