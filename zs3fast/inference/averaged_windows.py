@@ -27,7 +27,6 @@ from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.maskclip import MaskCLIP
 from zs3fast.types import Details, ImageFeatures, WindowLogits
 from zs3fast.utils.images import resize
-from zs3fast.utils.resizing import bilinear
 
 
 class AveragedWindows(InWindows):
@@ -36,7 +35,7 @@ class AveragedWindows(InWindows):
     Args:
         batch: windows the model sees at once.
         protocol: see `WindowProtocol`. None: short side and windows of `image_size`, a stride of half of it,
-            antialiased as CLIP was trained; a class's names are averaged.
+            antialiased by Pillow, as CLIP's own images were; a class's names are averaged.
     """
 
     model: MaskCLIP
@@ -181,9 +180,7 @@ class AveragedWindows(InWindows):
         """The normalised image [3, H', W'] on the model's device and in its type."""
         model, like = self.model, next(self.model.parameters())
         prepared = self.prepare(request.pixels) if request.prepared is None else request.prepared
-        levels = prepared.to(like.device)
-        if self.protocol.antialias:
-            levels = bilinear(levels, self.canvas_size(request.pixels.shape[:2]), antialias=True)
+        levels = self.resized(prepared, self.canvas_size(request.pixels.shape[:2]), self.protocol.antialias)
         return _normalise(_channels_first(levels), model.pixel_mean, model.pixel_std).to(like.dtype)
 
 

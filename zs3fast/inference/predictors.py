@@ -151,7 +151,20 @@ class InWindows(Predictor):
         image = torch.from_numpy(pixels)
         if resizes_there(next(self.model.parameters()).device, pixels.shape[:2], size):
             return image
-        return _resized(pixels, size, antialias)
+        return torch.from_numpy(resize(pixels, size, antialias))
+
+    def resized(self, prepared: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+        """What `left_to_device` gave, uint8 [H', W', 3] of `size` on the model's device.
+
+        On the host it is the library's bytes that the method was made with, see `zs3fast.utils.images.resize`; a GPU's
+        exact resize differs from them by one grey level here and there.
+        """
+        levels = prepared.to(next(self.model.parameters()).device)
+        if levels.shape[:2] == tuple(size):
+            return levels
+        if levels.device.type == "cuda":
+            return bilinear(levels, size, antialias)
+        return torch.from_numpy(resize(levels.numpy(), size, antialias))
 
 
 class Windows(InWindows):
@@ -222,10 +235,7 @@ class Windows(InWindows):
         model, like = self.model, next(self.model.parameters())
         prepared = self.prepare(request.pixels) if request.prepared is None else request.prepared
         size = fitted_size(request.pixels.shape[:2], model.image_size)
-        levels = prepared.to(like.device)
-        if levels.shape[:2] != size:
-            exact = levels.device.type == "cuda"
-            levels = bilinear(levels, size, self.antialias) if exact else _resized(levels.numpy(), size, self.antialias)
+        levels = self.resized(prepared, size, self.antialias)
         return _normalise(_channels_first(levels), model.pixel_mean, model.pixel_std).to(like.dtype)
 
     def _compare(self, masks: Tensor, trusty: Tensor | None, request: Request, **frame: Any) -> Prediction:
@@ -546,14 +556,7 @@ def fit(pixels: np.ndarray, image_size: int, antialias: bool = False) -> Tensor:
     Args:
         antialias: average what lies between the samples of an image made smaller, as CLIP's own preprocessing does.
     """
-    return _resized(pixels, fitted_size(pixels.shape[:2], image_size), antialias)
-
-
-def _resized(pixels: np.ndarray, size: tuple[int, int], antialias: bool) -> Tensor:
-    """On the host: OpenCV's bytes without antialiasing; a GPU's exact resize differs from them by one grey level."""
-    if antialias:
-        return bilinear(torch.from_numpy(pixels), size, antialias=True)
-    return torch.from_numpy(resize(pixels, size, antialias=False))
+    return torch.from_numpy(resize(pixels, fitted_size(pixels.shape[:2], image_size), antialias))
 
 
 def fitted_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:

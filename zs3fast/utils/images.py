@@ -317,7 +317,7 @@ def resize(image: np.ndarray, size: tuple[int, int], antialias: bool) -> np.ndar
     if image.shape[:2] == tuple(size):
         return image
     if antialias:
-        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
     import cv2
 
     return np.asarray(cv2.resize(np.ascontiguousarray(image), (size[1], size[0]), interpolation=cv2.INTER_LINEAR))
