@@ -95,6 +95,9 @@ def test_parse_classes_keeps_order_and_synonyms(given, expected):
         ([("salt & pepper",), ("salt &amp; pepper",)], "classes: 'salt &amp; pepper' is given twice"),
         (["salt &amp; pepper", "Salt & Pepper"], "classes: 'Salt & Pepper' is given twice"),
         (["men's room", "men\u2019s room"], "is given twice"),
+        (["dog", "do\u200bg"], "is given twice"),
+        (["dog", "\ufeffdog"], "is given twice"),
+        (["dog", "dog\u00ad\u202e"], "is given twice"),
         ("cat;dog", "expected names with commas between them, got 'cat;dog'; write 'cat, dog'"),
         ("cat | dog, cow", "write 'cat, dog, cow'"),
         ("cat\ndog\n", "write 'cat, dog'"),
@@ -106,6 +109,8 @@ def test_parse_classes_keeps_order_and_synonyms(given, expected):
         (["- cat"], "write 'cat'"),
         ('["cat", "dog"]', "write 'cat, dog'"),
         ("['cat', 'dog']", "write 'cat, dog'"),
+        ("cat, " + "x" * 5_000_000, "expected names of at most 1000 characters, got 5000000: 'xxx"),  # for hours
+        ([("cat", "猫" * 1001)], "expected names of at most 1000 characters, got 1001: '猫猫"),
     ],
 )
 def test_bad_class_lists_name_the_argument(given, message):
@@ -142,6 +147,7 @@ def test_class_file(tmp_path):
         (b'{"0": "cat", "1": "dog"}', "got numbered names; write a list of them"),
         (b"[" * 100_000, "is not JSON"),
         ("cat".encode("utf-16"), "not UTF-8"),
+        (b"cat\n" + b"x" * 1_000_000, "expected names of at most 1000 characters, got 1000000"),
     ],
 )
 def test_bad_class_files_are_named(tmp_path, content, message):

@@ -115,6 +115,8 @@ class TextRows:
                 f"text_embeddings: expected [C, D] with a row for each of {len(self.classes)} class_names, "
                 f"got {list(rows.shape)}"
             )
+        if rows.shape[1] != self.model.embed_dim:
+            raise ValueError(f"text_embeddings: expected [C, {self.model.embed_dim}], got {list(rows.shape)}")
         return {same_name(name): row for entry, row in zip(self.classes, rows, strict=True) for name in entry}
 
     def _chosen(self, entries: Iterable[ClassEntry], rows: dict[str, Tensor]) -> Tensor:

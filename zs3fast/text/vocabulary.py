@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 ClassEntry = tuple[str, ...]
+_LONGEST_NAME = 1000  # characters
 
 
 def parse_classes(classes: str | Iterable[str | Sequence[str]], argument: str = "classes") -> list[ClassEntry]:
@@ -39,9 +40,14 @@ def whole_names(names: Iterable[str]) -> list[ClassEntry]:
 
 
 def check_entries(entries: list[ClassEntry], argument: str) -> list[ClassEntry]:
-    """`entries`, unless there are none or two display the same name."""
+    """`entries`, unless there are none, a name is no name by its length, or two display the same name."""
     if not entries:
         raise ValueError(f"{argument}: expected at least one class, got none")
+    longest = max((name for entry in entries for name in entry), key=len)
+    if len(longest) > _LONGEST_NAME:  # tokenizers take the square of a word's length in time
+        raise ValueError(
+            f"{argument}: expected names of at most {_LONGEST_NAME} characters, got {len(longest)}: {longest[:40]!r}..."
+        )
     first: dict[str, int] = {}
     for index, entry in enumerate(entries):
         earlier = first.setdefault(same_name(entry[0]), index)
@@ -55,11 +61,13 @@ def same_name(name: str) -> str:
     """What of a name CLIP's tokenizer tells apart.
 
     Case and spacing do not matter to it, nor how an accent is encoded (NFC, NFD), curled quotes, wide letters and
-    ligatures, which it mends with ftfy, nor HTML's names of characters ("&amp;").
+    ligatures, which it mends with ftfy, nor HTML's names of characters ("&amp;"). What nobody sees (zero-width spaces,
+    soft hyphens, marks of direction) it does tell apart; readers do not.
     """
     import ftfy  # what open_clip's tokenizer uses
 
     name = html.unescape(html.unescape(ftfy.fix_text(name)))
+    name = "".join(character for character in name if unicodedata.category(character) != "Cf")
     return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
 
 

@@ -62,12 +62,15 @@ def train(
     """
     from zs3fast.training.config import load_config
 
-    if config is None:
-        _list_settings()
-        return
     overrides = list(set_ or [])
     given: dict[str, Path | str | None] = {"data.root": data, "output": output, "init_from": init_from}
     given |= {"text.embeddings": text_embeddings, "device": device, "compile": "true" if compile_ else None}
+    if config is None:
+        with one_line_errors(USAGE_ERROR):
+            if overrides or any((*given.values(), resume, find_batch_size, memory, most, show)):
+                raise ValueError("config: expected a setting or a YAML file; `zs3fast train` alone lists the settings")
+        _list_settings()
+        return
     overrides += [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
     with one_line_errors(USAGE_ERROR):
         loaded = load_config(config, overrides)

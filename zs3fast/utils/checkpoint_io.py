@@ -101,7 +101,8 @@ def unwrap_state_dict(content: Any, source: str, others: bool = False) -> dict[s
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{source}: expected a state dict of named tensors, got {type(content).__name__}")
+        got = "an empty one" if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{source}: expected a state dict of named tensors, got {got}")
     state: dict[str, Tensor] = {}
     odd: list[Any] = []
     for key, value in content.items():

@@ -164,8 +164,8 @@ def _option(name: str, context: Any) -> str | None:
     param = next((known[one] for one in (name, *_OTHER_NAMES.get(name, ())) if one in known), None)
     if param is None:
         return None
-    said = max(param.opts, key=len)
-    return said if said.startswith("-") else (param.metavar or said).upper()
+    said: str = max(param.opts, key=len)
+    return said if said.startswith("-") else str(param.metavar or said).upper()
 
 
 def _click_context() -> Any:
