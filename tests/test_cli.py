@@ -454,6 +454,25 @@ def test_info(place, tiny):
     assert "not written for this op" in output, "an objection in words"
 
 
+def test_brackets_of_names_are_no_markup(place, monkeypatch):
+    """`[x]` was left out of a name, `[/x]` ended in a traceback."""
+    monkeypatch.setenv("ZS3FAST_CACHE", str(place / "[red]a[/x]"))
+    assert "/[red]a[/x] (ZS3FAST_CACHE)" in run("info").replace(" ", "").replace("(ZS", " (ZS")
+    folder = place / "my [x] {y}" / "[/z]"
+    for split in ("train", "val"):
+        save_photo(folder / split / "i" / "[bold]a.png")
+        Image.fromarray(np.zeros((30, 40), np.uint8)).save(save_photo(folder / split / "m" / "[bold]a.png"))
+        save_photo(folder / split / "i" / "[b].png")
+    (folder / "d.yaml").write_text("images: '{split}/i'\nmasks: '{split}/m'\nnames: ['[c]', '[/d]']\n")
+    monkeypatch.setenv("COLUMNS", "1000")
+    output = run("data", "check", folder / "d.yaml")
+    assert f"note {folder}/d.yaml val: 1 image has no label map, first" in output and "/[b].png" in output
+    assert output.count(f"{folder}/d.yaml") >= 4
+    (folder / "val" / "i" / "[bold]a.png").write_bytes(b"")
+    output = run("data", "check", folder / "d.yaml", code=1)
+    assert f"broken {folder}/d.yaml val, first pair [bold]a: " in output
+
+
 @pytest.mark.parametrize("command", ["segment", "convert", "info"])
 def test_every_help_shows_an_example(command):
     assert f"Example: zs3fast {command}" in run(command, "--help")

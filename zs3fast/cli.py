@@ -383,18 +383,18 @@ def info() -> None:
     from zs3fast.text import cache_dir
 
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("zs3fast", f"{__version__} in {Path(zs3fast.__file__).parent}")
-    facts.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    facts.add_row("zs3fast", escape(f"{__version__} in {Path(zs3fast.__file__).parent}"))
+    facts.add_row("python", escape(f"{platform.python_version()} on {platform.platform()}"))
     for package in ("torch", "triton", "open_clip_torch", "safetensors", "transformers"):
-        facts.add_row(package, _version(package))
-    facts.add_row("extension", ", ".join(f"{key} {value}" for key, value in _extension.info().items()))
-    facts.add_row("backend", f"{_dispatch.requested_backend()} (ZS3FAST_BACKEND)")
-    facts.add_row("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *_cuda_devices()]))
+        facts.add_row(package, escape(_version(package)))
+    facts.add_row("extension", escape(", ".join(f"{key} {value}" for key, value in _extension.info().items())))
+    facts.add_row("backend", escape(f"{_dispatch.requested_backend()} (ZS3FAST_BACKEND)"))
+    facts.add_row("devices", escape(", ".join([f"cpu ({torch.get_num_threads()} threads)", *_cuda_devices()])))
     facts.add_row("dtype auto", str(auto_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch."))
     facts.add_row("methods", ", ".join(zs3fast.list_models()))
-    facts.add_row("cache", f"{cache_dir()} (ZS3FAST_CACHE)")
-    facts.add_row("  weights", _listing(cache_dir() / "weights"))
-    facts.add_row("  text embeddings", _listing(cache_dir() / "text", names=False))
+    facts.add_row("cache", escape(f"{cache_dir()} (ZS3FAST_CACHE)"))
+    facts.add_row("  weights", escape(_listing(cache_dir() / "weights")))
+    facts.add_row("  text embeddings", escape(_listing(cache_dir() / "text", names=False)))
     stdout.print(facts)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         stdout.print(_backend_table(device))
@@ -536,7 +536,7 @@ def _backend_table(device: str) -> Table:
             continue
         reasons = {backend: _dispatch.objections(op, backend, request) for backend in _dispatch.BACKENDS}
         chosen = next(backend for backend in _dispatch.BACKENDS if not reasons[backend])
-        table.add_row(op, chosen, *("; ".join(reasons[backend]) or "yes" for backend in _dispatch.BACKENDS))
+        table.add_row(op, chosen, *(escape("; ".join(reasons[backend])) or "yes" for backend in _dispatch.BACKENDS))
     return table
 
 

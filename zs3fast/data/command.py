@@ -43,7 +43,7 @@ def data_check(
         _say_broken(report)
         _say_unlabelled(report)
         for note in report.notes:
-            stdout.print(f"[yellow]note[/] {report.name} {report.split}: {escape(note)}", soft_wrap=True)
+            stdout.print(f"[yellow]note[/] {escape(report.name)} {report.split}: {escape(note)}", soft_wrap=True)
     if any(report.broken for report in reports):
         raise typer.Exit(RUN_ERROR)
 
@@ -78,7 +78,7 @@ def _walk(dataset: SegmentationDataset, limit: int | None) -> CheckReport:
     from zs3fast.data.check import check_dataset
 
     with progress_bar() as progress:
-        task = progress.add_task(f"{dataset.name} {dataset.split}", total=None)
+        task = progress.add_task(escape(f"{dataset.name} {dataset.split}"), total=None)
         return check_dataset(dataset, limit, lambda done, total: progress.update(task, completed=done, total=total))
 
 
@@ -92,7 +92,7 @@ def _table(reports: list[CheckReport]) -> Table:
     for report in reports:
         pixels = int(report.pixels.sum()) + report.ignored
         table.add_row(
-            report.name,
+            escape(report.name),
             report.split,
             str(report.pairs),
             str(PUBLISHED_PAIRS.get((report.name, report.split), "-")),
@@ -110,7 +110,7 @@ def _say_broken(report: CheckReport) -> None:
     name, reason = report.broken[0]
     more = f" ({len(report.broken)} broken in all)" if len(report.broken) > 1 else ""
     stdout.print(
-        f"[red]broken[/] {report.name} {report.split}, first pair {escape(name)}: {escape(reason)}{more}",
+        f"[red]broken[/] {escape(report.name)} {report.split}, first pair {escape(name)}: {escape(reason)}{more}",
         soft_wrap=True,
     )
 
@@ -121,4 +121,5 @@ def _say_unlabelled(report: CheckReport) -> None:
     count = len(report.unlabelled)
     what = "1 image has" if count == 1 else f"{count} images have"
     first = escape(str(report.unlabelled[0]))
-    stdout.print(f"[yellow]note[/] {report.name} {report.split}: {what} no label map, first {first}", soft_wrap=True)
+    where = f"{escape(report.name)} {report.split}"
+    stdout.print(f"[yellow]note[/] {where}: {what} no label map, first {first}", soft_wrap=True)
