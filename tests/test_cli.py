@@ -462,12 +462,10 @@ def test_brackets_of_names_are_no_markup(place, monkeypatch):
     for split in ("train", "val"):
         save_photo(folder / split / "i" / "[bold]a.png")
         Image.fromarray(np.zeros((30, 40), np.uint8)).save(save_photo(folder / split / "m" / "[bold]a.png"))
-        save_photo(folder / split / "i" / "[b].png")
     (folder / "d.yaml").write_text("images: '{split}/i'\nmasks: '{split}/m'\nnames: ['[c]', '[/d]']\n")
     monkeypatch.setenv("COLUMNS", "1000")
     output = run("data", "check", folder / "d.yaml")
-    assert f"note {folder}/d.yaml val: 1 image has no label map, first" in output and "/[b].png" in output
-    assert output.count(f"{folder}/d.yaml") >= 4
+    assert output.count(f"{folder}/d.yaml") == 2
     (folder / "val" / "i" / "[bold]a.png").write_bytes(b"")
     output = run("data", "check", folder / "d.yaml", code=1)
     assert f"broken {folder}/d.yaml val, first pair [bold]a: " in output
