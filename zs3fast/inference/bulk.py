@@ -400,6 +400,7 @@ def ray_started(address: str | None, actors: int, num_gpus: float, num_cpus: flo
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # beyond the command's own: what it runs there is the command
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # 60: on a busy machine it starts ever more
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5: on a busy machine serve never starts
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends a run comes as an exception too
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
