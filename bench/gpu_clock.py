@@ -68,7 +68,7 @@ def floors(device: torch.device | str, dtype: torch.dtype, *, rounds: int, tiny:
         harness.Contender("copy", lambda: target.copy_(source)),
         harness.Contender("product", lambda: left @ left),
     ]
-    timings = harness.measure(calls, rounds=rounds, device=device)
+    timings = harness.measure(calls, rounds=rounds, device=device, own_time=True)
     seconds = {
         name: timing.median if timing.gpu is None else float(timing.gpu["events_ms"]) / 1e3
         for name, timing in timings.items()

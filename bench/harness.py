@@ -108,15 +108,16 @@ def measure(
     warmup: int = 1,
     device: str | torch.device = "cpu",
     min_sample_s: float = 1e-3,
+    own_time: bool = False,
 ) -> dict[str, Timing]:
     """Check every contender, warm all of them up, then time them in interleaved rounds.
 
     Args:
         rounds: samples of each contender, at least 1.
         warmup: untimed calls of each, the checked one included.
-        device: where they run; on "cuda" the clock stops after a synchronisation, peak memory is recorded, and at the
-                end, when everyone has been timed, the GPU's own time of each.
+        device: where they run; on "cuda" the clock stops after a synchronisation and peak memory is recorded.
         min_sample_s: a contender faster than this is called several times a sample.
+        own_time: on "cuda", when everyone has been timed, the GPU's own time of each too (`bench.gpu_clock.gpu_times`).
     Returns:
         {name: Timing} in the order given. Nothing is returned of anyone when one contender fails its check.
     """
@@ -158,10 +159,10 @@ def measure(
     for _ in range(rounds):
         for contender in contenders:
             samples[contender.name].append(sample(contender.run, repeats[contender.name]))
-    own = {
-        c.name: gpu_clock.gpu_times(c.run, rounds=max(rounds, 5), device=device) if cuda else None for c in contenders
-    }
-    return {name: Timing(samples[name], peaks[name], own[name]) for name in names}
+    own: dict[str, dict[str, float | str]] = {}
+    if cuda and own_time:
+        own = {c.name: gpu_clock.gpu_times(c.run, rounds=max(rounds, 5), device=device) for c in contenders}
+    return {name: Timing(samples[name], peaks[name], own.get(name)) for name in names}
 
 
 # What was measured on what -------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def measure(script: OpScript, shapes: Sequence[str], pass_: str, args: argparse.
                     raise
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"{shape:19s} {pass_:17s} {name:23s} failed: {reason[:200]}", flush=True)
-    timings = harness.measure(list(calls.values()), rounds=args.rounds, device=args.device)
+    timings = harness.measure(list(calls.values()), rounds=args.rounds, device=args.device, own_time=True)
     described = harness.environment(args.device)
     rows = []
     for (shape, name), timing in zip(calls, timings.values(), strict=True):
