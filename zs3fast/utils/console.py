@@ -41,6 +41,8 @@ _OTHER_NAMES = {
     "name": ("dataset",),
     "name_or_path": ("weights",),
     "masks": ("proposer",),
+    "size": ("height",),
+    "dataset": ("set",),  # of `train`: data.name
 }
 _OF_THE_DISK = {errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EDQUOT}
 

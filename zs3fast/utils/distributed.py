@@ -79,7 +79,8 @@ def usable_device(device: str | None) -> str:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
