@@ -77,3 +77,15 @@ def check_size(op: str, label: str, pair: object) -> None:
         raise ValueError(f"{op}: {label}: expected at least (1, 1), got {tuple(pair)}")
     if height > MAX_SIDE or width > MAX_SIDE or height * width > MAX_PIXELS:
         raise ValueError(f"{op}: {label}: expected at most 2^24 a side and fewer than 2^31 pixels, got {tuple(pair)}")
+
+
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def check_label_dtype(op: str, classes: int, dtype: torch.dtype) -> None:
+    """A type of label maps that holds as many classes, or a ValueError."""
+    if dtype not in LABEL_DTYPES:
+        expected = ", ".join(str(d)[6:] for d in LABEL_DTYPES)
+        raise ValueError(f"{op}: dtype: expected one of {expected}, got {dtype}")
+    if classes - 1 > torch.iinfo(dtype).max:
+        raise ValueError(f"{op}: dtype: expected one that holds {classes} classes, got {dtype}")

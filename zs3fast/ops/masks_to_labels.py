@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _dispatch, _flops
-from zs3fast.ops._checks import check_bool, check_float_tensor, check_number, check_size, is_int
+from zs3fast.ops._checks import check_bool, check_float_tensor, check_label_dtype, check_number, check_size, is_int
 from zs3fast.ops._register import register_op
 
 OP = "masks_to_labels"
 TRUSTY_WEIGHTINGS = ("both", "seen", "unseen", "off")
-LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 Size = Sequence[int]
 
 
@@ -286,11 +285,7 @@ def _check_classes(
             raise ValueError(f"{OP}: seen: expected different class indices, got {list(seen)}")
     if not is_int(top_k) or not 1 <= top_k <= classes:
         raise ValueError(f"{OP}: top_k: expected a number in 1..C = {classes}, got {top_k!r}")
-    if dtype not in LABEL_DTYPES:
-        expected = ", ".join(str(d)[6:] for d in LABEL_DTYPES)
-        raise ValueError(f"{OP}: dtype: expected one of {expected}, got {dtype}")
-    if classes - 1 > torch.iinfo(dtype).max:
-        raise ValueError(f"{OP}: dtype: expected one that holds {classes} classes, got {dtype}")
+    check_label_dtype(OP, classes, dtype)
 
 
 def _check_geometry(

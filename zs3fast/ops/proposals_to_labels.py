@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zs3fast.ops import _dispatch, _flops
-from zs3fast.ops._checks import check_bool, check_float_tensor, check_size
+from zs3fast.ops._checks import check_bool, check_float_tensor, check_label_dtype, check_size
 from zs3fast.ops._register import register_op
 from zs3fast.utils.precision import without_autocast
 
 OP = "proposals_to_labels"
-LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 Size = Sequence[int]
 
 
@@ -145,7 +144,7 @@ def proposals_to_labels(
     """
     _check_tensors(class_weights, masks)
     check_bool(OP, "return_scores", return_scores)
-    _check_labels(class_weights.shape[2], dtype)
+    check_label_dtype(OP, class_weights.shape[2], dtype)
     padded, image = _frame(masks, size, logits, padded_size, image_size, align_corners)
     labels, scores = torch.ops.zs3fast.proposals_to_labels(
         class_weights.detach(),
@@ -190,14 +189,6 @@ def _check_tensors(class_weights: Tensor, masks: Tensor) -> None:
             )
     if class_weights.device != masks.device:
         raise ValueError(f"{OP}: class_weights: expected the masks' device {masks.device}, got {class_weights.device}")
-
-
-def _check_labels(classes: int, dtype: torch.dtype) -> None:
-    if dtype not in LABEL_DTYPES:
-        expected = ", ".join(str(d)[6:] for d in LABEL_DTYPES)
-        raise ValueError(f"{OP}: dtype: expected one of {expected}, got {dtype}")
-    if classes - 1 > torch.iinfo(dtype).max:
-        raise ValueError(f"{OP}: dtype: expected one that holds {classes} classes, got {dtype}")
 
 
 def _frame(
