@@ -39,6 +39,12 @@ def test_torch_export(method: str, classes: str, tmp_path: Path) -> None:
         assert labels.shape == scores.shape == (3, side, side) and labels.max() < 11
 
 
+@pytest.mark.parametrize("classes", ["baked", "input"])
+def test_ten_thousand_names(classes: str, tmp_path: Path) -> None:
+    report = export_model(tiny_model("zegclip"), text(10_000), tmp_path / "m.pt2", classes=classes, size=(32, 48))
+    assert report.difference < 1e-5 and report.agreement is not None and report.agreement > 0.999
+
+
 SLOW = pytest.mark.slow
 
 
