@@ -1,12 +1,13 @@
 """A bulk run against the plain loop, with 1 and 2 actors; and the memory of runs of more and more rows.
 
-    python bench/bulk.py                         # rows/s: the small model in the package, images of 128 pixels
-    python bench/bulk.py --vit --images 40       # a ViT-B/16 (random weights: only speed), what Ray costs
-    python bench/bulk.py --memory 1000 10000     # peak memory by kind of process, extrapolated to 10^5 rows
+    python bench/bulk.py --rounds 2                      # rows/s: the small model in the package, images of 128 pixels
+    python bench/bulk.py --vit --images 24 --rounds 2    # a ViT-B/16 (random weights: only speed), what Ray costs
+    python bench/bulk.py --memory 1000 10000             # peak memory by kind of process, extrapolated to 10^5 rows
 
 The plain loop is what an actor does, `segment_rows` and a shard written, without Ray; one thread a model. Rounds
 alternate between the contenders. The rate of a bulk run is taken between every actor's first shard and the last, so
-start-up (told apart: until the first shard) is not in it. Memory is the command's: proportional set sizes (what
+start-up (told apart: until the first shard) is not in it; readers go on starting for some seconds beside the first
+images, though, so a run of the small model takes a thousand. Memory is the command's: proportional set sizes (what
 processes share is counted once), twice a second.
 """
 
@@ -39,7 +40,7 @@ from zs3fast.inference.segmenter import Segmenter  # noqa: E402
 CLASSES = "red sand, star, grass, water, stone wall"
 PLAIN = "plain loop"
 FAR = 100_000  # rows that memory is extrapolated to
-SHARDS = 20  # of a run, unless --shard-rows says otherwise: their times are what rates are made of
+SHARDS = 10  # of a run, unless --shard-rows says otherwise: their times are what rates are made of
 Row = dict[str, Any]
 
 
@@ -161,7 +162,7 @@ def peak_of(process: psutil.Process) -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Measure, print and write `bench/results/<device>/bulk.json`; the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--side", type=int, default=128, help="of the images, in pixels")
     parser.add_argument("--shard-rows", type=int, help=f"rows of a shard (so many that there are {SHARDS})")
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2])
