@@ -150,14 +150,14 @@ def test_commands_elsewhere_are_announced_as_they_are(name: str) -> None:
 
 def test_help_and_version_import_no_torch() -> None:
     """What makes them answer at once; clocks differ."""
-    for argument in ("--help", "--version"):
+    for arguments in (["--help"], ["--version"], ["segment", "-h"], ["train", "-h"], ["convert", "-h"]):
         code = (
-            "import sys; sys.argv = ['zs3fast', sys.argv[1]]; from zs3fast.cli import app\n"
+            "import sys; sys.argv = ['zs3fast', *sys.argv[1:]]; from zs3fast.cli import app\n"
             "try: app()\n"
             "except SystemExit: pass\n"
             "assert not {'torch', 'numpy', 'PIL', 'open_clip'} & set(sys.modules), sorted(sys.modules)"
         )
-        subprocess.run([sys.executable, "-c", code, argument], check=True, timeout=60, capture_output=True)
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=60, capture_output=True)
 
 
 def test_importing_the_segmenter_costs_what_torch_costs() -> None:

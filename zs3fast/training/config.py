@@ -33,7 +33,6 @@ from zs3fast.training.settings import (
     read_values,
     save_yaml,
 )
-from zs3fast.training.trained import trained_class
 from zs3fast.utils.options import close_names
 
 if TYPE_CHECKING:
@@ -217,9 +216,12 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        if self.setting == "transductive" and not trained_class(self.method).self_training:
-            able = ", ".join(method for method in METHODS if trained_class(method).self_training)
-            raise ValueError(f"setting: expected one of {able} for transductive training, got {self.method}")
+        if self.setting == "transductive":
+            from zs3fast.training.trained import trained_class  # torch, which a help text does without
+
+            if not trained_class(self.method).self_training:
+                able = ", ".join(method for method in METHODS if trained_class(method).self_training)
+                raise ValueError(f"setting: expected one of {able} for transductive training, got {self.method}")
         if self.method in GENERATORS and (self.parallel != "ddp" or self.checkpoint_activations):
             raise ValueError(
                 f"parallel, checkpoint_activations: {self.method} trains all of its network, expected ddp and false"
