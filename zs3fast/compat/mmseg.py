@@ -252,7 +252,7 @@ class Segmentor(nn.Module):
     # 0.x
 
     @property
-    def CLASSES(self) -> tuple[str, ...] | None:  # noqa: N802
+    def CLASSES(self) -> tuple[str, ...] | None:  # noqa: N802  # the name mmseg reads
         return self.dataset_meta["classes"]
 
     def forward_dummy(self, img: Tensor) -> Tensor:

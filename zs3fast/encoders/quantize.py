@@ -103,7 +103,7 @@ class Int8Linear(nn.Linear):
         codes, scale = quantize_weight(weight)
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
-        self.bias = bias  # type: ignore[assignment]
+        self.bias = bias  # type: ignore[assignment]  # a tensor or None, not a parameter alone
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x)
