@@ -58,12 +58,12 @@ def test_a_named_backend_runs_or_says_why_not():
     message = str(error.value)
     assert "masks_to_labels: backend 'triton' cannot take this request" in message
     assert "[1, 2, 2, 2] float64 cpu" in message and "float64 not built (float32, float16, bfloat16)" in message
-    assert re.search("would run: (cpp|reference)", message)
+    assert re.search("(cpp|reference) would run", message) and "\n" not in message
 
 
 def test_a_backend_not_written_is_an_objection():
     visual, text, weight = torch.zeros(1, 4), torch.zeros(2, 4), torch.zeros(3, 8)
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="cuda: not written for this op"):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' cannot take this request: not written for this op"):
         relationship_descriptor(text, visual, weight)
 
 

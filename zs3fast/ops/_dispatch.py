@@ -167,13 +167,9 @@ def _first_willing(op: str, args: tuple[Any, ...]) -> str:
 
 
 def _refusal(op: str, backend: str, reasons: list[str], args: tuple[Any, ...]) -> str:
-    tensors = "   ".join(f"{list(a.shape)} {str(a.dtype)[6:]} {a.device}" for a in args if isinstance(a, Tensor))
-    return (
-        f"{op}: backend {backend!r} cannot take this request\n"
-        f"  tensors: {tensors}\n"
-        f"  {backend}: {'; '.join(reasons)}\n"
-        f"  would run: {_first_willing(op, args)}"
-    )
+    tensors = ", ".join(f"{list(a.shape)} {str(a.dtype)[6:]} {a.device}" for a in args if isinstance(a, Tensor))
+    instead = _first_willing(op, args)
+    return f"{op}: backend {backend!r} cannot take this request: {'; '.join(reasons)} ({instead} would run {tensors})"
 
 
 def never(*_args: Any) -> list[str]:
