@@ -52,9 +52,9 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   const int64_t B = q.size(0), heads = q.size(1), N = k.dim() == 4 ? k.size(2) : kAny, dh = q.size(3);
   check_floats(kOp, "k", k, at::kCPU, {B, heads, N, dh});
   check_floats(kOp, "v", v, at::kCPU, {B, heads, N, dh});
-  TORCH_CHECK_VALUE(heads >= 1 && dh >= 1 && N >= 1, kOp, ": heads, dh and N must be at least 1, got q ", q.sizes(),
+  TORCH_CHECK_VALUE(heads >= 1 && dh >= 1 && N >= 1, kOp, ": heads, dh and N: expected at least 1, got q ", q.sizes(),
                     " and k ", k.sizes());
-  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p < 1, kOp, ": dropout_p must be in [0, 1), got ", dropout_p);
+  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p < 1, kOp, ": dropout_p: expected in [0, 1), got ", dropout_p);
   if (seed.has_value()) check_tensor(kOp, "seed", *seed, at::kCPU, {});
 }
 

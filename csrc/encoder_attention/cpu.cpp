@@ -50,7 +50,7 @@ const Kernel& named(std::string_view name, bool bf16) {
     if (name.empty() || name == kernel->name) return *kernel;
     known += (known.empty() ? "" : ", ") + std::string(kernel->name);
   }
-  TORCH_CHECK(false, "encoder_attention: kernel must be one of ", known, " here, got ", name);
+  TORCH_CHECK(false, "encoder_attention: kernel: expected one of ", known, " here, got ", name);
 }
 
 // What there is to know of a tensor [B, tokens, heads, dh].
@@ -67,7 +67,7 @@ void check(const at::Tensor& x, const char* name, const at::Tensor& q, int64_t b
   TORCH_CHECK(x.dim() == 4 && (x.size(0) == q.size(0) || x.size(0) == batch) && x.size(1) == tokens &&
                   x.size(2) == q.size(2) && x.size(3) == q.size(3) && x.scalar_type() == q.scalar_type() &&
                   x.device() == q.device(),
-              "encoder_attention: ", name, " must be [B, tokens, heads, dh] = [", q.size(0), ", ", tokens, ", ",
+              "encoder_attention: ", name, ": expected [B, tokens, heads, dh] = [", q.size(0), ", ", tokens, ", ",
               q.size(2), ", ", q.size(3), "] of q's type and device, got ", x.sizes());
 }
 
@@ -104,16 +104,16 @@ at::Tensor by_name(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    const std::optional<at::Tensor>& context_k, const std::optional<at::Tensor>& context_v, double scale,
                    std::string_view name) {
   TORCH_CHECK(q.dim() == 4 && q.size(2) > 0 && q.size(3) > 0 && k.dim() == 4 && k.size(1) > 0,
-              "encoder_attention: q and k must be [B, tokens, heads, dh], with keys, got ", q.sizes(), " and ",
+              "encoder_attention: q and k: expected [B, tokens, heads, dh], with keys, got ", q.sizes(), " and ",
               k.sizes());
   TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf,
               "encoder_attention: expected float32, bfloat16 or float16, got ", q.scalar_type());
   check(k, "k", q, q.size(0), k.size(1));
   check(v, "v", q, q.size(0), k.size(1));
   TORCH_CHECK(context_k.has_value() == context_v.has_value(),
-              "encoder_attention: context_k and context_v must be given together");
+              "encoder_attention: context_k and context_v: expected both or neither, got one");
   if (context_k) {
-    TORCH_CHECK(context_k->dim() == 4, "encoder_attention: context_k must be [B or 1, K, heads, dh], got ",
+    TORCH_CHECK(context_k->dim() == 4, "encoder_attention: context_k: expected [B or 1, K, heads, dh], got ",
                 context_k->sizes());
     check(*context_k, "context_k", q, 1, context_k->size(1));
     check(*context_v, "context_v", q, 1, context_k->size(1));

@@ -96,17 +96,17 @@ at::Tensor by_name(const at::Tensor& x, const at::Tensor& weight, const std::opt
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
               "fused_linear: expected float32 or bfloat16, got ", x.scalar_type());
   TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.size(1) == x.size(-1) && same(weight),
-              "fused_linear: weight must be [out, in = ", x.dim() ? x.size(-1) : 0, "] of x's type, got ",
+              "fused_linear: weight: expected [out, in = ", x.dim() ? x.size(-1) : 0, "] of x's type, got ",
               weight.sizes());
   TORCH_CHECK(weight.size(0) % 32 == 0 && weight.size(1) % 32 == 0,
-              "fused_linear: weight must have sides of multiples of 32, got ", weight.sizes());
+              "fused_linear: weight: expected sides of multiples of 32, got ", weight.sizes());
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && same(*bias)),
-              "fused_linear: bias must be [", weight.size(0), "] of x's type");
-  TORCH_CHECK(0 <= activation && activation <= 3, "fused_linear: activation must be 0 to 3, got ", activation);
+              "fused_linear: bias: expected [", weight.size(0), "] of x's type");
+  TORCH_CHECK(0 <= activation && activation <= 3, "fused_linear: activation: expected 0 to 3, got ", activation);
   if (residual) {
     auto sizes = x.sizes().vec();
     sizes.back() = weight.size(0);
-    TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes) && same(*residual), "fused_linear: residual must be ",
+    TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes) && same(*residual), "fused_linear: residual: expected ",
                 at::IntArrayRef(sizes), " of x's type, got ", residual->sizes());
   }
   std::string known;
@@ -115,7 +115,7 @@ at::Tensor by_name(const at::Tensor& x, const at::Tensor& weight, const std::opt
       return by_kernel(*choice.kernel, x, weight, bias, residual, activation);
     known += (known.empty() ? "" : ", ") + std::string(choice.kernel->name);
   }
-  TORCH_CHECK(false, "fused_linear: kernel must be one of ", known, " here, got ", name);
+  TORCH_CHECK(false, "fused_linear: kernel: expected one of ", known, " here, got ", name);
 }
 
 at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

@@ -91,22 +91,22 @@ at::Tensor by_name(const at::Tensor& x, const at::Tensor& weight, const at::Tens
               "fused_linear_int8: expected float32 or bfloat16, got ", x.scalar_type());
   TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.size(1) == x.size(-1) && weight.scalar_type() == at::kChar &&
                   weight.device() == x.device(),
-              "fused_linear_int8: weight must be int8 [out, in = ", x.dim() ? x.size(-1) : 0, "], got ",
+              "fused_linear_int8: weight: expected int8 [out, in = ", x.dim() ? x.size(-1) : 0, "], got ",
               weight.scalar_type(), " ", weight.sizes());
   TORCH_CHECK(weight.size(0) % 32 == 0 && weight.size(1) % 64 == 0 && weight.size(1) <= kMaxDepth,
-              "fused_linear_int8: weight must have sides of multiples of 32 and 64, the second up to ", kMaxDepth,
+              "fused_linear_int8: weight: expected sides of multiples of 32 and 64, the second up to ", kMaxDepth,
               ", got ", weight.sizes());
   TORCH_CHECK(scale.dim() == 1 && scale.size(0) == weight.size(0) && scale.scalar_type() == at::kFloat &&
                   scale.device() == x.device(),
-              "fused_linear_int8: scale must be float32 [", weight.size(0), "], got ", scale.scalar_type(), " ",
+              "fused_linear_int8: scale: expected float32 [", weight.size(0), "], got ", scale.scalar_type(), " ",
               scale.sizes());
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && same(*bias)),
-              "fused_linear_int8: bias must be [", weight.size(0), "] of x's type");
-  TORCH_CHECK(0 <= activation && activation <= 3, "fused_linear_int8: activation must be 0 to 3, got ", activation);
+              "fused_linear_int8: bias: expected [", weight.size(0), "] of x's type");
+  TORCH_CHECK(0 <= activation && activation <= 3, "fused_linear_int8: activation: expected 0 to 3, got ", activation);
   if (residual) {
     auto sizes = x.sizes().vec();
     sizes.back() = weight.size(0);
-    TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes) && same(*residual), "fused_linear_int8: residual must be ",
+    TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes) && same(*residual), "fused_linear_int8: residual: expected ",
                 at::IntArrayRef(sizes), " of x's type, got ", residual->sizes());
   }
   std::string known;
@@ -114,7 +114,7 @@ at::Tensor by_name(const at::Tensor& x, const at::Tensor& weight, const at::Tens
     if (name.empty() || name == kernel->name) return by_kernel(*kernel, x, weight, scale, bias, residual, activation);
     known += (known.empty() ? "" : ", ") + std::string(kernel->name);
   }
-  TORCH_CHECK(false, "fused_linear_int8: kernel must be one of ", known, " here, got ", name);
+  TORCH_CHECK(false, "fused_linear_int8: kernel: expected one of ", known, " here, got ", name);
 }
 
 at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,

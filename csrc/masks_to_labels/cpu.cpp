@@ -68,16 +68,16 @@ void check(const at::Tensor& mask_logits, const std::optional<at::Tensor>& trust
   }
   const int64_t classes = mask_logits.size(1);
   check_labels(op, dtype, classes);
-  TORCH_CHECK_VALUE(top_k >= 1 && top_k <= classes, op, ": top_k must be in 1..C = ", classes, ", got ", top_k);
+  TORCH_CHECK_VALUE(top_k >= 1 && top_k <= classes, op, ": top_k: expected in 1..C = ", classes, ", got ", top_k);
   for (const int64_t c : seen)
-    TORCH_CHECK_VALUE(c >= 0 && c < classes, op, ": seen must hold class indices 0..", classes - 1, ", got ", c);
+    TORCH_CHECK_VALUE(c >= 0 && c < classes, op, ": seen: expected class indices 0..", classes - 1, ", got ", c);
   TORCH_CHECK_VALUE(trusty_weighting == "both" || trusty_weighting == "seen" || trusty_weighting == "unseen" ||
                         trusty_weighting == "off",
-                    op, ": trusty_weighting must be both, seen, unseen or off, got ", trusty_weighting);
+                    op, ": trusty_weighting: expected both, seen, unseen or off, got ", trusty_weighting);
   check_size(op, "size", size);
   check_size(op, "crop_size", crop);
   check_size(op, "canvas_size", canvas);
-  TORCH_CHECK_VALUE(!windows.empty() && windows.size() % 2 == 0, op, ": windows must hold pairs (y, x), got ", windows);
+  TORCH_CHECK_VALUE(!windows.empty() && windows.size() % 2 == 0, op, ": windows: expected pairs (y, x), got ", windows);
   const int64_t count = static_cast<int64_t>(windows.size()) / 2;
   TORCH_CHECK_VALUE(mask_logits.size(0) % count == 0, op, ": ", mask_logits.size(0), " rows of mask_logits for ", count,
                     " windows");

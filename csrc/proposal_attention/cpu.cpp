@@ -155,8 +155,8 @@ void check(const at::Tensor& q, const at::Tensor& k_self, const at::Tensor& v_se
   check_floats(kOp, "k", k, at::kCPU, {B, heads, N, dh});
   check_floats(kOp, "v", v, at::kCPU, {B, heads, N, dh});
   check_tensor(kOp, "bits", bits, at::kCPU, {B, Nq, (N + 31) / 32});
-  TORCH_CHECK_TYPE(bits.scalar_type() == at::kInt, kOp, ": bits must be int32, got ", bits.scalar_type());
-  TORCH_CHECK_VALUE(heads >= 1 && dh >= 1, kOp, ": heads and dh must be at least 1, got q ", q.sizes());
+  TORCH_CHECK_TYPE(bits.scalar_type() == at::kInt, kOp, ": bits: expected int32, got ", bits.scalar_type());
+  TORCH_CHECK_VALUE(heads >= 1 && dh >= 1, kOp, ": heads and dh: expected at least 1, got q ", q.sizes());
   TORCH_CHECK_VALUE(N <= kMaxPixels && Nq <= kMaxPixels && (N + 32) * (Nq + 16) <= kMaxPixels, kOp,
                     ": more pairs of proposals and patches than an int32 counts, got q ", q.sizes(), " and k ", k.sizes());
 }

@@ -325,20 +325,20 @@ void check(const at::Tensor& image, const at::Tensor& maps, at::IntArrayRef size
   check_size(op, "crop_size", crop);
   check_size(op, "canvas_size", canvas);
   TORCH_CHECK_VALUE(image.size(1) >= 1 && image.size(1) <= kMaxSide && maps.size(1) <= kMaxSide, op,
-                    ": image must have a channel, got ", image.sizes(), " and maps ", maps.sizes());
-  TORCH_CHECK_VALUE(!windows.empty() && windows.size() % 2 == 0, op, ": windows must hold pairs (y, x), got ", windows);
-  TORCH_CHECK_VALUE(maps.size(0) == image.size(0) * (static_cast<int64_t>(windows.size()) / 2), op, ": maps must be of ",
+                    ": image: expected a channel, got ", image.sizes(), " and maps ", maps.sizes());
+  TORCH_CHECK_VALUE(!windows.empty() && windows.size() % 2 == 0, op, ": windows: expected pairs (y, x), got ", windows);
+  TORCH_CHECK_VALUE(maps.size(0) == image.size(0) * (static_cast<int64_t>(windows.size()) / 2), op, ": maps: expected ",
                     windows.size() / 2, " windows an image, got ", maps.sizes(), " for ", image.sizes());
   for (size_t i = 0; i < windows.size(); ++i)
     TORCH_CHECK_VALUE(windows[i] >= 0 && windows[i] <= canvas[i % 2] - crop[i % 2], op, ": a window of size ", crop,
                       " leaves the canvas ", canvas);
-  TORCH_CHECK_VALUE(!dilations.empty() && steps >= 0 && steps <= kMaxSide, op, ": steps must be 0 to 2^24, got ", steps,
+  TORCH_CHECK_VALUE(!dilations.empty() && steps >= 0 && steps <= kMaxSide, op, ": steps: expected 0 to 2^24, got ", steps,
                     " and dilations ", dilations);
   for (const int64_t d : dilations)
-    TORCH_CHECK_VALUE(d >= 1 && d <= kMaxSide && steps * d <= kMaxSide, op, ": dilations must be at least 1, and ", steps,
+    TORCH_CHECK_VALUE(d >= 1 && d <= kMaxSide && steps * d <= kMaxSide, op, ": dilations: expected at least 1, and ", steps,
                       " steps of them at most 2^24 pixels, got ", dilations);
   for (const int64_t name : excluded)
-    TORCH_CHECK_VALUE(name >= 0 && name < maps.size(1), op, ": excluded must hold names 0..", maps.size(1) - 1, ", got ",
+    TORCH_CHECK_VALUE(name >= 0 && name < maps.size(1), op, ": excluded: expected names 0..", maps.size(1) - 1, ", got ",
                       name);
 }
 

@@ -31,13 +31,13 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_
   check_size(kOp, "regions", regions);
   TORCH_CHECK_VALUE(regions[0] <= grid[0] && regions[1] <= grid[1], kOp, ": regions ", regions, " do not fit the grid ",
                     grid);
-  TORCH_CHECK_VALUE(num_prefix >= 1 && num_prefix <= kMaxPixels, kOp, ": num_prefix must be at least 1, got ", num_prefix);
+  TORCH_CHECK_VALUE(num_prefix >= 1 && num_prefix <= kMaxPixels, kOp, ": num_prefix: expected at least 1, got ", num_prefix);
   const int64_t others = grid[0] * grid[1] + regions[0] * regions[1];
   check_floats(kOp, "q", q, at::kCPU, {kAny, kAny, kAny, kAny});
   check_floats(kOp, "k", k, at::kCPU, {q.size(0), q.size(1), num_prefix + others, q.size(3)});
   check_floats(kOp, "v", v, at::kCPU, {q.size(0), q.size(1), num_prefix + others, q.size(3)});
   TORCH_CHECK_VALUE(q.size(1) >= 1 && q.size(3) >= 1 && q.size(2) > others && q.size(2) <= num_prefix + others, kOp,
-                    ": q must hold 1 to ", num_prefix, " prefix rows, ", others, " patches and regions, got ", q.sizes());
+                    ": q: expected 1 to ", num_prefix, " prefix rows, ", others, " patches and regions, got ", q.sizes());
 }
 
 template <class T>

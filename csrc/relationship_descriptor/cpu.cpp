@@ -20,7 +20,7 @@ constexpr char kOp[] = "relationship_descriptor";
 void check(const at::Tensor& text, const at::Tensor& visual, const at::Tensor& weight) {
   check_floats(kOp, "text", text, at::kCPU, {kAny, kAny});
   const int64_t D = text.size(1);
-  TORCH_CHECK_VALUE(D >= 1, kOp, ": text must be [C, D >= 1], got ", text.sizes());
+  TORCH_CHECK_VALUE(D >= 1, kOp, ": text: expected [C, D >= 1], got ", text.sizes());
   if (visual.dim() == 3) {
     check_floats(kOp, "visual", visual, at::kCPU, {kAny, kAny, D});
   } else {
@@ -113,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relationship_descript
   auto shape = visual_in.sizes().vec();
   shape.back() = text_in.size(0);
   shape.push_back(weight.size(0));
-  TORCH_CHECK_VALUE(grad_in.sizes() == at::IntArrayRef(shape), kOp, ": grad must be ", shape, ", got ", grad_in.sizes());
+  TORCH_CHECK_VALUE(grad_in.sizes() == at::IntArrayRef(shape), kOp, ": grad: expected ", shape, ", got ", grad_in.sizes());
   const int64_t C = text_in.size(0), D = text_in.size(1), wide = weight.size(0);
   const auto text = dense_rows(text_in), visual = dense_rows(visual_in.reshape({-1, D}));
   const int64_t R = visual.size(0), chunk = chunk_of(C);

@@ -36,12 +36,12 @@ at::Tensor forward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Ten
                    std::optional<double> std) {
   constexpr char op[] = "self_similarity_attention";
   check_size(op, "grid", grid);
-  TORCH_CHECK_VALUE(num_prefix >= 0 && num_prefix <= kMaxPixels, op, ": num_prefix must be at least 0, got ", num_prefix);
+  TORCH_CHECK_VALUE(num_prefix >= 0 && num_prefix <= kMaxPixels, op, ": num_prefix: expected at least 0, got ", num_prefix);
   check_floats(op, "q", q_in, at::kCPU, {kAny, kAny, num_prefix + grid[0] * grid[1], kAny});
   check_floats(op, "k", k_in, at::kCPU, {q_in.size(0), q_in.size(1), q_in.size(2), q_in.size(3)});
   check_floats(op, "v", v_in, at::kCPU, {q_in.size(0), q_in.size(1), q_in.size(2), q_in.size(3)});
-  TORCH_CHECK_VALUE(q_in.size(1) >= 1 && q_in.size(3) >= 1, op, ": heads and dh must be at least 1, got ", q_in.sizes());
-  TORCH_CHECK_VALUE(!std.has_value() || *std > 0, op, ": std must be positive, got ", std.value_or(0));
+  TORCH_CHECK_VALUE(q_in.size(1) >= 1 && q_in.size(3) >= 1, op, ": heads and dh: expected at least 1, got ", q_in.sizes());
+  TORCH_CHECK_VALUE(!std.has_value() || *std > 0, op, ": std: expected more than 0, got ", std.value_or(0));
   // half types are computed in fp32: their inputs are small beside the scores that are never stored
   const auto q = q_in.to(at::kFloat), k = k_in.to(at::kFloat), v = v_in.to(at::kFloat);
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), patches = grid[0] * grid[1];

@@ -63,7 +63,7 @@ def test_a_named_backend_runs_or_says_why_not():
 
 def test_a_backend_not_written_is_an_objection():
     visual, text, weight = torch.zeros(1, 4), torch.zeros(2, 4), torch.zeros(3, 8)
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' cannot take this request: not written for this op"):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="this request: not written for this op"):
         relationship_descriptor(text, visual, weight)
 
 
@@ -141,7 +141,7 @@ def run_without_cpp(package: Path) -> tuple[dict, str, str, str]:
 def test_an_absent_extension_is_an_objection(package):
     info, message, error, stderr = run_without_cpp(package)
     assert info["status"] == "absent"
-    assert "the C++ extension is not built" in message and "would run: reference" in message
+    assert "the C++ extension is not built" in message and "reference would run" in message
     assert "the C++ extension is not built" in error
     assert "RuntimeWarning" not in stderr
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zs3fast.proposals import _library
 from zs3fast.proposals.frames import SHORT_SIDE
 from zs3fast.proposals.mask_transformers import TransformersMaskProposer, all_layers
-from zs3fast.utils.checkpoint_io import existing, read_safetensors, strict_load
+from zs3fast.utils.checkpoint_io import compare, existing, read_safetensors, sketch, strict_load
 from zs3fast.utils.constants import IMAGENET_MEAN, IMAGENET_STD
 from zs3fast.utils.errors import CheckpointError
 from zs3fast.utils.files import replacing
@@ -133,7 +133,12 @@ def load_generator(path: str | os.PathLike[str]) -> ProposalGenerator:
     if METADATA_KEY not in metadata:
         raise CheckpointError(f"{path}: no mask generator inside, expected one of `zs3fast train maft_proposals_...`")
     try:
-        model = ProposalGenerator(**json.loads(metadata[METADATA_KEY]))
+        config = {**json.loads(metadata[METADATA_KEY]), "pretrained": None}  # the weights are here: none are fetched
+        plan = sketch(lambda: ProposalGenerator(**config), tensors.values(), str(path))
+        compare(plan.state_dict(), tensors, str(path))
+        model = ProposalGenerator(**config)
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be used ({error})") from None
     strict_load(model, tensors, str(path))
