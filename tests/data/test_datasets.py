@@ -383,7 +383,7 @@ def test_fold_memberships(tmp_path, fold):
 @pytest.mark.parametrize("fold", [None, 4, -1, "0", 1.0, True])
 def test_folds_that_do_not_exist(tmp_path, fold):
     voc(tmp_path)
-    with pytest.raises(ValueError, match=r"fold: voc5i has folds 0..3, got"):
+    with pytest.raises(ValueError, match=r"fold: expected one of voc5i's, 0..3, got"):
         open_dataset("voc5i", tmp_path, "val", fold=fold)
 
 
@@ -466,7 +466,7 @@ def test_masks_that_are_none(tmp_path):
     mask = place / "SegmentationClass/d.png"
     dataset = open_dataset("voc20", tmp_path, "val")
     write_image(mask, picture(0))
-    with pytest.raises(ValueError, match="d.png is an image of mode RGB, expected class indices in one channel"):
+    with pytest.raises(ValueError, match="d.png: expected class indices in one channel, got an image of mode RGB"):
         dataset[0]
     mask.write_bytes(b"no image")
     with pytest.raises(ValueError, match="d.png is not an image"):

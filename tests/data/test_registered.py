@@ -95,7 +95,7 @@ def test_lists_name_the_pairs(tmp_path: Path) -> None:
 def test_folders_by_split(tmp_path: Path) -> None:
     path = own(tmp_path, images={"val": "images/val"}, masks={"val": "masks/val"})
     assert open_dataset(str(path), None, "val").ids == ["d"]
-    with pytest.raises(ValueError, match="streets.yaml: images: none for the split train"):
+    with pytest.raises(ValueError, match="streets.yaml: images: expected one for the split train, got none"):
         open_dataset(str(path), None, "train")
 
 

@@ -282,7 +282,7 @@ def test_flip_keeps_the_class():
     for seed in range(20):
         _, labels = train_transform("flip", 40)(item, np.random.default_rng(seed), class_index=7)
         assert (labels == 7).any()
-    with pytest.raises(ValueError, match="class_index: 9 is not in the image"):
+    with pytest.raises(ValueError, match="class_index: expected a class that a crop of the image can hold, got 9"):
         train_transform("flip", 40)(item, np.random.default_rng(0), class_index=9)
 
 

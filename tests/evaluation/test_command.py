@@ -304,7 +304,7 @@ def test_folds_of_pairs(tree):
     for more, message in (
         (("--episodes", "many"), "episodes: expected all or a number, got 'many'"),
         (("--setting", "inductive"), "setting: expected none for a fold of voc5i, which has its own, got 'inductive'"),
-        (("--threshold", "2"), "threshold: expected a number between 0 and 1, got 2.0"),
+        (("--threshold", "2"), "Invalid value for '--threshold'"),
         (("--eval-size", "half"), "--eval-size: expected one of original, input, got 'half'"),
         (
             ("--eval-size", "input", "--boxes", "files:boxes.json"),

@@ -336,7 +336,7 @@ def test_from_pretrained_with_its_text_tower(tmp_path, monkeypatch):
     assert np.array_equal(
         given(photo(40, 50)).labels, Segmenter(model, text_embeddings=text_rows(5))(photo(40, 50)).labels
     )
-    with pytest.raises(ValueError, match="official: .*carries its own settings, got seen as well"):
+    with pytest.raises(ValueError, match="official: expected none, as .* carries its own settings, got seen"):
         Segmenter.from_pretrained("tiny", official={"seen": [0]})
 
 

@@ -190,7 +190,7 @@ def test_methods_by_name(method: str, tmp_path) -> None:
     again, _ = weights.load(tmp_path / "m.safetensors")
     assert again.config == model.config and again.method == method
     assert torch.equal(again(images, text).mask_logits, model(images, text).mask_logits)
-    with pytest.raises(ValueError, match=f"attention: {method} is '{method}', got 'value'"):
+    with pytest.raises(ValueError, match=f"attention: expected '{method}' for {method}, got 'value'"):
         zs3fast.create_model(method, clip=CLIP, attention="value")
 
 

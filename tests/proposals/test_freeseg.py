@@ -285,7 +285,7 @@ def test_files_that_are_no_generator(oracle, tmp_path):
 
 
 def test_heads_that_do_not_fit(oracle):
-    with pytest.raises(ValueError, match="heads: 5 does not divide"):
+    with pytest.raises(ValueError, match="heads: expected a divisor of the width 64, got 5"):
         load_generator(official_state(oracle), heads=5)
     with pytest.raises(ValueError, match="multi_grid: expected one factor for each of 3 blocks"):
         load_generator(official_state(oracle), heads=HEADS, multi_grid=(1, 2))

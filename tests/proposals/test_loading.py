@@ -118,9 +118,9 @@ def test_absent_and_empty_folders(tmp_path):
 
 def test_weights_of_another_model(tmp_path):
     tiny_sam().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a sam model, expected maskformer"):
+    with pytest.raises(ValueError, match="weights: expected maskformer, got .*, a sam model"):
         load_mask_proposer(f"maskformer:{tmp_path}")
-    with pytest.raises(ValueError, match="is a sam model, expected rt_detr or rt_detr_v2"):
+    with pytest.raises(ValueError, match="weights: expected rt_detr or rt_detr_v2, got .*, a sam model"):
         load_box_proposer(f"rtdetr:{tmp_path}")
 
 

@@ -50,11 +50,11 @@ def test_float_types(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros(8, np.float32), r"shape \[8\], expected \[C, D\]"),
-        (np.zeros((2, 3, 4), np.float32), r"shape \[2, 3, 4\]"),
-        (np.zeros((0, 8), np.float32), r"shape \[0, 8\]"),
-        (np.zeros((3, 8), np.int64), "holds int64, expected float16, float32 or float64"),
-        (np.full((3, 8), np.nan, np.float32), "not finite"),
+        (np.zeros(8, np.float32), r"expected \[C, D\], got \[8\]"),
+        (np.zeros((2, 3, 4), np.float32), r"got \[2, 3, 4\]"),
+        (np.zeros((0, 8), np.float32), r"got \[0, 8\]"),
+        (np.zeros((3, 8), np.int64), "expected float16, float32 or float64, got int64"),
+        (np.full((3, 8), np.nan, np.float32), "expected finite numbers, got"),
         (np.array([[1, "a"], [None, 2]], object), "not a whole .npy file"),
     ],
 )
@@ -68,7 +68,7 @@ def test_bad_arrays(tmp_path, array, message):
 
 def test_wrong_number_of_classes(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((3, 8), np.float32))
-    with pytest.raises(ValueError, match="has 3 rows, expected one for each of 4 classes"):
+    with pytest.raises(ValueError, match="expected a row for each of 4 classes, got 3"):
         load_text_embeddings(tmp_path / "x.npy", num_classes=4)
 
 

@@ -170,7 +170,7 @@ def test_background_of_a_fold_needs_no_text(tmp_path: Path) -> None:
     assert text_embeddings(config, dataset, model)[20].any()
     tiny_run.text_file(tmp_path / "text.npy", 19, 64)
     with pytest.raises(
-        ValueError, match=r"text.embeddings: .*text.npy has 19 rows, expected one for each of 21 classes"
+        ValueError, match=r"text.embeddings: .*text.npy: expected a row for each of 21 classes of voc5i, got 19"
     ):
         text_embeddings(config, dataset, model)
 

@@ -191,8 +191,8 @@ def text_embeddings(config: TrainConfig, dataset: SegmentationDataset, model: Tr
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         if len(rows) != dataset.num_classes:
             raise ValueError(
-                f"text.embeddings: {config.text.embeddings}: got {len(rows)} rows, expected one for each of "
-                f"{dataset.num_classes} classes of {dataset.name}"
+                f"text.embeddings: {config.text.embeddings}: expected a row for each of {dataset.num_classes} classes "
+                f"of {dataset.name}, got {len(rows)}"
             )
     else:
         own = None if config.text.shuffle else config.text.templates
