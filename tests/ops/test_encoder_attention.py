@@ -229,7 +229,7 @@ def test_below_the_public_function_shapes_are_checked_too() -> None:
     for wrong in ((q, k[:1], v), (q, k, v[:, :3]), (q, k, v.bfloat16()), (q[..., :4], k, v), (q, k[:, :0], v[:, :0])):
         with pytest.raises(RuntimeError, match="encoder_attention"):
             run(*wrong, None, None, 1.0)
-    with pytest.raises(RuntimeError, match="given together"):
+    with pytest.raises(RuntimeError, match="both or neither"):
         run(q, k, v, context[0], None, 1.0)
     with pytest.raises(RuntimeError, match="kernel: expected one of"):
         torch.ops.zs3fast_cpp.encoder_attention_by(q, k, v, None, None, 1.0, "neon")
