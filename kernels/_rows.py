@@ -7,9 +7,15 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(base, rows, inside, d, row_stride, column_stride, width):
-    """[rows, width] of a matrix, zeros where `inside` is false."""
-    at = rows.to(tl.int64)[:, None] * row_stride + d[None, :] * column_stride
+def of_head(base, strides, b, a):
+    """Where the matrix of image b and head a of [B, heads, rows, columns] starts."""
+    return base + b * strides[0] + a * strides[1]
+
+
+@triton.jit
+def load_rows(base, rows, inside, d, strides, width):
+    """[rows, width] of a matrix of [B, heads, rows, columns], zeros where `inside` is false."""
+    at = rows.to(tl.int64)[:, None] * strides[2] + d[None, :] * strides[3]
     return tl.load(base + at, mask=inside[:, None] & (d < width)[None, :], other=0.0)
 
 

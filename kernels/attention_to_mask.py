@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from zs3fast.kernels._rows import load_rows, of_head
 from zs3fast.kernels._tuning import cdiv, dot_precision, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -40,16 +41,9 @@ def _keep(seed, threshold, head, c, n0, BLOCK_C: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def _rows(base, rows, limit, d, row_stride, column_stride, width):
-    """[rows, width] of a matrix, zeros outside."""
-    inside = (rows < limit)[:, None] & (d < width)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * row_stride + d[None, :] * column_stride, mask=inside, other=0.0)
-
-
-@triton.jit
 def _attend(
     program, q, k, v, output, lse, seed,
-    q_b, q_h, q_c, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    q_strides, k_strides, v_strides,
     heads, C, N, dh, scale, keep_scale, threshold,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -59,15 +53,15 @@ def _attend(
     b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     c = program % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
-    left = _rows(q + b * q_b + a * q_h, c, C, d, q_c, q_d, dh)  # [BLOCK_C, BLOCK_D]
+    left = load_rows(of_head(q, q_strides, b, a), c, c < C, d, q_strides, dh)  # [BLOCK_C, BLOCK_D]
     largest = tl.full([BLOCK_C], float("-inf"), tl.float32)  # in units of log2
     total = tl.zeros([BLOCK_C], tl.float32)
     sums = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        keys = _rows(k, n, N, d, k_n, k_d, dh)
+        keys = load_rows(k, n, n < N, d, k_strides, dh)
         s = tl.dot(left, tl.trans(keys), input_precision=PRECISION) * (scale * _LOG2E)
         s = tl.where((n < N)[None, :], s, float("-inf"))
         now = tl.maximum(largest, tl.max(s, 1))
@@ -76,7 +70,7 @@ def _attend(
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(_keep(tl.load(seed), threshold, head, c, n0, BLOCK_C, BLOCK_N), p, 0.0)
-        values = _rows(v, n, N, d, v_n, v_d, dh)
+        values = load_rows(v, n, n < N, d, v_strides, dh)
         sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
         largest = now
     if DROPOUT:
@@ -91,7 +85,7 @@ def _attend(
 @triton.jit
 def _mask_tile(
     program, q, k, masks,
-    q_b, q_h, q_c, q_d, k_b, k_h, k_n, k_d,
+    q_strides, k_strides,
     heads, C, N, dh, scale,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -101,14 +95,14 @@ def _mask_tile(
     b = (program // blocks_n // blocks_c).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     scores = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    q += b * q_b
-    k += b * k_b
+    q += b * q_strides[0]
+    k += b * k_strides[0]
     for _ in range(0, heads):
-        left = _rows(q, c, C, d, q_c, q_d, dh)
-        keys = _rows(k, n, N, d, k_n, k_d, dh)
+        left = load_rows(q, c, c < C, d, q_strides, dh)
+        keys = load_rows(k, n, n < N, d, k_strides, dh)
         scores = tl.dot(left, tl.trans(keys), scores, input_precision=PRECISION)
-        q += q_h
-        k += k_h
+        q += q_strides[1]
+        k += k_strides[1]
     at = (b * C + c.to(tl.int64)) * N
     inside = (c < C)[:, None] & (n < N)[None, :]
     tl.store(masks + at[:, None] + n[None, :], (scores * (scale / heads)).to(masks.dtype.element_ty), mask=inside)
@@ -117,7 +111,7 @@ def _mask_tile(
 @triton.jit
 def attention_to_mask_fwd_kernel(
     q, k, v, output, masks, lse, seed,
-    q_b, q_h, q_c, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    q_strides, k_strides, v_strides,
     heads, C, N, dh, scale, keep_scale, threshold, attention_programs,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -125,12 +119,12 @@ def attention_to_mask_fwd_kernel(
     program = tl.program_id(0)
     if program < attention_programs:
         _attend(
-            program, q, k, v, output, lse, seed, q_b, q_h, q_c, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+            program, q, k, v, output, lse, seed, q_strides, k_strides, v_strides,
             heads, C, N, dh, scale, keep_scale, threshold, DROPOUT, PRECISION, BLOCK_C, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _mask_tile(
-            program - attention_programs, q, k, masks, q_b, q_h, q_c, q_d, k_b, k_h, k_n, k_d,
+            program - attention_programs, q, k, masks, q_strides, k_strides,
             heads, C, N, dh, scale, PRECISION, BLOCK_C, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
@@ -138,7 +132,7 @@ def attention_to_mask_fwd_kernel(
 @triton.jit
 def attention_to_mask_bwd_kernel_dq(
     q, k, v, output, grad_output, grad_masks, lse, delta, dq, seed,
-    q_b, q_h, q_c, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_c, o_d, g_b, g_h, g_c, g_d, m_b, m_c, m_n,
+    q_strides, k_strides, v_strides, o_strides, g_strides, m_strides,
     heads, C, N, dh, scale, keep_scale, threshold,
     HAS_MASKS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -148,19 +142,19 @@ def attention_to_mask_bwd_kernel_dq(
     b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
-    left = _rows(q + b * q_b + a * q_h, c, C, d, q_c, q_d, dh)  # [BLOCK_C, BLOCK_D]
-    grad = _rows(grad_output + b * g_b + a * g_h, c, C, d, g_c, g_d, dh)
-    out = _rows(output + b * o_b + a * o_h, c, C, d, o_c, o_d, dh)
+    left = load_rows(of_head(q, q_strides, b, a), c, c < C, d, q_strides, dh)  # [BLOCK_C, BLOCK_D]
+    grad = load_rows(of_head(grad_output, g_strides, b, a), c, c < C, d, g_strides, dh)
+    out = load_rows(of_head(output, o_strides, b, a), c, c < C, d, o_strides, dh)
     correction = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # sum over n of p dp
     tl.store(delta + head.to(tl.int64) * C + c, correction, mask=c < C)
     log_sum = tl.load(lse + head.to(tl.int64) * C + c, mask=c < C, other=0.0) * _LOG2E
     sums = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        keys = _rows(k, n, N, d, k_n, k_d, dh)
-        values = _rows(v, n, N, d, v_n, v_d, dh)
+        keys = load_rows(k, n, n < N, d, k_strides, dh)
+        values = load_rows(v, n, n < N, d, v_strides, dh)
         s = tl.dot(left, tl.trans(keys), input_precision=PRECISION) * (scale * _LOG2E)
         p = tl.where((n < N)[None, :], tl.exp2(s - log_sum[:, None]), 0.0)
         dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
@@ -170,8 +164,8 @@ def attention_to_mask_bwd_kernel_dq(
         ds = p * (dp - correction[:, None])
         if HAS_MASKS:
             inside = (c < C)[:, None] & (n < N)[None, :]
-            at = c.to(tl.int64)[:, None] * m_c + n.to(tl.int64)[None, :] * m_n
-            ds += tl.load(grad_masks + b * m_b + at, mask=inside, other=0.0).to(tl.float32) / heads
+            at = c.to(tl.int64)[:, None] * m_strides[1] + n.to(tl.int64)[None, :] * m_strides[2]
+            ds += tl.load(grad_masks + b * m_strides[0] + at, mask=inside, other=0.0).to(tl.float32) / heads
         sums = tl.dot(ds.to(keys.dtype), keys, sums, input_precision=PRECISION)
     at = (b * C + c.to(tl.int64)) * heads + a
     inside = (c < C)[:, None] & (d < dh)[None, :]
@@ -181,7 +175,7 @@ def attention_to_mask_bwd_kernel_dq(
 @triton.jit
 def attention_to_mask_bwd_kernel_dkdv(
     q, k, v, grad_output, grad_masks, lse, delta, dk, dv, seed,
-    q_b, q_h, q_c, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, g_b, g_h, g_c, g_d, m_b, m_c, m_n,
+    q_strides, k_strides, v_strides, g_strides, m_strides,
     heads, C, N, dh, scale, keep_scale, threshold,
     HAS_MASKS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -192,17 +186,17 @@ def attention_to_mask_bwd_kernel_dkdv(
     n0 = tl.program_id(0) % blocks_n * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    keys = _rows(k + b * k_b + a * k_h, n, N, d, k_n, k_d, dh)  # [BLOCK_N, BLOCK_D]
-    values = _rows(v + b * v_b + a * v_h, n, N, d, v_n, v_d, dh)
+    keys = load_rows(of_head(k, k_strides, b, a), n, n < N, d, k_strides, dh)  # [BLOCK_N, BLOCK_D]
+    values = load_rows(of_head(v, v_strides, b, a), n, n < N, d, v_strides, dh)
     sums_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    q += b * q_b + a * q_h
-    grad_output += b * g_b + a * g_h
+    q = of_head(q, q_strides, b, a)
+    grad_output = of_head(grad_output, g_strides, b, a)
     for c0 in range(0, C, BLOCK_C):
         # rows past C add nothing: their q, grad_output, delta and grad_masks are zero and their p is exp(0)
         c = c0 + tl.arange(0, BLOCK_C)
-        left = _rows(q, c, C, d, q_c, q_d, dh)
-        grad = _rows(grad_output, c, C, d, g_c, g_d, dh)
+        left = load_rows(q, c, c < C, d, q_strides, dh)
+        grad = load_rows(grad_output, c, c < C, d, g_strides, dh)
         log_sum = tl.load(lse + head.to(tl.int64) * C + c, mask=c < C, other=0.0) * _LOG2E
         correction = tl.load(delta + head.to(tl.int64) * C + c, mask=c < C, other=0.0)
         # scores as [BLOCK_N, BLOCK_C]: they are the left operand of both sums, where a transpose would cost registers
@@ -218,8 +212,8 @@ def attention_to_mask_bwd_kernel_dkdv(
         ds = p * (dp - correction[None, :])
         if HAS_MASKS:
             inside = (n < N)[:, None] & (c < C)[None, :]
-            at = n.to(tl.int64)[:, None] * m_n + c.to(tl.int64)[None, :] * m_c
-            ds += tl.load(grad_masks + b * m_b + at, mask=inside, other=0.0).to(tl.float32) / heads
+            at = n.to(tl.int64)[:, None] * m_strides[2] + c.to(tl.int64)[None, :] * m_strides[1]
+            ds += tl.load(grad_masks + b * m_strides[0] + at, mask=inside, other=0.0).to(tl.float32) / heads
         sums_k = tl.dot(ds.to(left.dtype), left, sums_k, input_precision=PRECISION)
     at = ((b * N + n.to(tl.int64)) * heads + a)[:, None] * dh + d[None, :]
     inside = (n < N)[:, None] & (d < dh)[None, :]
@@ -284,7 +278,7 @@ def forward(
     attention_programs = B * heads * blocks_c
     attention_to_mask_fwd_kernel[(attention_programs + (B * blocks_c * blocks_n if need_masks else 0),)](
         q, k, v, output, masks, lse, seed,
-        *q.stride(), *k.stride(), *v.stride(),
+        q.stride(), k.stride(), v.stride(),
         heads=heads,
         C=C,
         N=N,
@@ -329,13 +323,13 @@ def backward(
     )
     attention_to_mask_bwd_kernel_dq[(B * heads * cdiv(C, for_dq["BLOCK_C"]),)](
         q, k, v, output, grad_output, grad_masks, lse, delta, dq, seed,
-        *q.stride(), *k.stride(), *v.stride(), *output.stride(), *grad_output.stride(), *strides_m,
+        q.stride(), k.stride(), v.stride(), output.stride(), grad_output.stride(), strides_m,
         **common,
         **for_dq,
     )  # fmt: skip
     attention_to_mask_bwd_kernel_dkdv[(B * heads * cdiv(N, for_dkdv["BLOCK_N"]),)](
         q, k, v, grad_output, grad_masks, lse, delta, dk, dv, seed,
-        *q.stride(), *k.stride(), *v.stride(), *grad_output.stride(), *strides_m,
+        q.stride(), k.stride(), v.stride(), grad_output.stride(), strides_m,
         **common,
         **for_dkdv,
     )  # fmt: skip

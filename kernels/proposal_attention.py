@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zs3fast.kernels._rows import dot_rows, load_rows, store_rows
+from zs3fast.kernels._rows import dot_rows, load_rows, of_head, store_rows
 from zs3fast.kernels._tuning import cdiv, dot_precision, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -47,7 +47,7 @@ def _keep(words, patch, N, ROWS: tl.constexpr, WORDS: tl.constexpr):
 @triton.jit
 def proposal_attention_fwd_kernel(
     q, k_self, v_self, k, v, bits, output, lse,
-    q_b, q_h, q_n, q_d, ks_b, ks_h, ks_n, ks_d, vs_b, vs_h, vs_n, vs_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    q_strides, ks_strides, vs_strides, k_strides, v_strides,
     heads, Nq, N, words, dh, scale,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, WORDS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -57,30 +57,30 @@ def proposal_attention_fwd_kernel(
     row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = row < Nq
     d = tl.arange(0, BLOCK_D)
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
     bits += b * Nq * words
-    q += b * q_b + a * q_h
-    left = load_rows(q, row, inside, d, q_n, q_d, dh)  # [BLOCK_Q, BLOCK_D]
-    own = load_rows(k_self + b * ks_b + a * ks_h, row, inside, d, ks_n, ks_d, dh)
+    q = of_head(q, q_strides, b, a)
+    left = load_rows(q, row, inside, d, q_strides, dh)  # [BLOCK_Q, BLOCK_D]
+    own = load_rows(of_head(k_self, ks_strides, b, a), row, inside, d, ks_strides, dh)
     largest = dot_rows(left, own) * (scale * _LOG2E)  # in units of log2
     total = tl.full([BLOCK_Q], 1.0, tl.float32)
-    sums = load_rows(v_self + b * vs_b + a * vs_h, row, inside, d, vs_n, vs_d, dh).to(tl.float32)
+    sums = load_rows(of_head(v_self, vs_strides, b, a), row, inside, d, vs_strides, dh).to(tl.float32)
     for first in range(0, N, 32 * WORDS):
         block = _words(bits, row, inside, first, words, WORDS)  # [BLOCK_Q, WORDS]
         if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
             patch = first + tl.arange(0, 32 * WORDS)
             keep = _keep(block, patch, N, BLOCK_Q, WORDS)
-            right = load_rows(k, patch, patch < N, d, k_n, k_d, dh)
+            right = load_rows(k, patch, patch < N, d, k_strides, dh)
             # again, and from L1: kept over the branch, an fp32 operand is spread over 128 registers of every thread
-            left = load_rows(q, row, inside, d, q_n, q_d, dh)
+            left = load_rows(q, row, inside, d, q_strides, dh)
             s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)  # [BLOCK_Q, 32 * WORDS]
             s = tl.where(keep, s, float("-inf"))
             now = tl.maximum(largest, tl.max(s, 1))
             p = tl.exp2(s - now[:, None])
             shrink = tl.exp2(largest - now)
             total = total * shrink + tl.sum(p, 1)
-            values = load_rows(v, patch, patch < N, d, v_n, v_d, dh)
+            values = load_rows(v, patch, patch < N, d, v_strides, dh)
             sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
             largest = now
     store_rows(output, row, inside, d, b, a, Nq, heads, dh, sums / total[:, None])
@@ -90,8 +90,8 @@ def proposal_attention_fwd_kernel(
 @triton.jit
 def proposal_attention_bwd_kernel_dq(
     q, k_self, v_self, k, v, bits, output, grad_output, lse, delta, dq, dk_self, dv_self,
-    q_b, q_h, q_n, q_d, ks_b, ks_h, ks_n, ks_d, vs_b, vs_h, vs_n, vs_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    o_b, o_h, o_n, o_d, g_b, g_h, g_n, g_d,
+    q_strides, ks_strides, vs_strides, k_strides, v_strides,
+    o_strides, g_strides,
     heads, Nq, N, words, dh, scale,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, WORDS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -101,19 +101,19 @@ def proposal_attention_bwd_kernel_dq(
     row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = row < Nq
     d = tl.arange(0, BLOCK_D)
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
     bits += b * Nq * words
-    left = load_rows(q + b * q_b + a * q_h, row, inside, d, q_n, q_d, dh)  # [BLOCK_Q, BLOCK_D]
-    grad = load_rows(grad_output + b * g_b + a * g_h, row, inside, d, g_n, g_d, dh)
+    left = load_rows(of_head(q, q_strides, b, a), row, inside, d, q_strides, dh)  # [BLOCK_Q, BLOCK_D]
+    grad = load_rows(of_head(grad_output, g_strides, b, a), row, inside, d, g_strides, dh)
     correction = dot_rows(
-        grad, load_rows(output + b * o_b + a * o_h, row, inside, d, o_n, o_d, dh)
+        grad, load_rows(of_head(output, o_strides, b, a), row, inside, d, o_strides, dh)
     )  # sum over keys of p dp
     tl.store(delta + head.to(tl.int64) * Nq + row, correction, mask=inside)
     log_sum = tl.load(lse + head.to(tl.int64) * Nq + row, mask=inside, other=0.0) * _LOG2E
 
-    own = load_rows(k_self + b * ks_b + a * ks_h, row, inside, d, ks_n, ks_d, dh)
-    own_values = load_rows(v_self + b * vs_b + a * vs_h, row, inside, d, vs_n, vs_d, dh)
+    own = load_rows(of_head(k_self, ks_strides, b, a), row, inside, d, ks_strides, dh)
+    own_values = load_rows(of_head(v_self, vs_strides, b, a), row, inside, d, vs_strides, dh)
     own_p = tl.exp2(dot_rows(left, own) * (scale * _LOG2E) - log_sum)
     own_ds = own_p * (dot_rows(grad, own_values) - correction)
     store_rows(dk_self, row, inside, d, b, a, Nq, heads, dh, (own_ds * scale)[:, None] * left.to(tl.float32))
@@ -124,11 +124,11 @@ def proposal_attention_bwd_kernel_dq(
         if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
             patch = first + tl.arange(0, 32 * WORDS)
             keep = _keep(block, patch, N, BLOCK_Q, WORDS)
-            right = load_rows(k, patch, patch < N, d, k_n, k_d, dh)
-            values = load_rows(v, patch, patch < N, d, v_n, v_d, dh)
+            right = load_rows(k, patch, patch < N, d, k_strides, dh)
+            values = load_rows(v, patch, patch < N, d, v_strides, dh)
             if q.dtype.element_ty == tl.float32:  # as in the forward pass: an fp32 operand kept is 128 registers
-                left = load_rows(q + b * q_b + a * q_h, row, inside, d, q_n, q_d, dh)
-                grad = load_rows(grad_output + b * g_b + a * g_h, row, inside, d, g_n, g_d, dh)
+                left = load_rows(of_head(q, q_strides, b, a), row, inside, d, q_strides, dh)
+                grad = load_rows(of_head(grad_output, g_strides, b, a), row, inside, d, g_strides, dh)
             s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)
             p = tl.where(keep, tl.exp2(s - log_sum[:, None]), 0.0)
             dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
@@ -140,7 +140,7 @@ def proposal_attention_bwd_kernel_dq(
 @triton.jit
 def proposal_attention_bwd_kernel_dkdv(
     q, k, v, bits, grad_output, lse, delta, dk, dv,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, g_b, g_h, g_n, g_d,
+    q_strides, k_strides, v_strides, g_strides,
     heads, Nq, N, words, dh, scale,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, WORDS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -150,13 +150,13 @@ def proposal_attention_bwd_kernel_dkdv(
     start = tl.program_id(0) % blocks * (32 * WORDS)
     patch = start + tl.arange(0, 32 * WORDS)
     d = tl.arange(0, BLOCK_D)
-    q += b * q_b + a * q_h
-    grad_output += b * g_b + a * g_h
+    q = of_head(q, q_strides, b, a)
+    grad_output = of_head(grad_output, g_strides, b, a)
     bits += b * Nq * words
     lse += head.to(tl.int64) * Nq
     delta += head.to(tl.int64) * Nq
-    right = load_rows(k + b * k_b + a * k_h, patch, patch < N, d, k_n, k_d, dh)  # [32 * WORDS, BLOCK_D]
-    values = load_rows(v + b * v_b + a * v_h, patch, patch < N, d, v_n, v_d, dh)
+    right = load_rows(of_head(k, k_strides, b, a), patch, patch < N, d, k_strides, dh)  # [32 * WORDS, BLOCK_D]
+    values = load_rows(of_head(v, v_strides, b, a), patch, patch < N, d, v_strides, dh)
     sums_k = tl.zeros([32 * WORDS, BLOCK_D], tl.float32)
     sums_v = tl.zeros([32 * WORDS, BLOCK_D], tl.float32)
     for first in range(0, Nq, BLOCK_Q):
@@ -164,8 +164,8 @@ def proposal_attention_bwd_kernel_dkdv(
         block = _words(bits, row, row < Nq, start, words, WORDS)
         if tl.max(tl.max((block != 0).to(tl.int32), 1), 0) > 0:
             keep = tl.trans(_keep(block, patch, N, BLOCK_Q, WORDS))  # [32 * WORDS, BLOCK_Q]
-            left = load_rows(q, row, row < Nq, d, q_n, q_d, dh)
-            grad = load_rows(grad_output, row, row < Nq, d, g_n, g_d, dh)
+            left = load_rows(q, row, row < Nq, d, q_strides, dh)
+            grad = load_rows(grad_output, row, row < Nq, d, g_strides, dh)
             log_sum = tl.load(lse + row, mask=row < Nq, other=0.0) * _LOG2E
             correction = tl.load(delta + row, mask=row < Nq, other=0.0)
             # scores as [patch, row]: they are the left operand of both sums, where a transpose would cost registers
@@ -220,7 +220,7 @@ def forward(
     blocks = _blocks(q.dtype, dh, False, B * heads, Nq)
     proposal_attention_fwd_kernel[(B * heads * cdiv(Nq, blocks["BLOCK_Q"]),)](
         q, k_self, v_self, k, v, bits.contiguous(), output, lse,
-        *q.stride(), *k_self.stride(), *v_self.stride(), *k.stride(), *v.stride(),
+        q.stride(), k_self.stride(), v_self.stride(), k.stride(), v.stride(),
         **_sizes(q, k, bits, scale),
         **blocks,
     )  # fmt: skip
@@ -247,14 +247,14 @@ def backward(
     if B * Nq > 0:
         proposal_attention_bwd_kernel_dq[(B * heads * cdiv(Nq, common["BLOCK_Q"]),)](
             q, k_self, v_self, k, v, bits, output, grad_output, lse, delta, dq, dk_self, dv_self,
-            *q.stride(), *k_self.stride(), *v_self.stride(), *k.stride(), *v.stride(),
-            *output.stride(), *grad_output.stride(),
+            q.stride(), k_self.stride(), v_self.stride(), k.stride(), v.stride(),
+            output.stride(), grad_output.stride(),
             **common,
         )  # fmt: skip
     if dk.numel() > 0:
         proposal_attention_bwd_kernel_dkdv[(B * heads * cdiv(k.shape[2], 32 * common["WORDS"]),)](
             q, k, v, bits, grad_output, lse, delta, dk, dv,
-            *q.stride(), *k.stride(), *v.stride(), *grad_output.stride(),
+            q.stride(), k.stride(), v.stride(), grad_output.stride(),
             **common,
         )  # fmt: skip
     return dq, dk_self, dv_self, dk, dv

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zs3fast.kernels._rows import dot_rows, load_rows, store_rows
+from zs3fast.kernels._rows import dot_rows, load_rows, of_head, store_rows
 from zs3fast.kernels._tuning import cdiv, dot_precision, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -61,7 +61,7 @@ def _pairs(block, cell, w, rh, rw, wh, ww, REGIONS: tl.constexpr, CELLS: tl.cons
 @triton.jit
 def _block_rows(
     program, q, k, v, output, lse,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d,
+    q_strides, k_strides, v_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -71,24 +71,24 @@ def _block_rows(
     b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     row = program % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
-    left = load_rows(q + b * q_b + a * q_h, row, row < queries, d, q_e, q_d, dh)  # [BLOCK_Q, BLOCK_D]
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
+    left = load_rows(of_head(q, q_strides, b, a), row, row < queries, d, q_strides, dh)  # [BLOCK_Q, BLOCK_D]
     region, owned = _region_of(row - prefix_q, h, w, rh, rw)
-    start = dot_rows(left, load_rows(k, keys + region, owned, d, k_e, k_d, dh)) * (scale * _LOG2E)
+    start = dot_rows(left, load_rows(k, keys + region, owned, d, k_strides, dh)) * (scale * _LOG2E)
     largest = tl.where(owned, start, float("-inf"))  # in units of log2
     total = tl.where(owned, 1.0, 0.0)
-    sums = load_rows(v, keys + region, owned, d, v_e, v_d, dh).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
+    sums = load_rows(v, keys + region, owned, d, v_strides, dh).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
     for first in range(0, keys, BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
-        right = load_rows(k, key, key < keys, d, k_e, k_d, dh)
+        right = load_rows(k, key, key < keys, d, k_strides, dh)
         s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)  # [BLOCK_Q, BLOCK_K]
         s = tl.where((key < keys)[None, :], s, float("-inf"))
         now = tl.maximum(largest, tl.max(s, 1))
         p = tl.exp2(s - now[:, None])
         shrink = tl.exp2(largest - now)
         total = total * shrink + tl.sum(p, 1)
-        values = load_rows(v, key, key < keys, d, v_e, v_d, dh)
+        values = load_rows(v, key, key < keys, d, v_strides, dh)
         sums = tl.dot(p.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
         largest = now
     length = queries + rh * rw
@@ -99,7 +99,7 @@ def _block_rows(
 @triton.jit
 def _region_rows(
     program, q, k, v, output, lse,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d,
+    q_strides, k_strides, v_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale,
     BLOCK_D: tl.constexpr, REGIONS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -108,26 +108,26 @@ def _region_rows(
     head = program // blocks
     b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    q += b * q_b + a * q_h
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
+    q = of_head(q, q_strides, b, a)
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
     wh, ww = h // rh, w // rw
     own = program % blocks * REGIONS + tl.arange(0, REGIONS)
-    sums = load_rows(v, keys + own, own < M, d, v_e, v_d, dh).to(tl.float32)  # [REGIONS, BLOCK_D]
+    sums = load_rows(v, keys + own, own < M, d, v_strides, dh).to(tl.float32)  # [REGIONS, BLOCK_D]
     largest = dot_rows(
-        load_rows(q, queries + own, own < M, d, q_e, q_d, dh), load_rows(k, keys + own, own < M, d, k_e, k_d, dh)
+        load_rows(q, queries + own, own < M, d, q_strides, dh), load_rows(k, keys + own, own < M, d, k_strides, dh)
     ) * (scale * _LOG2E)
     total = tl.full([REGIONS], 1.0, tl.float32)
     for cell in range(0, wh * ww, CELLS):
         region, patch, inside = _pairs(program % blocks, cell, w, rh, rw, wh, ww, REGIONS, CELLS)
-        left = load_rows(q, queries + region, inside, d, q_e, q_d, dh)  # [REGIONS * CELLS, BLOCK_D]
-        right = load_rows(k, prefix_k + patch, inside, d, k_e, k_d, dh)
+        left = load_rows(q, queries + region, inside, d, q_strides, dh)  # [REGIONS * CELLS, BLOCK_D]
+        right = load_rows(k, prefix_k + patch, inside, d, k_strides, dh)
         s = tl.where(inside, dot_rows(left, right) * (scale * _LOG2E), float("-inf")).reshape(REGIONS, CELLS)
         now = tl.maximum(largest, tl.max(s, 1))
         p = tl.exp2(s - now[:, None])
         shrink = tl.exp2(largest - now)
         total = total * shrink + tl.sum(p, 1)
-        values = load_rows(v, prefix_k + patch, inside, d, v_e, v_d, dh).to(tl.float32)
+        values = load_rows(v, prefix_k + patch, inside, d, v_strides, dh).to(tl.float32)
         weighted = (p.reshape(REGIONS * CELLS)[:, None] * values).reshape(REGIONS, CELLS, BLOCK_D)
         sums = sums * shrink[:, None] + tl.sum(weighted, 1)
         largest = now
@@ -139,7 +139,7 @@ def _region_rows(
 @triton.jit
 def region_bridge_attention_fwd_kernel(
     q, k, v, output, lse,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d,
+    q_strides, k_strides, v_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, block_programs,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     REGIONS: tl.constexpr, CELLS: tl.constexpr,
@@ -147,12 +147,12 @@ def region_bridge_attention_fwd_kernel(
     program = tl.program_id(0)
     if program < block_programs:
         _block_rows(
-            program, q, k, v, output, lse, q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d,
+            program, q, k, v, output, lse, q_strides, k_strides, v_strides,
             heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     else:
         _region_rows(
-            program - block_programs, q, k, v, output, lse, q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d,
+            program - block_programs, q, k, v, output, lse, q_strides, k_strides, v_strides,
             heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, BLOCK_D, REGIONS, CELLS,
         )  # fmt: skip
 
@@ -160,7 +160,7 @@ def region_bridge_attention_fwd_kernel(
 @triton.jit
 def _merged_rows(
     program, q, k, v, context, context_lse, output, lse,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, c_b, c_h, c_e, c_d,
+    q_strides, k_strides, v_strides, c_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     queries, keys = prefix_q + h * w, prefix_k + h * w
@@ -171,18 +171,20 @@ def _merged_rows(
     row = program % blocks * ROWS + tl.arange(0, ROWS)
     inside = row < queries
     d = tl.arange(0, BLOCK_D)
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
     region, owned = _region_of(row - prefix_q, h, w, rh, rw)
-    left = load_rows(q + b * q_b + a * q_h, row, owned, d, q_e, q_d, dh)
-    s = dot_rows(left, load_rows(k, keys + region, owned, d, k_e, k_d, dh)) * (scale * _LOG2E)
+    left = load_rows(of_head(q, q_strides, b, a), row, owned, d, q_strides, dh)
+    s = dot_rows(left, load_rows(k, keys + region, owned, d, k_strides, dh)) * (scale * _LOG2E)
     s = tl.where(owned, s, float("-inf"))  # in units of log2
     log_sum = tl.load(context_lse + head.to(tl.int64) * queries + row, mask=inside, other=0.0) * _LOG2E
     largest = tl.maximum(log_sum, s)
     of_context, of_token = tl.exp2(log_sum - largest), tl.exp2(s - largest)
     total = of_context + of_token
-    sums = load_rows(context + b * c_b + a * c_h, row, inside, d, c_e, c_d, dh).to(tl.float32) * of_context[:, None]
-    sums += load_rows(v, keys + region, owned, d, v_e, v_d, dh).to(tl.float32) * of_token[:, None]
+    sums = (
+        load_rows(of_head(context, c_strides, b, a), row, inside, d, c_strides, dh).to(tl.float32) * of_context[:, None]
+    )
+    sums += load_rows(v, keys + region, owned, d, v_strides, dh).to(tl.float32) * of_token[:, None]
     store_rows(output, row, inside, d, b, a, length, heads, dh, sums / total[:, None])
     tl.store(lse + head.to(tl.int64) * length + row, (largest + tl.log2(total)) * _LN2, mask=inside)
 
@@ -190,7 +192,7 @@ def _merged_rows(
 @triton.jit
 def region_bridge_attention_merge_kernel(
     q, k, v, context, context_lse, output, lse,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, c_b, c_h, c_e, c_d,
+    q_strides, k_strides, v_strides, c_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, merge_programs,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, REGIONS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -198,12 +200,12 @@ def region_bridge_attention_merge_kernel(
     if program < merge_programs:
         _merged_rows(
             program, q, k, v, context, context_lse, output, lse,
-            q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, c_b, c_h, c_e, c_d,
+            q_strides, k_strides, v_strides, c_strides,
             heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, ROWS, BLOCK_D,
         )  # fmt: skip
     else:
         _region_rows(
-            program - merge_programs, q, k, v, output, lse, q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d,
+            program - merge_programs, q, k, v, output, lse, q_strides, k_strides, v_strides,
             heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, BLOCK_D, REGIONS, CELLS,
         )  # fmt: skip
 
@@ -211,7 +213,7 @@ def region_bridge_attention_merge_kernel(
 @triton.jit
 def region_bridge_attention_bwd_kernel_dq(
     q, k, v, output, grad_output, lse, delta, dq,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, o_b, o_h, o_e, o_d, g_b, g_h, g_e, g_d,
+    q_strides, k_strides, v_strides, o_strides, g_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -223,25 +225,25 @@ def region_bridge_attention_bwd_kernel_dq(
     row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = row < queries
     d = tl.arange(0, BLOCK_D)
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
-    left = load_rows(q + b * q_b + a * q_h, row, inside, d, q_e, q_d, dh)  # [BLOCK_Q, BLOCK_D]
-    grad = load_rows(grad_output + b * g_b + a * g_h, row, inside, d, g_e, g_d, dh)
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
+    left = load_rows(of_head(q, q_strides, b, a), row, inside, d, q_strides, dh)  # [BLOCK_Q, BLOCK_D]
+    grad = load_rows(of_head(grad_output, g_strides, b, a), row, inside, d, g_strides, dh)
     correction = dot_rows(
-        grad, load_rows(output + b * o_b + a * o_h, row, inside, d, o_e, o_d, dh)
+        grad, load_rows(of_head(output, o_strides, b, a), row, inside, d, o_strides, dh)
     )  # sum over keys of p dp
     tl.store(delta + head.to(tl.int64) * length + row, correction, mask=inside)
     log_sum = tl.load(lse + head.to(tl.int64) * length + row, mask=inside, other=0.0) * _LOG2E
 
     region, owned = _region_of(row - prefix_q, h, w, rh, rw)
-    token = load_rows(k, keys + region, owned, d, k_e, k_d, dh)  # the region each patch sees
-    token_v = load_rows(v, keys + region, owned, d, v_e, v_d, dh)
+    token = load_rows(k, keys + region, owned, d, k_strides, dh)  # the region each patch sees
+    token_v = load_rows(v, keys + region, owned, d, v_strides, dh)
     _, token_ds = _pair_gradient(left, token, token_v, grad, log_sum, correction, owned, scale)
     sums = token_ds[:, None] * token.to(tl.float32)  # [BLOCK_Q, BLOCK_D]
     for first in range(0, keys, BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
-        right = load_rows(k, key, key < keys, d, k_e, k_d, dh)
-        values = load_rows(v, key, key < keys, d, v_e, v_d, dh)
+        right = load_rows(k, key, key < keys, d, k_strides, dh)
+        values = load_rows(v, key, key < keys, d, v_strides, dh)
         s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * _LOG2E)
         p = tl.where((key < keys)[None, :], tl.exp2(s - log_sum[:, None]), 0.0)
         dp = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
@@ -253,7 +255,7 @@ def region_bridge_attention_bwd_kernel_dq(
 @triton.jit
 def _block_keys(
     program, q, k, v, output, grad_output, lse, delta, dk, dv,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, o_b, o_h, o_e, o_d, g_b, g_h, g_e, g_d,
+    q_strides, k_strides, v_strides, o_strides, g_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -264,17 +266,19 @@ def _block_keys(
     b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     key = program % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
-    q += b * q_b + a * q_h
-    grad_output += b * g_b + a * g_h
+    q = of_head(q, q_strides, b, a)
+    grad_output = of_head(grad_output, g_strides, b, a)
     lse += head.to(tl.int64) * length
     delta += head.to(tl.int64) * length
-    right = load_rows(k + b * k_b + a * k_h, key, key < keys, d, k_e, k_d, dh)  # [BLOCK_K, BLOCK_D]
-    values = load_rows(v + b * v_b + a * v_h, key, key < keys, d, v_e, v_d, dh)
+    right = load_rows(of_head(k, k_strides, b, a), key, key < keys, d, k_strides, dh)  # [BLOCK_K, BLOCK_D]
+    values = load_rows(of_head(v, v_strides, b, a), key, key < keys, d, v_strides, dh)
 
     region, owned = _region_of(key - prefix_k, h, w, rh, rw)
-    token = load_rows(q, queries + region, owned, d, q_e, q_d, dh)  # the region row that sees each patch
-    token_grad = load_rows(grad_output, queries + region, owned, d, g_e, g_d, dh)
-    token_delta = dot_rows(token_grad, load_rows(output + b * o_b + a * o_h, queries + region, owned, d, o_e, o_d, dh))
+    token = load_rows(q, queries + region, owned, d, q_strides, dh)  # the region row that sees each patch
+    token_grad = load_rows(grad_output, queries + region, owned, d, g_strides, dh)
+    token_delta = dot_rows(
+        token_grad, load_rows(of_head(output, o_strides, b, a), queries + region, owned, d, o_strides, dh)
+    )
     token_lse = tl.load(lse + queries + region, mask=owned, other=0.0) * _LOG2E
     token_p, token_ds = _pair_gradient(token, right, values, token_grad, token_lse, token_delta, owned, scale)
     sums_k = token_ds[:, None] * token.to(tl.float32)  # [BLOCK_K, BLOCK_D]
@@ -282,8 +286,8 @@ def _block_keys(
     for first in range(0, queries, BLOCK_Q):
         # rows past the end add nothing: their q, grad_output and delta are zero and their p is exp(0)
         row = first + tl.arange(0, BLOCK_Q)
-        left = load_rows(q, row, row < queries, d, q_e, q_d, dh)
-        grad = load_rows(grad_output, row, row < queries, d, g_e, g_d, dh)
+        left = load_rows(q, row, row < queries, d, q_strides, dh)
+        grad = load_rows(grad_output, row, row < queries, d, g_strides, dh)
         log_sum = tl.load(lse + row, mask=row < queries, other=0.0) * _LOG2E
         correction = tl.load(delta + row, mask=row < queries, other=0.0)
         # scores as [BLOCK_K, BLOCK_Q]: they are the left operand of both sums, where a transpose would cost registers
@@ -300,7 +304,7 @@ def _block_keys(
 @triton.jit
 def _region_gradients(
     program, q, k, v, output, grad_output, lse, delta, dq, dk, dv,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, o_b, o_h, o_e, o_d, g_b, g_h, g_e, g_d,
+    q_strides, k_strides, v_strides, o_strides, g_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale,
     BLOCK_D: tl.constexpr, REGIONS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -310,21 +314,21 @@ def _region_gradients(
     head = program // blocks
     b, a = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    q += b * q_b + a * q_h
-    k += b * k_b + a * k_h
-    v += b * v_b + a * v_h
-    grad_output += b * g_b + a * g_h
+    q = of_head(q, q_strides, b, a)
+    k = of_head(k, k_strides, b, a)
+    v = of_head(v, v_strides, b, a)
+    grad_output = of_head(grad_output, g_strides, b, a)
     lse += head.to(tl.int64) * length
     delta += head.to(tl.int64) * length
     wh, ww = h // rh, w // rw
 
     own = program % blocks * REGIONS + tl.arange(0, REGIONS)
     here = own < M
-    own_q = load_rows(q, queries + own, here, d, q_e, q_d, dh)  # [REGIONS, BLOCK_D]
-    own_k = load_rows(k, keys + own, here, d, k_e, k_d, dh)
-    own_v = load_rows(v, keys + own, here, d, v_e, v_d, dh)
-    own_grad = load_rows(grad_output, queries + own, here, d, g_e, g_d, dh)
-    own_delta = dot_rows(own_grad, load_rows(output + b * o_b + a * o_h, queries + own, here, d, o_e, o_d, dh))
+    own_q = load_rows(q, queries + own, here, d, q_strides, dh)  # [REGIONS, BLOCK_D]
+    own_k = load_rows(k, keys + own, here, d, k_strides, dh)
+    own_v = load_rows(v, keys + own, here, d, v_strides, dh)
+    own_grad = load_rows(grad_output, queries + own, here, d, g_strides, dh)
+    own_delta = dot_rows(own_grad, load_rows(of_head(output, o_strides, b, a), queries + own, here, d, o_strides, dh))
     own_lse = tl.load(lse + queries + own, mask=here, other=0.0) * _LOG2E
     own_p, own_ds = _pair_gradient(own_q, own_k, own_v, own_grad, own_lse, own_delta, here, scale)
     sums_q = own_ds[:, None] * own_k.to(tl.float32)
@@ -336,17 +340,17 @@ def _region_gradients(
     for cell in range(0, wh * ww, CELLS):
         region, patch, inside = _pairs(program % blocks, cell, w, rh, rw, wh, ww, REGIONS, CELLS)
         # the region's view of its patches, [REGIONS * CELLS, BLOCK_D]
-        left = load_rows(q, queries + region, inside, d, q_e, q_d, dh)
-        right = load_rows(k, prefix_k + patch, inside, d, k_e, k_d, dh)
-        values = load_rows(v, prefix_k + patch, inside, d, v_e, v_d, dh)
-        grad = load_rows(grad_output, queries + region, inside, d, g_e, g_d, dh)
+        left = load_rows(q, queries + region, inside, d, q_strides, dh)
+        right = load_rows(k, prefix_k + patch, inside, d, k_strides, dh)
+        values = load_rows(v, prefix_k + patch, inside, d, v_strides, dh)
+        grad = load_rows(grad_output, queries + region, inside, d, g_strides, dh)
         p, ds = _pair_gradient(left, right, values, grad, region_lse, region_delta, inside, scale)
         sums_q += tl.sum((ds[:, None] * right.to(tl.float32)).reshape(REGIONS, CELLS, BLOCK_D), 1)
         # the patches' view of their region
-        left = load_rows(q, prefix_q + patch, inside, d, q_e, q_d, dh)
-        right = load_rows(k, keys + region, inside, d, k_e, k_d, dh)
-        values = load_rows(v, keys + region, inside, d, v_e, v_d, dh)
-        grad = load_rows(grad_output, prefix_q + patch, inside, d, g_e, g_d, dh)
+        left = load_rows(q, prefix_q + patch, inside, d, q_strides, dh)
+        right = load_rows(k, keys + region, inside, d, k_strides, dh)
+        values = load_rows(v, keys + region, inside, d, v_strides, dh)
+        grad = load_rows(grad_output, prefix_q + patch, inside, d, g_strides, dh)
         log_sum = tl.load(lse + prefix_q + patch, mask=inside, other=0.0) * _LOG2E
         correction = tl.load(delta + prefix_q + patch, mask=inside, other=0.0)
         p, ds = _pair_gradient(left, right, values, grad, log_sum, correction, inside, scale)
@@ -360,7 +364,7 @@ def _region_gradients(
 @triton.jit
 def region_bridge_attention_bwd_kernel_dkdv(
     q, k, v, output, grad_output, lse, delta, dq, dk, dv,
-    q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, o_b, o_h, o_e, o_d, g_b, g_h, g_e, g_d,
+    q_strides, k_strides, v_strides, o_strides, g_strides,
     heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, block_programs,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     REGIONS: tl.constexpr, CELLS: tl.constexpr,
@@ -369,13 +373,13 @@ def region_bridge_attention_bwd_kernel_dkdv(
     if program < block_programs:
         _block_keys(
             program, q, k, v, output, grad_output, lse, delta, dk, dv,
-            q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, o_b, o_h, o_e, o_d, g_b, g_h, g_e, g_d,
+            q_strides, k_strides, v_strides, o_strides, g_strides,
             heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     else:
         _region_gradients(
             program - block_programs, q, k, v, output, grad_output, lse, delta, dq, dk, dv,
-            q_b, q_h, q_e, q_d, k_b, k_h, k_e, k_d, v_b, v_h, v_e, v_d, o_b, o_h, o_e, o_d, g_b, g_h, g_e, g_d,
+            q_strides, k_strides, v_strides, o_strides, g_strides,
             heads, dh, prefix_q, prefix_k, h, w, rh, rw, scale, BLOCK_D, REGIONS, CELLS,
         )  # fmt: skip
 
@@ -436,7 +440,7 @@ def forward(
     block_programs = B * heads * cdiv(Eq - M, blocks["BLOCK_Q"])
     region_bridge_attention_fwd_kernel[(block_programs + B * heads * cdiv(M, pairs["REGIONS"]),)](
         q, k, v, output, lse,
-        *q.stride(), *k.stride(), *v.stride(),
+        q.stride(), k.stride(), v.stride(),
         block_programs=block_programs,
         PRECISION=dot_precision(q.dtype),
         **_sizes(q, num_prefix, grid, regions, scale),
@@ -476,7 +480,7 @@ def _split(
     merge_programs = B * heads * cdiv(rows, 2048 // block_d)
     region_bridge_attention_merge_kernel[(merge_programs + B * heads * cdiv(M, pairs["REGIONS"]),)](
         q, k, v, context, context_lse.contiguous(), output, lse,
-        *q.stride(), *k.stride(), *v.stride(), *context.stride(),
+        q.stride(), k.stride(), v.stride(), context.stride(),
         merge_programs=merge_programs,
         ROWS=2048 // block_d,
         BLOCK_D=block_d,
@@ -506,7 +510,7 @@ def backward(
     delta = torch.empty_like(lse)  # of prefix and patch rows
     blocks = _blocks(q.dtype, dh, backward=True)
     pairs = _region_blocks((grid[0] // regions[0]) * (grid[1] // regions[1]), dh)
-    strides = (*q.stride(), *k.stride(), *v.stride(), *output.stride(), *grad_output.stride())
+    strides = (q.stride(), k.stride(), v.stride(), output.stride(), grad_output.stride())
     common = _sizes(q, num_prefix, grid, regions, scale) | {"PRECISION": dot_precision(q.dtype)} | blocks
     region_bridge_attention_bwd_kernel_dq[(B * heads * cdiv(Eq - M, blocks["BLOCK_Q"]),)](
         q, k, v, output, grad_output, lse, delta, dq,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zs3fast.kernels._rows import load_rows, store_rows
+from zs3fast.kernels._rows import load_rows, of_head, store_rows
 from zs3fast.kernels._tuning import cdiv, dot_precision, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -38,7 +38,7 @@ def _attend(left, right, values, inside, omega, largest, total, sums, scale, PRE
 @triton.jit
 def self_similarity_attention_fwd_kernel(
     left, right, other, v, output,
-    l_b, l_h, l_t, l_d, r_b, r_h, r_t, r_d, o_b, o_h, o_t, o_d, v_b, v_h, v_t, v_d,
+    l_strides, r_strides, o_strides, v_strides,
     heads, tokens, dh, prefix, w, scale, decay,
     TWO: tl.constexpr, PRIOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -50,16 +50,16 @@ def self_similarity_attention_fwd_kernel(
     row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     here = row < patches
     d = tl.arange(0, BLOCK_D)
-    left += b * l_b + a * l_h
-    right += b * r_b + a * r_h
-    other += b * o_b + a * o_h
-    v += b * v_b + a * v_h
-    one = load_rows(left, prefix + row, here, d, l_t, l_d, dh)  # [BLOCK_Q, BLOCK_D]
+    left = of_head(left, l_strides, b, a)
+    right = of_head(right, r_strides, b, a)
+    other = of_head(other, o_strides, b, a)
+    v = of_head(v, v_strides, b, a)
+    one = load_rows(left, prefix + row, here, d, l_strides, dh)  # [BLOCK_Q, BLOCK_D]
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if TWO:
-        two = load_rows(other, prefix + row, here, d, o_t, o_d, dh)
+        two = load_rows(other, prefix + row, here, d, o_strides, dh)
         largest_two = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total_two = tl.zeros([BLOCK_Q], tl.float32)
         sums_two = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -73,11 +73,11 @@ def self_similarity_attention_fwd_kernel(
             dy = row_y[:, None] - (patch // w).to(tl.float32)[None, :]
             dx = row_x[:, None] - (patch % w).to(tl.float32)[None, :]
             omega = tl.where((patch >= 0)[None, :], tl.exp2((dy * dy + dx * dx) * decay), 0.0) * _LOG2E
-        values = load_rows(v, key, inside, d, v_t, v_d, dh)  # [BLOCK_K, BLOCK_D]
-        keys = load_rows(right, key, inside, d, r_t, r_d, dh)
+        values = load_rows(v, key, inside, d, v_strides, dh)  # [BLOCK_K, BLOCK_D]
+        keys = load_rows(right, key, inside, d, r_strides, dh)
         largest, total, sums = _attend(one, keys, values, inside, omega, largest, total, sums, scale, PRECISION)
         if TWO:
-            keys = load_rows(other, key, inside, d, o_t, o_d, dh)
+            keys = load_rows(other, key, inside, d, o_strides, dh)
             largest_two, total_two, sums_two = _attend(
                 two, keys, values, inside, omega, largest_two, total_two, sums_two, scale, PRECISION
             )
@@ -121,7 +121,7 @@ def forward(
     blocks = _blocks(q.dtype, dh, two)
     self_similarity_attention_fwd_kernel[(B * heads * cdiv(patches, blocks["BLOCK_Q"]),)](
         left, right, k, v, output,
-        *left.stride(), *right.stride(), *k.stride(), *v.stride(),
+        left.stride(), right.stride(), k.stride(), v.stride(),
         heads=heads,
         tokens=tokens,
         dh=dh,

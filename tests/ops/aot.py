@@ -35,14 +35,16 @@ class AotRequest:
     """One kernel at one configuration for one architecture.
 
     kernel:      "package.module:function", or the kernel object itself (compiled or interpreted form).
-    signature:   {argument: type} of the run-time arguments: "*fp16", "*i64", "i32", "fp32", ...
-    constexprs:  {argument: value}; a pointer that is None goes here. Names in neither mapping are an error.
+    signature:   {argument: type} of the run-time arguments: "*fp16", "*i64", "i32", "fp32", ...; of a tuple a list of
+                 its elements' types, "constexpr" for those that are constants.
+    constexprs:  {argument: value}; a pointer that is None goes here. Names in neither mapping are an error. Element 2
+                 of the tuple x is "x.2", here and in `aligned`.
     aligned:     arguments whose value is a multiple of 16 (strides, sizes), as the launcher would find out; pointers
                  are always taken as aligned.
     """
 
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | list[str]]
     constexprs: Mapping[str, Any]
     arch: int
     num_warps: int = 4
@@ -57,7 +59,7 @@ class AotRequest:
         return f"{function.__module__}:{function.__name__}"
 
     def __str__(self) -> str:
-        pointers = ",".join(sorted({t for t in self.signature.values() if t.startswith("*")}))
+        pointers = ",".join(sorted({t for t in self.signature.values() if isinstance(t, str) and t.startswith("*")}))
         return f"{self.name}[sm_{self.arch} {pointers} {dict(self.constexprs)} warps={self.num_warps}]"
 
 
@@ -163,16 +165,20 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     module, function = request["kernel"].split(":")
     kernel = getattr(importlib.import_module(module), function)
     signature, constexprs = request["signature"], request["constexprs"]
-    unknown = (set(signature) | set(constexprs)) - set(kernel.arg_names)
-    missing = set(kernel.arg_names) - set(signature) - set(constexprs)
+    given = {name.partition(".")[0] for name in (*signature, *constexprs)}
+    unknown, missing = given - set(kernel.arg_names), set(kernel.arg_names) - given
     if unknown or missing:
         raise ValueError(f"arguments not of the kernel: {sorted(unknown)}; without type or value: {sorted(missing)}")
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(types.items())
-        if kind.startswith("*") or name in request["aligned"]
-    }
+    types = {name: tuple(kind) if isinstance(kind, list) else kind for name, kind in types.items()}
+
+    def path(name: str) -> tuple[int, ...]:
+        argument, *element = name.split(".")
+        return (kernel.arg_names.index(argument), *map(int, element))
+
+    pointers = [name for name, kind in types.items() if isinstance(kind, str) and kind.startswith("*")]
+    attributes = {path(name): [["tt.divisibility", 16]] for name in (*pointers, *request["aligned"])}
+    constexprs = {path(name): value for name, value in constexprs.items()}
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs, attributes),
         target=GPUTarget("cuda", request["arch"], 32),

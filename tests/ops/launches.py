@@ -116,13 +116,20 @@ class _Recorder:
             for parameter in inspect.signature(self.function).parameters.values():
                 value = bound.arguments[parameter.name]
                 constant = "constexpr" in str(parameter.annotation)
-                kind = "constexpr" if constant else _kind(value)
-                if kind == "constexpr":
-                    constexprs[parameter.name] = value
+                if isinstance(value, tuple) and not constant:
+                    signature[parameter.name] = [_kind(element) for element in value]
+                    parts = {f"{parameter.name}.{i}": element for i, element in enumerate(value)}
                 else:
-                    signature[parameter.name] = kind
-                    if isinstance(value, int) and value % 16 == 0:
-                        aligned.append(parameter.name)
+                    parts = {parameter.name: value}
+                for name, part in parts.items():
+                    kind = "constexpr" if constant else _kind(part)
+                    if kind == "constexpr":
+                        constexprs[name] = part
+                        continue
+                    if name == parameter.name:
+                        signature[name] = kind
+                    if isinstance(part, int) and part % 16 == 0:
+                        aligned.append(name)
             self.launches.append(Launch(self.name, signature, constexprs, tuple(aligned), options, tuple(grid)))
 
         return launch
