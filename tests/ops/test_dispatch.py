@@ -242,7 +242,7 @@ def test_cuda_kernels_want_tensors_of_a_card_and_types_they_know():
         "runs on cuda tensors, not cpu",
         "float64 not built (float32, float16, bfloat16)",
     ]
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="cuda: runs on cuda tensors, not cpu"):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="request: runs on cuda tensors, not cpu"):
         masks_to_labels(LOGITS, (4, 4))
 
 
