@@ -395,7 +395,9 @@ def test_sixteen_bit_and_palette_masks(tmp_path):
 def test_masks_that_are_none(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "rgb.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match="labels: .*rgb.png: expected class indices in one channel, got an image of mode RGB"):
+    with pytest.raises(
+        ValueError, match="labels: .*rgb.png: expected class indices in one channel, got an image of mode RGB"
+    ):
         read_mask_file(tmp_path / "rgb.png")
     with pytest.raises(ValueError, match="labels: .*text.png is not an image"):
         read_mask_file(tmp_path / "text.png")

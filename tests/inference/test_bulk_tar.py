@@ -94,7 +94,10 @@ def test_a_name_twice_is_there_twice(tmp_path: Path) -> None:
 
 def test_two_images_in_a_sample(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.jpg": b"one", "a.png": b"two"})
-    with path.open("rb") as file, pytest.raises(ValueError, match="expected one image in a sample, got jpg and png in 'a'"):
+    with (
+        path.open("rb") as file,
+        pytest.raises(ValueError, match="expected one image in a sample, got jpg and png in 'a'"),
+    ):
         samples(file, SUFFIXES)
 
 

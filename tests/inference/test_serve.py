@@ -150,7 +150,12 @@ def wrapped(**content: Any) -> bytes:
         (400, "min_score: expected a number, got 'high'", picture(1), {"min_score": "high"}),
         (400, "min_score: expected a finite number, got nan", picture(1), {"min_score": "nan"}),
         (400, "format: expected one of json, png, rle, got 'gif'", picture(1), {"format": "gif"}),
-        (400, "parameter: expected one of classes, background, min_score, format, got 'model'", picture(1), {"model": "another"}),
+        (
+            400,
+            "parameter: expected one of classes, background, min_score, format, got 'model'",
+            picture(1),
+            {"model": "another"},
+        ),
     ],
 )
 def test_what_is_no_good_is_a_line(service: str, status: int, said: str, body: bytes, query: dict[str, str]) -> None:

@@ -402,8 +402,8 @@ X = torch.zeros(2, 2, 27, 8)
         (X, X, X, {"grid": (4, 5, 1)}, TypeError, "grid: expected two ints (height, width), got (4, 5, 1)"),
         (X, X, X, {"regions": (True, 2)}, TypeError, "regions: expected two ints (height, width), got (True, 2)"),
         (X, X, X, {"regions": (0, 4)}, ValueError, "regions: expected at least (1, 1), got (0, 4)"),
-        (X, X, X, {"regions": (5, 1)}, ValueError, "regions: expected at most one a patch of the grid (4, 5), got (5, 1)"),
-        (X, X, X, {"regions": (1, 6)}, ValueError, "regions: expected at most one a patch of the grid (4, 5), got (1, 6)"),
+        (X, X, X, {"regions": (5, 1)}, ValueError, "regions: expected at most one a patch of the grid (4, 5), got"),
+        (X, X, X, {"regions": (1, 6)}, ValueError, "regions: expected at most one a patch of the grid (4, 5), got"),
         (X, X, X, {"scale": "1"}, TypeError, "scale: expected a number or None, got str"),
         (X[:, :0], X, X, {}, ValueError, "q: expected at least one head of at least one column, got shape [2, 0, 27,"),
         (

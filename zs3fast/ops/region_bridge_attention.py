@@ -164,15 +164,13 @@ def _check(
 
     B, heads, _, dh = q.shape
     N, M = grid[0] * grid[1], regions[0] * regions[1]
-    queries = (1 if skip_prompts else num_prefix) + N + M
-    for label, x, prefix, rows in (
-        ("q", q, "1 global" if skip_prompts else f"{num_prefix} prefix", queries),
-        ("k", k, f"{num_prefix} prefix", num_prefix + N + M),
-    ):
+    for label, x, global_only in (("q", q, skip_prompts), ("k", k, False)):
+        rows = (1 if global_only else num_prefix) + N + M
         if x.shape != (B, heads, rows, dh):
+            prefix = "1 global" if global_only else f"{num_prefix} prefix"  # here: a graph of any size takes no text
             raise ValueError(
                 f"{OP}: {label}: expected [{B}, {heads}, {rows}, {dh}], {rows} = {prefix} + {N} patches + {M} regions"
-                f"{' (skip_prompts)' if skip_prompts and label == 'q' else ''}, got {list(x.shape)}"
+                f"{' (skip_prompts)' if global_only else ''}, got {list(x.shape)}"
             )
     if v.shape != k.shape:
         raise ValueError(f"{OP}: v: expected k's shape {list(k.shape)}, got {list(v.shape)}")
