@@ -5,8 +5,9 @@ image, so the rows are B * (1 + N) and the attention is (1 + N) x (1 + K + N). C
 attention between each region token and its window, both ways. MAFT's proposals join the patches in the masked layers
 (their own attention, a few patches each, is not counted) and alone need the last layer's output. ClsCLIP shares all
 layers before the first navigated one, and that one's projections, between the classes. Decoder and pixel stage are in
-no floor: they come on top, and CLIP-RC's decoder of M * C queries is no small part. The products run on torch.mm and
-torch.bmm: a faster library for the same products can get below them.
+no floor: they come on top, and CLIP-RC's decoder of M * C queries is no small part. Every product runs on the fastest
+kernel there is for its shape, torch's or zs3fast's, by a trial before anything is timed; attention on zs3fast's kernel
+has its softmax with it.
 
 Bytes: weights, images and labels, moved once at the bandwidth that a copy reaches.
 """
@@ -14,13 +15,15 @@ Bytes: weights, images and labels, moved once at the bandwidth that a copy reach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench.setting import Setting
+from zs3fast.ops import encoder_attention, fused_linear
 
 PRODUCTS, ATTENTION, BYTES = "floor: products", "floor: products + attention", "floor: bytes"
 NAMES = (PRODUCTS, ATTENTION, BYTES)
@@ -57,6 +60,19 @@ class Attention:
 
 
 Work = Linear | Attention
+Call = Callable[[], object]
+
+
+def fastest(calls: Sequence[Call], trials: int = 3) -> int:
+    """Index of the call whose best time is the shortest, trials taken in turn after one call each to warm up."""
+    best = [math.inf] * len(calls)
+    for trial in range(trials + 1):
+        for index, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if trial:
+                best[index] = min(best[index], time.perf_counter() - start)
+    return best.index(min(best))
 
 
 def block(
@@ -107,7 +123,7 @@ def ends(s: Setting) -> list[Linear]:
 
 
 class Floor:
-    """The encoder's products alone, into buffers that exist already, every product with a weight of its own.
+    """The encoder's products alone, every product with a weight of its own.
 
     Args:
         attention: with (True) or without (False) the two products of the attention.
@@ -116,37 +132,49 @@ class Floor:
     def __init__(self, setting: Setting, attention: bool, device: str | torch.device = "cpu"):
         torch.manual_seed(0)
         self.place = {"device": device, "dtype": setting.torch_dtype}
-        self.buffers: dict[tuple[str, int, int, int], Tensor] = {}
+        self.buffers: dict[tuple[str, ...], Tensor] = {}
+        self.fastest: dict[Work, int] = {}
         works = [*ends(setting), *(work for layer in layers(setting) for work in layer)]
         self.works = [work for work in works if attention or isinstance(work, Linear)]
-        self.calls: list[tuple[Callable[..., Tensor], Tensor, Tensor, Tensor, int]] = []
-        for work in self.works:
-            self.calls += self._linear(work) if isinstance(work, Linear) else self._attention(work)
+        self.calls = [(self._call(work), work.times) for work in self.works]
 
-    def _buffer(self, role: str, batch: int, rows: int, columns: int) -> Tensor:
+    def _buffer(self, role: str, *shape: int) -> Tensor:
         """One tensor for all products of this role and size."""
-        key = (role, batch, rows, columns)
+        key = (role, *map(str, shape))
         if key not in self.buffers:
-            self.buffers[key] = torch.randn(batch, rows, columns, **self.place) * columns**-0.5
+            self.buffers[key] = torch.randn(*shape, **self.place) * shape[-1] ** -0.5
         return self.buffers[key]
 
-    def _linear(self, work: Linear) -> list:
-        weight = torch.randn(work.columns, work.inner, **self.place) * work.inner**-0.5
-        tokens = self._buffer("in", 1, work.rows, work.inner)[0]
-        out = self._buffer("out", 1, work.rows, work.columns)[0]
-        return [(torch.mm, tokens, weight.t(), out, work.times)]
+    def _call(self, work: Work) -> Call:
+        """The product on the kernel that was fastest for its shape."""
+        calls = self._linear(work) if isinstance(work, Linear) else self._attention(work)
+        if work not in self.fastest:
+            self.fastest[work] = fastest(calls) if self.place["device"] == "cpu" else 0  # ours are the CPU's
+        return calls[self.fastest[work]]
 
-    def _attention(self, work: Attention) -> list:
+    def _linear(self, work: Linear) -> list[Call]:
+        weight = torch.randn(work.columns, work.inner, **self.place) * work.inner**-0.5
+        tokens = self._buffer("in", work.rows, work.inner)
+        out = self._buffer("out", work.rows, work.columns)
+        return [lambda: torch.mm(tokens, weight.t(), out=out), lambda: fused_linear(tokens, weight)]
+
+    def _attention(self, work: Attention) -> list[Call]:
         q = self._buffer("q", work.batch, work.queries, work.head_width)
         k, v = (self._buffer(role, work.batch, work.keys, work.head_width) for role in "kv")
         scores, p = (self._buffer(role, work.batch, work.queries, work.keys) for role in ("scores", "p"))
         attended = self._buffer("attended", work.batch, work.queries, work.head_width)
-        return [(torch.bmm, q, k.transpose(1, 2), scores, work.times), (torch.bmm, p, v, attended, work.times)]
+
+        def products() -> None:
+            torch.bmm(q, k.transpose(1, 2), out=scores)
+            torch.bmm(p, v, out=attended)
+
+        side = [self._buffer("side", 1, rows, work.batch, work.head_width) for rows in (work.queries, work.keys)]
+        return [products, lambda: encoder_attention(side[0], side[1], side[1])]
 
     def __call__(self) -> None:
-        for product, a, b, out, times in self.calls:
+        for call, times in self.calls:
             for _ in range(times):
-                product(a, b, out=out)
+                call()
 
     def flops(self) -> int:
         """Floating-point operations of one call, 2 a multiply-add."""

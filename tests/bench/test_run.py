@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -322,6 +323,17 @@ def test_clsclip_runs_at_many_classes_only_by_name():
 
     assert methods([], 20) == set(METHODS) and methods([], 171) == set(METHODS) - {"clsclip"}
     assert methods(["--models", "clsclip"], 171) == {"clsclip"}
+
+
+def test_floor_runs_on_the_fastest_kernel():
+    assert floors.fastest([lambda: time.sleep(0.02), lambda: None]) == 1
+    assert floors.fastest([lambda: None, lambda: time.sleep(0.02)]) == 0
+    floor = floors.Floor(Setting("zegclip", 20).tiny(), attention=True)
+    assert set(floor.fastest) == set(floor.works)
+    for work in floor.fastest:  # the kernels of a work do the same
+        if isinstance(work, floors.Linear):
+            by_torch, by_ours = (call() for call in floor._linear(work))
+            torch.testing.assert_close(by_ours, by_torch, atol=1e-4, rtol=1e-4)
 
 
 def test_floor_counts_the_live_work():
