@@ -52,6 +52,9 @@ def plot_fps(folder: Path) -> Figure:
     for i, (batch, dtype) in enumerate(lines):
         for j, classes in enumerate(columns):
             some = [r for r in rows if (r["batch"], r["dtype"], r["classes"]) == (batch, dtype, classes)]
+            if not some:
+                grid[i][j].set_visible(False)
+                continue
             fps_panel(grid[i][j], some)
             grid[i][j].set_title(f"C = {classes}, batch {batch}, {dtype}", fontsize=9, color=INK)
         grid[i][0].set_ylabel("images / s")
@@ -72,7 +75,7 @@ def fps_panel(axes: Axes, rows: Sequence[Row]) -> None:
     """Groups of bars, a method each, in the order of the methods."""
     published = [r for r in rows if r.get("regions", PUBLISHED_REGIONS) == PUBLISHED_REGIONS and r["name"] in METHODS]
     methods = [m for m in METHODS if any(r["name"] == m for r in published)]
-    kinds = [k for k in ("eager", "compiled", "zs3fast") if any(kind_of(r) == k for r in published)]
+    kinds = [k for k in COLOURS if any(kind_of(r) == k for r in published)]
     width = 0.8 / max(len(kinds), 1)
     for i, method in enumerate(methods):
         for k, kind in enumerate(kinds):
@@ -97,8 +100,13 @@ def fps_panel(axes: Axes, rows: Sequence[Row]) -> None:
     axes.margins(y=0.14)
 
 
-COLOURS = {"eager": EAGER, "compiled": COMPILED, "zs3fast": OURS}
-LEGEND = {"eager": "official, eager", "compiled": "official, compiled", "zs3fast": "zs3fast"}
+COLOURS = {"eager": EAGER, "compiled": COMPILED, "openvino": OTHER[1], "zs3fast": OURS}
+LEGEND = {
+    "eager": "official, eager",
+    "compiled": "official, compiled",
+    "openvino": "official, OpenVINO",
+    "zs3fast": "zs3fast",
+}
 
 
 def plot_memory(folder: Path) -> Figure:
@@ -256,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folders", nargs="*", type=Path, help="folders of results (all of bench/results)")
     args = parser.parse_args(argv)
-    for folder in args.folders or sorted(path for path in harness.RESULTS.iterdir() if path.is_dir()):
+    measured = sorted(path.parent for path in harness.RESULTS.glob("*/models.json"))  # not the counts of instructions
+    for folder in args.folders or measured:
         if not folder.is_dir():
             parser.error(f"{folder}: no such folder")
         draw(folder)
