@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +121,15 @@ def test_what_it_does_not_take() -> None:
         Segmentor(tiny_model("zegclip"), text)(torch.zeros(1, 3, 64, 64), mode="test")
     with pytest.raises(ValueError, match=r"test_cfg\['mode'\]: expected one of whole, slide, got 'tiles'"):
         Segmentor(tiny_model("zegclip"), text, test_cfg={"mode": "tiles"})
+    for size in (None, 64, (64,), "64"):
+        with pytest.raises(ValueError, match=r"test_cfg\['crop_size'\]: expected \(height, width\), got"):
+            Segmentor(tiny_model("zegclip"), text, test_cfg={"mode": "slide", "crop_size": size, "stride": (53, 53)})
+    with pytest.raises(ValueError, match=r"test_cfg\['stride'\]: expected a whole number, at least 1, got 0"):
+        Segmentor(tiny_model("zegclip"), text, test_cfg={"mode": "slide", "crop_size": [64, 64], "stride": (53, 0)})
+    with pytest.raises(
+        ValueError, match=r"inputs: expected images of one size \[3, H, W\], got \[3, 8, 8\], \[3, 9, 8\]"
+    ):
+        Segmentor(tiny_model("zegclip"), text).data_preprocessor({"inputs": [torch.ones(3, 8, 8), torch.ones(3, 9, 8)]})
     with pytest.raises(ValueError, match="class_names: expected 7, a name a row, got 2"):
         Segmentor(tiny_model("zegclip"), text, class_names=["a", "b"])
 
@@ -192,3 +204,92 @@ def test_calls_that_will_not_do() -> None:
         segmentor(images, rescale=True)
     with pytest.raises(ValueError, match="img_metas: expected 2, a list for each of img, got 1"):
         segmentor(return_loss=False, img=[images, images], img_metas=[[{}]])
+
+
+def strict_samples(monkeypatch: pytest.MonkeyPatch) -> type:
+    """A sample whose fields take `PixelData` alone, as mmseg's do: mmengine's own where it is installed."""
+    try:
+        from mmengine.structures import BaseDataElement, PixelData
+    except ModuleNotFoundError:
+
+        class PixelData:  # type: ignore[no-redef]
+            def __init__(self, *, data: torch.Tensor):
+                self.data = data
+
+        class BaseDataElement:  # type: ignore[no-redef]
+            def __init__(self, *, metainfo: dict[str, object]):
+                self.metainfo = metainfo
+
+            def set_field(self, value: object, name: str, dtype: type) -> None:
+                assert isinstance(value, dtype), f"{name}: {type(value)} is not {dtype}"
+                self.__dict__[name] = value
+
+        structures = ModuleType("mmengine.structures")
+        structures.PixelData = PixelData  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "mmengine.structures", structures)
+
+    def field(name: str) -> property:
+        return property(
+            lambda self: getattr(self, f"_{name}"),
+            lambda self, value: self.set_field(value, f"_{name}", dtype=PixelData),
+        )
+
+    names = ("gt_sem_seg", "seg_logits", "pred_sem_seg")
+    sample = type("SegDataSample", (BaseDataElement,), {name: field(name) for name in names})
+    sample.pixels = PixelData
+    return sample
+
+
+def test_samples_of_mmseg_are_filled_as_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, text = tiny_inputs()
+    segmentor = Segmentor(tiny_model("zegclip"), text).eval()
+    kind = strict_samples(monkeypatch)
+    given = []
+    for label in tiny_labels():
+        sample = kind(metainfo={"ori_shape": (30, 40), "img_shape": (64, 64)})
+        sample.gt_sem_seg = kind.pixels(data=label[None])
+        given.append(sample)
+    found = segmentor.predict(images, given)
+    assert [type(sample) for sample in found] == [kind, kind]
+    expected = segmentor.encode_decode(images).detach()
+    expected = F.interpolate(expected, (30, 40), mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(torch.cat([sample.pred_sem_seg.data for sample in found]), expected)
+    assert found[0].seg_logits.data.shape == (7, 30, 40)
+    assert set(segmentor.loss(images, given)) == {"decode.loss_mask", "decode.loss_dice"}
+
+
+def test_a_step_runs_in_the_context_of_its_optimiser() -> None:
+    """mmengine's wrappers open autocast there, or hold back the exchange of gradients."""
+    text = tiny_inputs()[1]
+    segmentor = Segmentor(tiny_model("zegclip", dropout=0.0), text).train()
+    seen: list[bool] = []
+
+    class Half(Wrapper):
+        @contextmanager
+        def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+            assert model is segmentor
+            with torch.autocast("cpu", torch.bfloat16):
+                yield
+
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = {"inputs": list(pixels), "data_samples": samples(tiny_labels())}
+    segmentor.backbone.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    wrapper = Half(list(segmentor.model.trainable().values()))
+    assert torch.isfinite(segmentor.train_step(data, wrapper)["loss"])
+    segmentor.loss(segmentor.data_preprocessor(data)["inputs"], data["data_samples"])
+    assert seen == [True, False]
+
+
+def test_batches_that_do_not_fit_are_one_line() -> None:
+    images, text = tiny_inputs()
+    segmentor = Segmentor(tiny_model("zegclip"), text).eval()
+    for call in (segmentor.loss, segmentor.predict):
+        with pytest.raises(ValueError, match="data_samples: expected 2, got 1"):
+            call(images, samples(tiny_labels(1)))
+    with pytest.raises(ValueError, match="data_samples: expected 2, got 0"):
+        segmentor(images, mode="loss")
+    metas = [{"ori_shape": (30, 40, 3)}, {"ori_shape": (31, 40, 3)}]
+    with pytest.raises(
+        ValueError, match=r"img_metas: expected one ori_shape in a batch, got \[\(30, 40\), \(31, 40\)\]"
+    ):
+        segmentor.simple_test(images, metas)

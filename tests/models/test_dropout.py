@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,5 +50,15 @@ def test_descriptors_of_tagclip(options: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("wrong", [1.0, -0.1, True, "0.1", float("nan")])
 def test_what_is_no_share(wrong: object) -> None:
-    with pytest.raises(ValueError, match=r"dropout: expected a share in \[0, 1\), got"):
-        tiny_model("zegclip", dropout=wrong)
+    for method in METHODS:
+        with pytest.raises(ValueError, match=r"dropout: expected a share in \[0, 1\), got"):
+            tiny_model(method, dropout=wrong)
+
+
+@pytest.mark.parametrize("share", [0, np.float32(0.25), np.float64(0.5)], ids=repr)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_is_a_share(method: str, share: float) -> None:
+    model = tiny_model(method, dropout=share)
+    assert type(model.config["dropout"]) is float and model.config["dropout"] == share
+    drops = [module for module in dropping(model) if not isinstance(module, nn.MultiheadAttention)]  # parameters alone
+    assert drops and {module.dropout for module in drops} == {float(share)}

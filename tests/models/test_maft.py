@@ -400,3 +400,21 @@ def test_units_that_there_are_not() -> None:
         tiny(freeze=["cls", "head"])
     with pytest.raises(ValueError, match="ma_loss: expected one of smooth_l1, l1, l2, kl, got 'l3'"):
         tiny(ma_loss="l3")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze": "cls"}, "freeze: expected a list of cls, pos, mlp, conv, proj, got 'cls'"),
+        ({"freeze": 3}, "freeze: expected a list of cls, pos, mlp, conv, proj, got 3"),
+        ({"ensemble": "x"}, "ensemble: expected a share in 0..1, got 'x'"),
+        ({"ensemble": True}, "ensemble: expected a share in 0..1, got True"),
+        ({"ensemble": float("nan")}, "ensemble: expected a share in 0..1, got nan"),
+        ({"start_layer": 1.5}, "start_layer: expected 0..2 for a tower of 3 layers, got 1.5"),
+        ({"start_layer": "1"}, "start_layer: expected 0..2 for a tower of 3 layers, got '1'"),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_type(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)

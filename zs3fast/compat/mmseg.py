@@ -11,7 +11,9 @@ scores, as in the official code of these methods, whose heads end with the sigmo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from zs3fast.labels.windows import sliding_windows
 from zs3fast.models.base import SETTINGS, FeatureModel
 from zs3fast.types import ImageFeatures
-from zs3fast.utils.options import one_of
+from zs3fast.utils.options import count, one_of
 
 Metas = Sequence[Mapping[str, Any]]
 MODES = ("tensor", "loss", "predict")
@@ -66,8 +68,10 @@ class DecodeHead(nn.Module):
         self, features: ImageFeatures, batch_data_samples: Sequence[Any], train_cfg: object = None
     ) -> dict[str, Tensor]:
         """Weighted terms under the official names, from samples with `gt_sem_seg.data` [1, H, W]."""
+        if len(batch_data_samples) != len(features.patch_tokens):
+            raise ValueError(f"data_samples: expected {len(features.patch_tokens)}, got {len(batch_data_samples)}")
         labels = torch.stack([sample.gt_sem_seg.data.squeeze(0) for sample in batch_data_samples])
-        return self.losses(features, labels)
+        return self.losses(features, labels.to(features.patch_tokens.device))  # a loader leaves them on the CPU
 
     def losses(self, features: ImageFeatures, labels: Tensor) -> dict[str, Tensor]:
         """The same from labels [B, H, W] in dataset indices."""
@@ -113,7 +117,9 @@ class Segmentor(nn.Module):
         side = model.image_size
         published = {"mode": "slide", "crop_size": (side, side), "stride": (max(426 * side // 512, 1),) * 2}
         self.test_cfg = dict(published if test_cfg is None else test_cfg)
-        one_of("test_cfg['mode']", str(self.test_cfg.get("mode", "whole")), ("whole", "slide"))
+        mode = one_of("test_cfg['mode']", str(self.test_cfg.get("mode", "whole")), ("whole", "slide"))
+        for key in ("crop_size", "stride") if mode == "slide" else ():
+            self.test_cfg[key] = _pair(f"test_cfg['{key}']", self.test_cfg.get(key))
         self.setting = one_of("setting", setting, SETTINGS)
         self.dataset_meta = {"classes": None if class_names is None else tuple(class_names)}
         self.decode_head = DecodeHead(self)
@@ -130,6 +136,9 @@ class Segmentor(nn.Module):
     def data_preprocessor(self, data: Mapping[str, Any], training: bool = False) -> dict[str, Any]:
         """`data`, its "inputs" (RGB, uint8 [3, H, W] in a list, or [B, 3, H, W]) normalised to float [B, 3, H, W]."""
         given = data["inputs"]
+        if not isinstance(given, Tensor) and len({tuple(image.shape) for image in given}) != 1:
+            sizes = ", ".join(str(list(image.shape)) for image in given)
+            raise ValueError(f"inputs: expected images of one size [3, H, W], got {sizes or 'none'}")
         images = (torch.stack(list(given)) if not isinstance(given, Tensor) else given).to(self.text_embeddings) / 255
         mean, std = (
             images.new_tensor(values).view(3, 1, 1) for values in (self.model.pixel_mean, self.model.pixel_std)
@@ -198,6 +207,8 @@ class Segmentor(nn.Module):
         size = tuple(inputs.shape[-2:])
         if data_samples is None:
             data_samples = [SimpleNamespace(metainfo={"ori_shape": size, "img_shape": size}) for _ in inputs]
+        if len(data_samples) != len(inputs):
+            raise ValueError(f"data_samples: expected {len(inputs)}, got {len(data_samples)}")
         metas = [sample.metainfo for sample in data_samples]
         return self.postprocess_result(self.inference(inputs, metas), list(data_samples))
 
@@ -211,8 +222,8 @@ class Segmentor(nn.Module):
                 scores = scores[:, top : scores.shape[1] - bottom, left : scores.shape[2] - right]
             scores = _turned_back(scores, meta)
             scores = self._rescaled(scores[None], [meta], "ori_shape" in meta)[0]
-            sample.seg_logits = SimpleNamespace(data=scores)
-            sample.pred_sem_seg = SimpleNamespace(data=scores.argmax(0, keepdim=True))
+            sample.seg_logits = _pixel_data(scores)
+            sample.pred_sem_seg = _pixel_data(scores.argmax(0, keepdim=True))
         return samples
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any]) -> dict[str, Tensor]:
@@ -228,7 +239,10 @@ class Segmentor(nn.Module):
             total, values = self.parse_losses(self(**data))
             logged = {name: float(value.detach()) for name, value in values.items()}
             return {"loss": total, "log_vars": logged, "num_samples": len(data["img_metas"])}
-        total, values = self.parse_losses(self(**self.data_preprocessor(data, True), mode="loss"))
+        context = getattr(optim_wrapper, "optim_context", None)  # half precision and gradient accumulation, there
+        with nullcontext() if context is None else context(self):
+            losses = self(**self.data_preprocessor(data, True), mode="loss")
+        total, values = self.parse_losses(losses)
         optim_wrapper.update_params(total)
         return values
 
@@ -288,7 +302,10 @@ class Segmentor(nn.Module):
 
     @staticmethod
     def _rescaled(scores: Tensor, metas: Metas, rescale: bool) -> Tensor:
-        size = tuple(metas[0]["ori_shape"])[:2] if rescale else tuple(scores.shape[-2:])
+        sizes = {tuple(meta["ori_shape"])[:2] for meta in metas} if rescale else {tuple(scores.shape[-2:])}
+        if len(sizes) > 1:
+            raise ValueError(f"img_metas: expected one ori_shape in a batch, got {sorted(sizes)}")
+        (size,) = sizes
         if size == tuple(scores.shape[-2:]):
             return scores
         return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
@@ -299,6 +316,18 @@ def _turned_back(scores: Tensor, meta: Mapping[str, Any]) -> Tensor:
     if not meta.get("flip"):
         return scores
     return scores.flip(-1 if (meta.get("flip_direction") or "horizontal") == "horizontal" else -2)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise ValueError(f"{name}: expected (height, width), got {value!r}")
+    return count(name, value[0], 1), count(name, value[1], 1)
+
+
+def _pixel_data(data: Tensor) -> Any:
+    """What a sample holds of an image: mmengine's `PixelData` where it is in use, as its samples ask for."""
+    structures = sys.modules.get("mmengine.structures")
+    return SimpleNamespace(data=data) if structures is None else structures.PixelData(data=data)
 
 
 def _prefixed(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,10 +43,9 @@ class ProposalClipViT(ClipViT):
 
     def __init__(self, config: ClipVisionConfig, *, start_layer: int = 8, freeze: Sequence[str] = tuple(FREEZABLE)):
         super().__init__(config, config.image_size, double_class_embedding=False)
-        if not 0 <= start_layer < config.layers:
-            raise ValueError(
-                f"start_layer: expected 0..{config.layers - 1} for a tower of {config.layers} layers, got {start_layer}"
-            )
+        if type(start_layer) is not int or not 0 <= start_layer < config.layers:
+            expected = f"expected 0..{config.layers - 1} for a tower of {config.layers} layers"
+            raise ValueError(f"start_layer: {expected}, got {start_layer!r}")
         self.start_layer = start_layer
         frozen = [end for unit in freeze for end in FREEZABLE[unit]]
         for name, parameter in self.named_parameters():

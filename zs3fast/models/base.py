@@ -18,7 +18,7 @@ from zs3fast.labels import targets
 from zs3fast.ops.masks_to_labels import reference_scores
 from zs3fast.types import ImageFeatures, SegmentationOutput
 from zs3fast.utils.constants import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from zs3fast.utils.options import one_of
+from zs3fast.utils.options import one_of, share
 
 if TYPE_CHECKING:
     from zs3fast.encoders.proposal_clip import ProposalClipResNet
@@ -35,9 +35,7 @@ def _note_loaded_weights(model: ZeroShotModel, _keys: object) -> None:
 
 def check_dropout(dropout: float) -> float:
     """A share in 0..1, 1 excluded, or an error."""
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a share in [0, 1), got {dropout!r}")
-    return dropout
+    return share("dropout", dropout, whole=False)
 
 
 class ZeroShotModel(nn.Module):
@@ -255,7 +253,7 @@ class SegmentationModel(FeatureModel):
     ):
         vision = vision_config(clip, pretrained, quick_gelu)
         super().__init__(clip=clip, pretrained=pretrained, image_size=image_size, seen_offset=seen_offset, **options)
-        self.dropout = check_dropout(dropout)
+        self.dropout = dropout = check_dropout(dropout)
         self._architecture.update(
             dropout=dropout,
             num_prompts=num_prompts,

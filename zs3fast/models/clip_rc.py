@@ -18,7 +18,7 @@ from zs3fast.heads.two_way import TwoWayDecoder, region_mean_masks
 from zs3fast.models.base import SegmentationModel
 from zs3fast.models.registry import register_model
 from zs3fast.types import ImageFeatures, SegmentationOutput
-from zs3fast.utils.options import one_of
+from zs3fast.utils.options import count, one_of
 
 ALIGNMENTS = {
     "region_global": ("region", "global"),
@@ -83,7 +83,7 @@ class ClipRC(SegmentationModel):
             update_regions=update_regions,
             alignment=one_of("alignment", alignment, tuple(ALIGNMENTS)),
             query_regions=query_regions,
-            recovery_layers=recovery_layers,
+            recovery_layers=None if recovery_layers is None else count("recovery_layers", recovery_layers),
             recovery_loss=one_of("recovery_loss", recovery_loss, tuple(RECOVERY_LOSSES)),
             init=one_of("init", init, ("official", "intent")),
             output_gain=output_gain,

@@ -104,9 +104,10 @@ class ClsCLIP(ZeroShotModel):
             nn.init.zeros_(linear.bias)
         gate = NAVIGATIONS[navigation]
         self.gate = None if gate is None else gate(self.text_width, vision.width)
+        dropout = check_dropout(dropout)
         sizes = {"decoder_width": decoder_width, "layers": decoder_layers, "heads": decoder_heads}
         self.decoder = BinaryDecoder(
-            vision.width, vision.patch_size, **sizes, ffn_width=decoder_ffn, head=head, dropout=check_dropout(dropout)
+            vision.width, vision.patch_size, **sizes, ffn_width=decoder_ffn, head=head, dropout=dropout
         )
         self._class_cache = WeightCache()
         self._decoder_ffn = decoder_ffn

@@ -23,7 +23,7 @@ from zs3fast.ops.proposals_to_labels import reference_scores
 from zs3fast.proposals.masks import check_proposals, soft_masks
 from zs3fast.types import ProposalOutput, Proposals
 from zs3fast.utils.open_clip import clip_model_config
-from zs3fast.utils.options import one_of
+from zs3fast.utils.options import one_of, share
 from zs3fast.utils.precision import without_autocast
 from zs3fast.utils.waiting import check, deferred
 
@@ -88,12 +88,12 @@ class MAFT(ZeroShotModel):
         **options: Any,
     ):
         super().__init__(clip=clip, pretrained=pretrained, image_size=image_size, **options)
-        if not 0 <= ensemble <= 1:
-            raise ValueError(f"ensemble: expected a share in 0..1, got {ensemble}")
-        self.ensemble = ensemble
+        self.ensemble = share("ensemble", ensemble)
         self.ensemble_form = one_of("ensemble_form", ensemble_form, FORMS)
         self.ma_loss = one_of("ma_loss", ma_loss, tuple(MA_LOSSES))
         self.iou_range = one_of("iou_range", iou_range, ("class", "all"))
+        if freeze is not None and (isinstance(freeze, str) or not isinstance(freeze, Sequence)):
+            raise ValueError(f"freeze: expected a list of {', '.join(FREEZABLE)}, got {freeze!r}")
         units = list(FREEZABLE) if freeze is None else [one_of("freeze", unit, tuple(FREEZABLE)) for unit in freeze]
         config = clip_model_config(clip)
         if isinstance(config["vision_cfg"].get("layers"), int):
@@ -264,8 +264,8 @@ class MAFT(ZeroShotModel):
         """
         (weights, masks), frame = self._fusion(out, seen)[0]
         total: Tensor | None = None
-        for part, share in zip(masks.split(chunk, 1), weights[..., classes].split(chunk, 1), strict=True):
-            scores = reference_scores(share, part, frame["image_size"], **frame)[0]
+        for part, weight in zip(masks.split(chunk, 1), weights[..., classes].split(chunk, 1), strict=True):
+            scores = reference_scores(weight, part, frame["image_size"], **frame)[0]
             total = scores if total is None else total.add_(scores)
         assert total is not None  # there is a proposal at least
         return total
