@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -74,10 +75,27 @@ def make_settings(args: argparse.Namespace, classes: int, batch: int, pass_: str
 def measure_group(
     args: argparse.Namespace, console: Console, classes: int, batch: int, pass_: str
 ) -> list[dict[str, Any]]:
-    """Rows of all models with one class list and batch size."""
+    """Rows of all models with one class list and batch size, floors last.
+
+    All are there at once, so that a round has everyone; with --quick those over one floor are, and go before the next.
+    """
+    parts: dict[str, list[Setting]] = {}
+    for setting in make_settings(args, classes, batch, pass_):
+        parts.setdefault(setting.encoder_name if args.quick else "", []).append(setting)
+    rows = []
+    for settings in parts.values():
+        rows += measure_settings(args, console, settings, pass_)
+        gc.collect()
+    return sorted(rows, key=lambda row: row["backend"] in FLOORS)
+
+
+def measure_settings(
+    args: argparse.Namespace, console: Console, settings: list[Setting], pass_: str
+) -> list[dict[str, Any]]:
+    """Rows of models that are timed side by side, and of the floors under them."""
     group, floors = Group(), {}
     with tempfile.TemporaryDirectory() as folder:
-        for setting in make_settings(args, classes, batch, pass_):
+        for setting in settings:
             baseline = contenders.make_baseline(setting, args.device)
             if pass_ != "end-to-end" and ("probes" not in args.skip or args.probes_only):
                 probe(args, console, group, setting, baseline, pass_)

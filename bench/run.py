@@ -14,11 +14,12 @@
 ViT-B/16 with random weights at each method's published size (512; MAFT 480 with 100 proposals; ClsCLIP 352), published
 prompt counts: 10 a layer for C = 20, 100 beyond; CLIP-RC with M = 16 regions. ClsCLIP has no official code: "plain" is
 one pass of plain PyTorch a class, and it runs at C = 20 unless asked for by name. Everything is timed side by side in
-one process, in interleaved rounds, after its results have met their error budget; start-up and memory come from a
-process each. FPS is images a second; parameters are all of them without the text tower, and those that the recipe
-trains; GMAC are 1e9 multiply-adds of products and convolutions, as torch's FLOP counter sees them (the papers' GFLOPs).
-A training step is forward and backward on the seen classes of ZegCLIP, TagCLIP and CLIP-RC, without the
-optimiser; the largest batch in a memory budget is `bench/training.py largest`.
+one process, in interleaved rounds, after its results have met their error budget (with --quick everything over one
+floor, which then makes room for the next); start-up and memory come from a process each. FPS is images a second;
+parameters are all of them without the text tower, and those that the recipe trains; GMAC are 1e9 multiply-adds of
+products and convolutions, as torch's FLOP counter sees them (the papers' GFLOPs). A training step is forward and
+backward on the seen classes of ZegCLIP, TagCLIP and CLIP-RC, without the optimiser; the largest batch in a memory
+budget is `bench/training.py largest`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from tests.data.trees import folders, stripes, write_list
 from tests.training.tiny_run import voc_tree
+from zs3fast.training.config import list_configs
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
@@ -137,6 +138,12 @@ def test_every_table_of_the_papers_has_a_row() -> None:
         names = [row.table for row in ROWS if row.paper.startswith(paper)]
         for table in tables:
             assert any(table in name for name in names), f"{paper}: {table}"
+
+
+def test_every_published_setting_is_trained_by_a_row() -> None:
+    """Rows had the numbers of three datasets and the command of one."""
+    found = {command.split()[2] for row in ROWS for command in row.commands if command.startswith("zs3fast train ")}
+    assert {name for name in list_configs() if not name.endswith("_world") and "_small" not in name} == found
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.paper.split()[0]} {row.table}")

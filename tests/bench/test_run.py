@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -99,6 +100,29 @@ def test_quick_settings_are_small_and_whole():
     settings = groups.make_settings(run.parse_arguments(["--quick"]), 20, 1, "inference")
     assert {s.method for s in settings} == set(METHODS) and {s.image_size for s in settings} == {128}
     assert all((s.width, s.layers) == (768, 12) for s in settings)
+
+
+def test_a_quick_run_keeps_the_models_of_one_floor_at_a_time(monkeypatch, tmp_path):
+    """All of them at once took 9 GB."""
+    alive, most = weakref.WeakSet(), 0
+
+    def measure(contenders, **options):
+        nonlocal most
+        most = max(most, len(alive))
+        return measured(contenders, **options)
+
+    def make(setting, *rest):
+        model = made(setting, *rest)
+        alive.add(model)
+        return model
+
+    measured, made = harness.measure, contenders.make_baseline
+    monkeypatch.setattr(harness, "measure", measure)
+    monkeypatch.setattr(contenders, "make_baseline", make)
+    rows = run.main([*TINY, "--skip", "probes", "zs3fast", "--json", str(tmp_path / "out.json")])
+    assert most == 2 and not alive  # ZegCLIP and TagCLIP have one encoder
+    names = [r["name"] for r in rows if "floor" not in r["backend"]]
+    assert names == list(METHODS) and all("floor" in r["backend"] for r in rows[len(names) :])
 
 
 def test_dtypes_and_backends_are_contenders_side_by_side(tmp_path, capsys):

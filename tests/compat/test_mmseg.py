@@ -195,6 +195,21 @@ def test_a_flipped_image_of_0_x_is_turned_back() -> None:
         assert torch.equal(turned, plain.flip(axis))
 
 
+@pytest.mark.parametrize(
+    ("direction", "axes"), [("horizontal", -1), ("vertical", -2), ("diagonal", (-2, -1)), (None, -1)]
+)
+def test_every_flip_comes_back(direction: str | None, axes: int | tuple[int, ...]) -> None:
+    """A diagonal one came back as a vertical one."""
+    _, text = tiny_inputs()
+    segmentor = Segmentor(tiny_model("zegclip"), text, test_cfg={"mode": "whole"})
+    scores = torch.randn(1, 7, 64, 48)
+    meta = {"ori_shape": (64, 48), "flip": True, "flip_direction": direction}
+    (sample,) = segmentor.postprocess_result(scores.flip(axes), [SimpleNamespace(metainfo=meta)])
+    assert torch.equal(sample.seg_logits.data, scores[0])
+    with pytest.raises(ValueError, match="flip_direction: expected one of horizontal, vertical, diagonal, got 'up'"):
+        segmentor.postprocess_result(scores, [SimpleNamespace(metainfo={**meta, "flip_direction": "up"})])
+
+
 def test_calls_that_will_not_do() -> None:
     images, text, *_ = tiny_inputs()
     segmentor = Segmentor(tiny_model("zegclip"), text).eval()

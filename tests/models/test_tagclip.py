@@ -174,6 +174,59 @@ def test_class_prediction_weighs_the_masks() -> None:
     assert all(p.grad.abs().sum() > 0 for p in (last.multihead_attn.v.weight, last.linear2.weight))
 
 
+@pytest.mark.parametrize("polarity", ["unseen", "seen"])
+@pytest.mark.parametrize("target", ["unseen", "not_seen"])
+def test_the_token_s_class_is_what_its_map_marks(polarity: str, target: str) -> None:
+    """Its target was "an unseen class is there" whatever the map was trained to mark."""
+    model = tiny_model("tagclip", class_prediction=True, trusty_polarity=polarity, trusty_target=target, dropout=0.0)
+    images, text = tiny_inputs(4)
+    out = model.train()(images, text[SEEN])
+    labels = torch.full((4, 64, 64), 3)  # the first image: an unseen class alone
+    labels[1] = 0  # a seen class alone
+    labels[2, :9], labels[2, 9:] = 255, 0
+    labels[3] = 255
+    unseen = {"unseen": [1, 0, 0, 0], "not_seen": [1, 0, 1, 1]}[target]
+    marked = torch.tensor(unseen if polarity == "unseen" else [0, 1, 1, 0]).float()
+    present = torch.tensor([[float((image == c).any()) for c in SEEN] for image in labels])
+    expected = F.binary_cross_entropy_with_logits(out.class_logits, torch.cat([present, marked[:, None]], 1))
+    torch.testing.assert_close(model.loss(out, labels)["loss_cls"], expected)
+
+
+@pytest.mark.parametrize("polarity", ["unseen", "seen"])
+@pytest.mark.parametrize("target", ["unseen", "not_seen"])
+@pytest.mark.parametrize("case", ["mixed", "no unseen", "no seen", "all ignored", "one pixel"])
+def test_dice_of_the_trusty_map_as_printed(polarity: str, target: str, case: str) -> None:
+    """Journal eq. 11-12 written out: dice of P(seen) against 1 on seen pixels, the ignored in no sum."""
+    model = tiny_model("tagclip", trusty_loss="dice", trusty_polarity=polarity, trusty_target=target, dropout=0.0)
+    images, text = tiny_inputs()
+    labels = tiny_labels()
+    if case == "no unseen":
+        labels[(labels == 3) | (labels == 5)] = 6
+    elif case == "no seen":
+        labels[labels != 255] = 5
+    elif case == "all ignored":
+        labels[1] = 255
+    elif case == "one pixel":
+        labels[:] = 255
+        labels[0, 5, 7], labels[1, 60, 2] = 2, 3
+    out = model.train()(images, text[SEEN])
+    raw = -out.trusty_logits if polarity == "seen" else out.trusty_logits  # the channel as it is trained
+    full = F.interpolate(raw.double(), size=(64, 64), mode="bilinear", align_corners=False)[:, 0].sigmoid()
+    seen = full if polarity == "seen" else 1 - full  # M_A
+    total = torch.zeros((), dtype=torch.float64)
+    for probability, label in zip(seen, labels):
+        truth = torch.isin(label, torch.tensor(SEEN)).double()  # G_A
+        counted = torch.ones_like(truth) if target == "not_seen" else (label != 255).double()
+        overlap = (probability * truth * counted).sum()
+        total = total + 1 - (2 * overlap + 1) / ((probability * counted).sum() + (truth * counted).sum() + 1)
+    pairs = sum(len(set(label.unique().tolist()) & set(SEEN)) for label in labels)
+    expected = 10 * total / max(pairs, 1)
+    losses = model.loss(out, labels)
+    torch.testing.assert_close(losses["loss_trusty"].double(), expected, rtol=2e-5, atol=2e-5)
+    losses["loss_trusty"].backward()
+    assert model.trusty_token.grad.isfinite().all()
+
+
 def test_separate_and_merged_agree_when_inductive_and_differ_in_self_training() -> None:
     images, text = tiny_inputs()
     labels = tiny_labels()

@@ -99,6 +99,74 @@ def test_the_same_masks_come_out(model: nn.Module, tmp_path: Path, prefix: str) 
     assert found.class_scores is None and found.class_names is None and expected.class_scores is not None
 
 
+def test_counts_of_batches_are_no_weights(model: nn.Module, tmp_path: Path) -> None:
+    """Backbones with (synchronised) BatchNorm hold them."""
+    state = official_state(model, STAGES, "pixel_decoder.")
+    state["backbone.res3.1.conv2.norm.num_batches_tracked"] = torch.tensor(7)
+    torch.save(state, tmp_path / "bn.pth")
+    own = load_official_maskformer(tmp_path / "bn.pth").state_dict()
+    assert all(
+        torch.equal(own[k], v) for k, v in model.state_dict().items() if k.startswith("model.") and "num_" not in k
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("backbone.res2.0.conv1.extra", torch.zeros(2), r"unexpected: backbone.res2.0.conv1.extra \(1\)"),
+        (
+            "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.linear1.weight",
+            torch.zeros(2, 2),
+            "unexpected: .*enc",
+        ),
+        (
+            "sem_seg_head.pixel_decoder.input_proj.weight",
+            torch.zeros(2, 2),
+            "unexpected: sem_seg_head.input_proj.weight",
+        ),
+        ("sem_seg_head.pixel_decoder.layer_9.weight", torch.zeros(2), "unexpected: sem_seg_head.layer_9.weight"),
+        ("sem_seg_head.layer_4.weight", torch.zeros(2), r"unexpected: sem_seg_head.*layer_4.weight \(1\)"),
+        ("sem_seg_head.predictor.mask_embed.layers.3.bias", torch.zeros(2), "unexpected: .*mask_embed.layers.3.bias"),
+        ("sem_seg_head.predictor.transformer.decoder.layers.0.norm4.bias", torch.zeros(2), "unexpected: .*norm4"),
+        ("sem_seg_head.predictor.transformer.decoder.layers.5.norm1.bias", torch.zeros(32), "unexpected: .*layers.5"),
+        *(
+            (f"sem_seg_head.predictor.transformer.decoder.layers.1.{kind}_attn.in_proj_{end}", wrong, message)
+            for kind in ("self", "multihead")
+            for end, wrong, message in (
+                ("weight", torch.zeros(2, 32), r"wrong shape: .*in_proj_weight \[2, 32\], expected \[96, 32\] \(1\)"),
+                ("weight", torch.zeros(97, 32), r"wrong shape: .* \[97, 32\], expected \[96, 32\] \(1\)"),
+                ("bias", torch.zeros(()), r"wrong shape: .*in_proj_bias \[\], expected \[96\] \(1\)"),
+                ("bias", torch.zeros(95), r"wrong shape: .*in_proj_bias \[95\], expected \[96\] \(1\)"),
+            )
+        ),
+        ("sem_seg_head.predictor.query_embed.weight", torch.zeros(5), r"wrong shape: .* \[5\], expected 2 dimensions"),
+        ("sem_seg_head.predictor.query_embed.weight", torch.zeros(5, 16), r"wrong shape: .*expected"),
+        ("sem_seg_head.pixel_decoder.mask_features.weight", torch.zeros(()), r"wrong shape: .* \[\], expected 4 dim"),
+        (
+            "backbone.stem.conv1.weight",
+            torch.zeros(8, 3, 3, 3),
+            r"wrong shape: .*\[8, 3, 3, 3\], expected \[8, 3, 7, 7\]",
+        ),
+        ("backbone.res4.0.conv3.weight", torch.zeros(16), r"wrong shape: .* \[16\], expected 4 dimensions"),
+    ],
+)
+def test_nothing_of_the_generator_may_be_left_over_or_misshapen(
+    model: nn.Module, tmp_path: Path, name: str, tensor: Tensor, message: str
+) -> None:
+    """A pixel decoder with a transformer went through as one without; packed projections broke with an IndexError."""
+    path = tmp_path / "odd.pth"
+    torch.save({"model": {**official_state(model, STAGES, "pixel_decoder."), name: tensor}}, path)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        load_official_maskformer(path)
+    assert "\n" not in str(raised.value) and str(path) in str(raised.value)
+
+
+def test_heads_that_do_not_divide_the_width(model: nn.Module, tmp_path: Path) -> None:
+    torch.save(official_state(model, STAGES), tmp_path / "one.pth")
+    with pytest.raises(ValueError, match="heads: expected a divisor of the decoder's width 32, got 5"):
+        load_official_maskformer(tmp_path / "one.pth", heads=5)
+
+
 def test_what_does_not_fit_is_named(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "broken.pth"
     norm = "backbone.res3.1.conv2.norm.bias"

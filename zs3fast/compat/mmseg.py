@@ -29,6 +29,7 @@ from zs3fast.utils.options import count, one_of
 
 Metas = Sequence[Mapping[str, Any]]
 MODES = ("tensor", "loss", "predict")
+_FLIPPED = {"horizontal": (-1,), "vertical": (-2,), "diagonal": (-2, -1)}  # flip_direction: axes
 # Our terms under the names that the official heads log.
 _OFFICIAL_TERMS = {
     "loss_trusty": "loss_disc",
@@ -315,7 +316,8 @@ def _turned_back(scores: Tensor, meta: Mapping[str, Any]) -> Tensor:
     """Scores [..., H, W] of an image that was flipped, as it was before."""
     if not meta.get("flip"):
         return scores
-    return scores.flip(-1 if (meta.get("flip_direction") or "horizontal") == "horizontal" else -2)
+    direction = one_of("flip_direction", meta.get("flip_direction") or "horizontal", tuple(_FLIPPED))
+    return scores.flip(_FLIPPED[direction])
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:

@@ -186,14 +186,19 @@ class TagCLIP(SegmentationModel):
         mask = ops.mask_loss(out.mask_logits, mapped, ignore_index=ignore_index, num_masks=num_masks, validate=False)
         terms = {"mask": mask.focal, "dice": mask.dice}
         if out.trusty_logits is not None:
-            target = targets.unseen_pixels(labels, self.seen, classes, ignore_index)
-            ignored = labels == ignore_index
-            if self.trusty_target == "not_seen":
-                target, ignored = target | ignored, torch.zeros_like(ignored)
+            target, ignored = self._trusty_target(labels, classes, ignore_index)
             terms["trusty"] = self._trusty_term(out.trusty_logits, target, ignored, mask.num_masks)
         if out.class_logits is not None:
             terms["cls"] = self._class_term(out, labels, mapped, classes, ignore_index)
         return terms
+
+    def _trusty_target(self, labels: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """Bool [B, H, W] each: the pixels that count as unseen, and those that are neither."""
+        unseen = targets.unseen_pixels(labels, self.seen, classes, ignore_index)
+        ignored = labels == ignore_index
+        if self.trusty_target == "not_seen":
+            return unseen | ignored, torch.zeros_like(ignored)
+        return unseen, ignored
 
     def _trusty_term(self, trusty_logits: Tensor, target: Tensor, ignored: Tensor, num_masks: Tensor) -> Tensor:
         """Loss of the trusty map against `target`, the unseen pixels; divided by the mask losses' normaliser."""
@@ -201,23 +206,25 @@ class TagCLIP(SegmentationModel):
             labels = torch.where(target, 0, 255)
             return ops.mask_loss(trusty_logits, labels, num_masks=num_masks, validate=False).focal
         # Dice does not survive complements, so it is taken in the paper's polarity: P(seen), the sigmoid of minus the
-        # logits, against 1 on seen pixels. One mask an image. Ignored pixels are left out of the prediction's sum as a
-        # mask of their own: the op gives sums over the pixels of a label and over all of them.
-        seen = torch.where(target, 255, 0).masked_fill(ignored, 1)
+        # logits, against 1 on seen pixels. One mask an image. Its sum is that over seen pixels and that over unseen
+        # ones, as the op sums what a channel has on the pixels of its label: the ignored are in none.
+        kinds = torch.where(target, 1, 0).masked_fill(ignored, 255)
         both = (-trusty_logits).expand(-1, 2, -1, -1)
-        _, overlap, predicted, wanted = torch.ops.zs3fast.mask_loss(both, seen, 0.25, 2.0)
-        predicted = predicted[:, 0] - overlap[:, 1]
+        _, overlap, _, wanted = torch.ops.zs3fast.mask_loss(both, kinds, 0.25, 2.0)
+        predicted = overlap.sum(1)
         out: Tensor = (1 - (2 * overlap[:, 0] + 1) / (predicted + wanted[:, 0] + 1)).sum() / num_masks
         return out
 
     def _class_term(
         self, out: SegmentationOutput, labels: Tensor, mapped: Tensor, classes: int, ignore_index: int
     ) -> Tensor:
-        """Binary cross entropy of "class c has a pixel in the image", for the trusty token "an unseen class has"."""
+        """Binary cross entropy of "class c has a pixel in the image"; the trusty token stands for what its map marks,
+        pixels of unseen classes, or with the other polarity those of seen ones."""
         assert out.class_logits is not None
         channels = out.mask_logits.shape[1]
         present = targets.present_classes(mapped, channels).float()
         if self.trusty_token is not None:
-            unseen = targets.unseen_pixels(labels, self.seen, classes, ignore_index)
-            present = torch.cat([present, unseen.flatten(1).any(1, keepdim=True).to(present)], 1)
+            marked, ignored = self._trusty_target(labels, classes, ignore_index)
+            marked = ~(marked | ignored) if self.trusty_polarity == "seen" else marked
+            present = torch.cat([present, marked.flatten(1).any(1, keepdim=True).to(present)], 1)
         return F.binary_cross_entropy_with_logits(out.class_logits.float(), present)

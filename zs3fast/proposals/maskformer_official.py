@@ -22,9 +22,10 @@ logger = logging.getLogger("zs3fast")
 
 _PIXEL, _QUERIES = "model.pixel_level_module", "model.transformer_module"
 _NORM = ("weight", "bias", "running_mean", "running_var")
-# What is read; all else of a checkpoint (class heads, CLIP, the criterion) has no place in a generator of masks.
+# What is read, and must be known to the last tensor (a pixel decoder with a transformer is another network); all else
+# of a checkpoint (class heads, CLIP, the criterion) has no place in a generator of masks.
 _READ = re.compile(
-    r"backbone\.|sem_seg_head\.(pixel_decoder\.)?(adapter_|layer_|mask_features)|"
+    r"backbone\.|sem_seg_head\.(?!predictor\.)|"
     r"sem_seg_head\.predictor\.(transformer|query_embed|input_proj|mask_embed)\."
 )
 
@@ -42,8 +43,15 @@ def load_official_maskformer(path: str | os.PathLike[str], *, heads: int = 8) ->
             which transformers' ResNet does not have.
     """
     given = read_state_dict(path)
-    state = {name.replace("sem_seg_head.pixel_decoder.", "sem_seg_head."): t for name, t in given.items()}
-    state = {name: tensor for name, tensor in state.items() if _READ.match(name)}
+    read = [name for name in given if _READ.match(name)]
+    state: dict[str, Tensor] = {}
+    unexpected = []
+    for name in read:
+        plain = name.replace("sem_seg_head.pixel_decoder.", "sem_seg_head.")
+        if plain in state:  # with the prefix and without
+            unexpected.append(name)
+        elif not plain.endswith("num_batches_tracked"):
+            state[plain] = given[name]
     if "backbone.stem.conv2.weight" in state:
         raise CheckpointError(f"{path}: a stem of three convolutions (R50c, R101c), expected ResNet's own of one")
     if "backbone.stem.conv1.weight" not in state or "sem_seg_head.predictor.query_embed.weight" not in state:
@@ -58,11 +66,16 @@ def load_official_maskformer(path: str | os.PathLike[str], *, heads: int = 8) ->
         if official not in state:
             missing.append(official)
             continue
-        tensor = state[official] if part is None else state[official].chunk(3)[part]
-        if name in own and own[name].shape != tensor.shape:
-            shapes.append(f"{official} {list(tensor.shape)}, expected {list(own[name].shape)}")
-        renamed[name] = tensor
-    unexpected = sorted(state.keys() - {official for official, _, _ in pairs}) + sorted(renamed.keys() - own.keys())
+        tensor = state[official]
+        if name in own:
+            wanted = list(own[name].shape)
+            wanted[0] *= 1 if part is None else 3  # queries, keys and values are packed
+            if list(tensor.shape) != wanted:
+                shapes += [f"{official} {list(tensor.shape)}, expected {wanted}"] if not part else []
+                renamed[name] = own[name]
+                continue
+        renamed[name] = tensor if part is None else tensor.chunk(3)[part]
+    unexpected += sorted(state.keys() - {official for official, _, _ in pairs}) + sorted(renamed.keys() - own.keys())
     left = [name for name in own if name not in renamed and not name.endswith("num_batches_tracked")]
     left = [name for name in left if not name.startswith(("class_predictor.", "criterion."))]
     if missing or shapes or left or unexpected:
@@ -70,7 +83,7 @@ def load_official_maskformer(path: str | os.PathLike[str], *, heads: int = 8) ->
         said = "; ".join(f"{what}: {', '.join(names[:5])} ({len(names)})" for what, names in wrong.items() if names)
         raise CheckpointError(f"{path} does not fit MaskFormer; {said}")
     model.load_state_dict(renamed, strict=False)
-    spare = len(given) - len({name for name in given if _READ.match(name)})
+    spare = len(given) - len(read)
     if spare:
         logger.info("%s: %d tensors beside the generator's are left out (class head, CLIP, criterion)", path, spare)
     whole: nn.Module = model.float().eval()
@@ -103,6 +116,14 @@ def _model(state: dict[str, Tensor], heads: int, source: str) -> Any:
     absent = [name for name in wanted if name not in state]
     if absent:
         raise CheckpointError(f"{source} does not fit MaskFormer; missing: {', '.join(absent)}")
+    rows = ["sem_seg_head.predictor.query_embed.weight", wanted[6]]
+    for name in ["backbone.stem.conv1.weight", *wanted[:6], *rows]:
+        dims = 2 if name in rows else 4
+        if state[name].dim() != dims:
+            shape = list(state[name].shape)
+            raise CheckpointError(
+                f"{source} does not fit MaskFormer; wrong shape: {name} {shape}, expected {dims} dimensions"
+            )
     backbone = library.ResNetConfig(
         embedding_size=len(state["backbone.stem.conv1.weight"]),
         hidden_sizes=[len(state[name]) for name in wanted[:4]],
@@ -111,6 +132,8 @@ def _model(state: dict[str, Tensor], heads: int, source: str) -> Any:
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     queries, width = state["sem_seg_head.predictor.query_embed.weight"].shape
+    if heads < 1 or width % heads:
+        raise ValueError(f"heads: expected a divisor of the decoder's width {width}, got {heads}")
     decoder = library.DetrConfig(
         backbone_config=backbone,
         num_queries=queries,
