@@ -7,6 +7,7 @@ import importlib
 from bench.op_script import OpScript
 
 OPS = (
+    "add_layer_norm",
     "encoder_attention",
     "fused_linear",
     "fused_linear_int8",
@@ -24,6 +25,7 @@ OPS = (
 NAMED = {
     # ZegCLIP, TagCLIP and CLIP-RC (M = 16) on VOC, the published batch of 16
     "voc-512-b16": {
+        "add_layer_norm": "vit-b16-512-b16",
         "encoder_attention": "vit-b16-512-b16",
         "fused_linear": "block-b16-512-b4",
         "fused_linear_int8": "block-b16-512-b4",

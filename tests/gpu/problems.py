@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.gpu.device import DEVICE, ON_GPU
+from tests.ops import test_add_layer_norm as adding
 from tests.ops import test_attention_to_mask as attention
 from tests.ops import test_mask_loss as loss
 from tests.ops import test_masks_to_bits as bits
@@ -29,6 +30,7 @@ from tests.ops import test_relationship_descriptor as descriptor
 from tests.ops.budget import assert_within_budget
 from zs3fast.ops import (
     _dispatch,
+    add_layer_norm,
     attention_to_mask,
     masks_to_bits,
     masks_to_labels,
@@ -115,6 +117,13 @@ def make_attention_to_mask(shape: tuple[int, ...], dtype: torch.dtype, **options
         partial(lambda f, q, k, v: f(q, k, v, scale, **options), f) for f in (attention_to_mask, attention.reference)
     )
     return Problem("attention_to_mask", tensors, call, definition, roundings=2)
+
+
+def make_add_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+    def steps(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return residual + x, F.layer_norm(residual + x, weight.shape, weight, bias)
+
+    return Problem("add_layer_norm", moved(adding.make(shape), dtype), add_layer_norm, steps)
 
 
 def make_relationship_descriptor(shape: tuple[Any, ...], dtype: torch.dtype, cached: bool) -> Problem:
@@ -241,6 +250,12 @@ _fusion = shapes(
 )
 
 FAMILIES = {
+    "add_layer_norm": Family(
+        "add_layer_norm",
+        make_add_layer_norm,
+        shapes((3, 5, 32), [s for s in adding.SHAPES if 0 not in s], {"coco-vit-b16": (2, 1025, 768)}),
+        differentiable=False,
+    ),
     "attention_to_mask": Family("attention_to_mask", make_attention_to_mask, _attention, products=True),
     "attention_to_mask:dropout": Family(
         "attention_to_mask",

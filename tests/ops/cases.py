@@ -197,6 +197,17 @@ def judge_bits(request: Request, got: Any, want: Any) -> None:
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
+def _add_layer_norm(d: Draw) -> Request:
+    shape = (d.batch(), d.size(20), d.width())
+    return {
+        "x": d.tensor(*shape),
+        "residual": d.tensor(*shape),
+        "weight": d.tensor(shape[-1]),
+        "bias": d.tensor(shape[-1]) if d.flip() else None,
+        "eps": d.random.choice((1e-5, 1e-3)),
+    }
+
+
 def _attention_to_mask(d: Draw) -> Request:
     B, heads, C, N, dh = d.batch(), d.size(3), d.size(7), d.size(40), d.width()
     masks_alone = d.random.random() < 0.2
@@ -392,6 +403,7 @@ class Case:
 
 _QKV = ("q", "k", "v")
 CASES: dict[str, Case] = {
+    "add_layer_norm": Case(_add_layer_norm, close, (), ("x", "residual")),
     "attention_to_mask": Case(_attention_to_mask, close, _QKV, _QKV, (("q", 2),)),
     "encoder_attention": Case(_encoder_attention, close, _QKV, _QKV),
     "fused_linear": Case(_fused_linear, close_after_activation, ("x", "weight", "bias", "residual"), ("x", "residual")),

@@ -180,6 +180,17 @@ def _heads(b: int, heads: int, tokens: int, dh: int, dtype: torch.dtype) -> Tens
     return empty(b, tokens, heads, dh, dtype=dtype).transpose(1, 2)
 
 
+def _add_layer_norm(dtype: torch.dtype, width: int, bias: bool = True) -> Run:
+    """One image of 512 x 512."""
+
+    def run(kernels: Any) -> None:
+        x, residual = (empty(1, 1025, width, dtype=dtype) for _ in range(2))
+        weight = empty(width, dtype=dtype)
+        kernels.add_layer_norm(x, residual, weight, empty(width, dtype=dtype) if bias else None, 1e-5)
+
+    return run
+
+
 def _region_bridge(
     dtype: torch.dtype,
     dh: int,
@@ -307,6 +318,12 @@ def cases(op: str | None = None) -> list[Case]:
     def add(name: str, run: Run, cores: bool | None, everywhere: bool = False) -> None:
         found.append(Case(current, name, run, cores, everywhere))
 
+    current = "add_layer_norm"
+    for dtype in FLOATS:
+        for width in (32, 192, 768, 1024, 2048, 8192, 8191):
+            name, spread = f"{dtype_name(dtype)}-{width}", width == 768 and dtype != torch.float16
+            add(name, _add_layer_norm(dtype, width), False, spread)
+        add(f"{dtype_name(dtype)}-768-no-bias", _add_layer_norm(dtype, 768, bias=False), False)
     current = "attention_to_mask"
     for dtype in FLOATS:
         for dh in (16, 32, 64, 96, 128):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zs3fast import ops
 from zs3fast.encoders.config import ClipVisionConfig
+from zs3fast.ops.add_layer_norm import runs_kernel as adds_and_norms
 from zs3fast.ops.fused_linear import QUICK_GELU_SLOPE, linear, runs_kernel
 from zs3fast.ops.fused_linear import quick_gelu as quick_gelu
 from zs3fast.utils.weight_cache import WeightCache
@@ -69,7 +70,10 @@ class Attention(nn.Module):
 
         `attend` takes q, k, v [B, heads, tokens, dh] in the place of plain softmax attention.
         """
-        q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if context is not None and self._joins_in_place(x, context):
+            (q, k, v), context = self._joined(x, context), None
+        else:
+            q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if attend is None:
             return linear(self.out_proj, ops.encoder_attention(q, k, v, context).flatten(2), residual=residual)
         if context is not None:
@@ -78,6 +82,28 @@ class Attention(nn.Module):
                 q = q.contiguous()  # a view would keep all of qkv for the backward pass
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return linear(self.out_proj, out.transpose(1, 2).flatten(2), residual=residual)
+
+    def _joins_in_place(self, x: Tensor, context: tuple[Tensor, Tensor]) -> bool:
+        """Whether `_joined` may do it: for one image on a GPU; rows of more, contexts in between, are no matrix."""
+        if x.device.type != "cuda" or len(x) != 1 or len(context[0]) != 1 or torch.compiler.is_compiling():
+            return False
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+            return False
+        return type(weight) is nn.Parameter and x.dtype == weight.dtype == bias.dtype == context[0].dtype
+
+    def _joined(self, x: Tensor, context: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Queries [1, T, heads, dh] of x, keys and values [1, K + T, heads, dh] of the context and of x; no gradients.
+
+        The projection is written behind the context's rows: joined afterwards, all keys and values are moved again.
+        """
+        K, width = context[0].shape[1], x.shape[-1]
+        packed = x.new_empty(1, K + x.shape[1], 3 * width)
+        torch.addmm(self.in_proj_bias, x[0], self.in_proj_weight.t(), out=packed[0, K:])
+        q, k, v = packed.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        for rows, first in zip((k, v), context, strict=True):
+            rows[:, :K] = first
+        return q[:, K:], k, v
 
 
 class Mlp(nn.Module):
@@ -121,8 +147,13 @@ class Block(nn.Module):
         return self.attn.context_keys_values(self.ln_1(tokens))
 
     def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None = None, attend: Attend | None = None) -> Tensor:
-        x = self.attn(self.ln_1(x), context, attend, residual=x)
-        out: Tensor = self.mlp(self.ln_2(x), residual=x)
+        if adds_and_norms(x, self.ln_2):
+            after, norm = self.attn(self.ln_1(x), context, attend), self.ln_2
+            x, normed = ops.add_layer_norm(after, x, norm.weight, norm.bias, norm.eps)
+        else:
+            x = self.attn(self.ln_1(x), context, attend, residual=x)
+            normed = self.ln_2(x)
+        out: Tensor = self.mlp(normed, residual=x)
         return out
 
 

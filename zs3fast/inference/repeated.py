@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zs3fast.utils.recording import recording
+
 logger = logging.getLogger("zs3fast")
 
 MAX_RECORDINGS = 8  # each holds the memory of a forward pass
@@ -146,7 +148,8 @@ class Repeated:
             return self._run(images, text, contexts)
 
         try:
-            return self._record(run, [images, text])
+            with recording():
+                return self._record(run, [images, text])
         except RuntimeError as error:
             self.broken = True
             logger.warning("CUDA graphs are left: recording failed (%s); everything runs as it is", error)

@@ -2,6 +2,7 @@
 
 from zs3fast.ops._bits import unpack_bits
 from zs3fast.ops._dispatch import use_backend
+from zs3fast.ops.add_layer_norm import add_layer_norm
 from zs3fast.ops.attention_to_mask import attention_to_mask
 from zs3fast.ops.encoder_attention import encoder_attention
 from zs3fast.ops.fused_linear import fused_linear
@@ -18,6 +19,7 @@ from zs3fast.ops.self_similarity_attention import self_similarity_attention
 
 __all__ = [
     "MaskLossTerms",
+    "add_layer_norm",
     "encoder_attention",
     "fused_linear",
     "fused_linear_int8",
