@@ -30,6 +30,7 @@ import pyarrow.parquet as pq  # noqa: E402
 import ray  # noqa: E402
 
 from zs3fast.inference import bulk as bulk_module  # noqa: E402
+from zs3fast.inference import bulk_files  # noqa: E402
 from zs3fast.inference.bulk import BulkOptions, bulk, segment_rows  # noqa: E402
 from zs3fast.inference.bulk_files import (  # noqa: E402
     MANIFEST,
@@ -129,6 +130,16 @@ def test_inputs_that_are_no_good(tmp_path: Path) -> None:
     assert "1 have none" in refused(tmp_path / "null.parquet")
     pq.write_table(table([0.5, 1.0]), tmp_path / "real.parquet")
     assert "text or integers, got double" in refused(tmp_path / "real.parquet")
+    for kind in ([1], ["x"], [{"bytes": b"x", "path": "x"}], [[1, 2]]):
+        pq.write_table(pa.table({"id": ["a"], "bytes": kind}), tmp_path / "kind.parquet")
+        assert "kind.parquet: expected bytes that are binary, got" in refused(tmp_path / "kind.parquet")
+    for names in (["id", "bytes", "id"], ["id", "bytes", "bytes"], ["bytes"], []):
+        columns = [pa.array(["a"] if name == "id" else [b"x"]) for name in names]
+        pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "names.parquet")
+        assert "columns id and bytes, each once, got" in refused(tmp_path / "names.parquet")
+    pq.write_table(pa.table({"id": pa.nulls(0), "bytes": pa.nulls(0)}), tmp_path / "none.parquet")
+    assert "expected rows, none in 1 of Parquet files" in refused(tmp_path / "none.parquet")
+    assert find_source([str(tmp_path / "none.parquet"), str(tmp_path / "one.parquet")]).ids == ["a", "b"]
     whole = (tmp_path / "one.parquet").read_bytes()
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
     assert "half.parquet" in refused(tmp_path / "half.parquet")
@@ -139,6 +150,8 @@ def test_inputs_that_are_no_good(tmp_path: Path) -> None:
     assert "holes.parquet is no whole Parquet file" in refused(tmp_path / "holes.parquet")
     write_images(tmp_path / "images", range(1))
     assert "got images and Parquet files" in refused(tmp_path / "images", tmp_path / "one.parquet")
+    with pytest.raises(ValueError, match="INPUT: expected images outside of OUTPUT, all 1 lie in"):
+        find_source([str(tmp_path / "images")], str(tmp_path / "images"))
     write_tar(tmp_path / "one.tar", {"a.png": b"x", "b.png": b"x"})
     write_tar(tmp_path / "two.tar", {"c.png": b"x", "b.jpg": b"x"})
     assert "got images and WebDataset shards" in refused(tmp_path / "images", tmp_path / "one.tar")
@@ -154,6 +167,17 @@ def test_inputs_that_are_no_good(tmp_path: Path) -> None:
     assert "not compressed" in refused(tmp_path / "packed.tar.gz")
     assert "foo://bucket" in refused("foo://bucket")
     assert "one file system" in refused(tmp_path / "images", "memory://x")
+
+
+def test_a_file_system_that_fails_to_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hdfs:// without Java raises an OSError that names nothing."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError("Unable to load libjvm\nand more")
+
+    monkeypatch.setattr(bulk_files, "url_to_fs", fail)
+    with pytest.raises(ValueError, match="INPUT: hdfs://a/b cannot be opened .Unable to load libjvm and more"):
+        find_source(["hdfs://a/b"])
 
 
 def told(**changes: Any) -> dict[str, Any]:
@@ -289,7 +313,7 @@ def test_refinement_is_told_and_reaches_the_actors(
         assert (labels == refined(row["id"]).labels).all() and (labels != segmenter(row["id"]).labels).any()
     for more in (["--refine", "3"], []):
         result = CliRunner().invoke(app, ["bulk", *more, *run])
-        assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+        assert result.exit_code == 2 and len(result.output.splitlines()) == 1
         assert f"protocol refine 10, got {more[-1] if more else None}" in result.output
     run[1] = str(tmp_path / "plain")
     assert CliRunner().invoke(app, ["bulk", *run]).exit_code == 0 and seen == [10, None]
@@ -306,9 +330,12 @@ def test_a_ray_that_does_not_start_is_a_line(tmp_path: Path, monkeypatch: pytest
 
         monkeypatch.setattr(ray, "init", late)
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
-        for more, said in (([], "Ray did not start on this machine: "), (["--address", "a:1"], "no Ray cluster")):
+        for more, code, said in (
+            ([], 1, "Ray did not start on this machine: "),
+            (["--address", "a:1"], 2, "no Ray cluster"),
+        ):
             result = CliRunner().invoke(app, [*run, *more])
-            assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output
+            assert result.exit_code == code and said in result.output and "Traceback" not in result.output
             assert len(result.output.splitlines()) == 1 and str(raised).split("\n")[0] in result.output
     assert [path.name for path in (tmp_path / "out").iterdir()] == [MANIFEST]
 
@@ -425,6 +452,30 @@ def test_parquet_files(segmenter: Segmenter, tmp_path: Path, local_ray: None) ->
 
 
 @pytest.mark.slow
+def test_parquet_files_of_unlike_types(segmenter: Segmenter, tmp_path: Path, local_ray: None) -> None:
+    """Writers differ in what they call text and bytes; Ray read all by the first file's types."""
+    kinds = [(pa.int64(), pa.binary()), (pa.string(), pa.large_binary()), (pa.large_string(), pa.binary())]
+    kinds.append(kinds[1])  # alike but for a column that is not asked for
+    for file, (text, data) in enumerate(kinds):
+        ids = pa.array([file] if text == pa.int64() else [f"a{file}"], text)
+        columns = {
+            "more": pa.array([[1.0] if file % 3 else "x"]),
+            "bytes": pa.array([image_bytes(file)], data),
+            "id": ids,
+        }
+        folder = tmp_path / f"id={file}"  # no partition's name stands for a column
+        folder.mkdir()
+        pq.write_table(pa.table(columns), folder / f"{file}.PARQUET")
+    pq.write_table(pa.table({"id": ["none"], "bytes": pa.nulls(1)}), tmp_path / "nulls.parquet")
+    report = bulk([str(tmp_path)], str(tmp_path / "out"), segmenter, "tiny")
+    assert (report.done, report.failed) == (5, 1)
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out")}
+    assert sorted(rows) == ["0", "a1", "a2", "a3", "none"] and rows["none"]["error"] == "the row holds no bytes"
+    for file, one in enumerate(("0", "a1", "a2", "a3")):
+        assert (decode_labels(rows[one]["labels"], 40, 56) == segmenter(image_bytes(file)).labels).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["s3fs", "pyarrow"])
 def test_buckets(package: str, segmenter: Segmenter, tmp_path: Path) -> None:
     """Against a server that speaks S3; through pyarrow where s3fs is absent. A bucket that is not there is said."""
@@ -498,13 +549,20 @@ def test_what_the_command_says_of_bad_input(tmp_path: Path) -> None:
     for arguments, said in (
         ([str(tmp_path / "absent"), out], "nothing is at"),
         ([inside, str(tmp_path / "mine")], "holds others"),
+        ([inside, str(tmp_path / "mine" / "notes.txt")], "OUTPUT: expected a folder, got the file"),
+        ([inside, str(tmp_path / "mine" / "notes.txt" / "out")], "OUTPUT: "),
+        ([inside, inside], "outside of OUTPUT"),
+        (["", out], "INPUT: expected a path or URL, got ''"),
+        ([inside, " "], "OUTPUT: expected a path or URL, got ' '"),
+        (["foo://bucket/in", out], "INPUT: foo://bucket/in"),
+        ([inside, "foo://bucket/out"], "OUTPUT: foo://bucket/out"),
         ([inside, out, "--labels", "gif"], "--labels"),
         ([inside, out, "--method", "maskclip"], "got both"),
         ([inside, out, "--dataset", "voc20"], "expected one class list"),
         ([inside, out, "--num-gpus", "-1"], "--num-gpus"),
     ):
         result = CliRunner().invoke(app, ["bulk", *arguments, "-w", "zs3fast-tiny", "-c", CLASSES])
-        assert result.exit_code in (1, 2) and said in result.output, result.output
+        assert result.exit_code == 2 and said in result.output, result.output
         assert len(result.output.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "mine"], "nothing is written"
 

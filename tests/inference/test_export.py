@@ -150,6 +150,19 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         export_model(model, text(), tmp_path / "model.pt2", classes="both")
 
 
+def test_what_is_on_disk_is_kept(tmp_path: Path) -> None:
+    """An IR's weights lie beside it, in a name that somebody's own weights may have."""
+    (tmp_path / "model.bin").write_text("mine")
+    with pytest.raises(ValueError, match=r"path: expected no .*model\.bin, where the weights of model\.xml go"):
+        export_model(tiny_model("maskclip"), text(), tmp_path / "model.xml")
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ValueError, match=r"path: expected a file, got the folder .*folder\.onnx"):
+        export_model(tiny_model("maskclip"), text(), tmp_path / "folder.onnx")
+    with pytest.raises(ValueError, match=r"path: .*model\.bin is a file, expected a folder"):
+        export_model(tiny_model("maskclip"), text(), tmp_path / "model.bin" / "m.pt2")
+    assert (tmp_path / "model.bin").read_text() == "mine" and not list((tmp_path / "folder.onnx").iterdir())
+
+
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r'onnx is not installed; pip install "zs3fast\[export\]"'):

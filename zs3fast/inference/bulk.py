@@ -226,15 +226,19 @@ def _dataset(source: Source, have: set[str], options: BulkOptions) -> Any:
         return ray.data.from_arrow([pa.Table.from_pylist(part, _PLACES) for part in parts]).map_batches(
             read, fn_args=(source.fs,), batch_format="pyarrow", batch_size=step, num_cpus=0.5
         )
-    pairs = zip(source.paths, source.ids_by_file, strict=True)
-    paths = [path for path, ids in pairs if not have.issuperset(ids)]  # finished files are not opened again
+    alike: dict[pa.Schema, list[str]] = {}  # Ray reads all files of a call by one schema
+    for path, ids, schema in zip(source.paths, source.ids_by_file, source.schemas or (), strict=True):
+        if not have.issuperset(ids):  # finished files are not opened again
+            alike.setdefault(schema, []).append(path)
     known = ray.put(pa.array(sorted(have.intersection(source.ids)), pa.string()))
     without: Any = _without
-    return (
-        ray.data.read_parquet(paths, filesystem=source.fs)
-        .select_columns(["id", "bytes"])
-        .map_batches(without, fn_args=(known,), batch_format="pyarrow", batch_size=step, num_cpus=0.5)
+    first, *others = (
+        ray.data.read_parquet(
+            paths, filesystem=source.fs, schema=schema, partitioning=None, file_extensions=None
+        ).map_batches(without, fn_args=(known,), batch_format="pyarrow", batch_size=step, num_cpus=0.5)
+        for schema, paths in alike.items()
     )
+    return first.union(*others) if others else first
 
 
 # Where a row's image lies: bytes start to end of a file, or all of it; or why there is none.

@@ -80,9 +80,13 @@ def bulk(
         segmenter, name = segmenter_of(weights, entries, clips, settings)
     with one_line_errors(RUN_ERROR), progress_bar() as bar:
         task = bar.add_task("Segmenting", total=None)
-        report = work.bulk(
-            found, output, segmenter, name, run, lambda done, of: bar.update(task, completed=done, total=of)
-        )
+        try:
+            report = work.bulk(
+                found, output, segmenter, name, run, lambda done, of: bar.update(task, completed=done, total=of)
+            )
+        except ValueError:  # an OUTPUT or --address that is no good, which nothing was written for
+            with one_line_errors(USAGE_ERROR):
+                raise
     before = f", {report.before} were there" if report.before else ""
     broken = f"; {report.failed} hold an error" if report.failed else ""
     stdout.print(f"{report.done} images segmented{before}, results in {escape(output)}{broken}")

@@ -84,6 +84,7 @@ class Source:
 
     ids_by_file: for Parquet and tars, the ids of each file; for images None, an image's id is its address.
     samples: for tars, where each id's image lies; for others None.
+    schemas: for Parquet, the columns id and bytes of each file; for others None.
     """
 
     fs: Any
@@ -91,6 +92,7 @@ class Source:
     ids: list[str]
     ids_by_file: list[list[str]] | None = None
     samples: list[Sample] | None = None
+    schemas: list[pa.Schema] | None = None
 
 
 _KINDS = {".parquet": "Parquet files", ".tar": "WebDataset shards"}  # anything else is taken for an image
@@ -119,7 +121,10 @@ def find_source(inputs: Sequence[str], output: str | None = None) -> Source:
     if output is not None:
         fs_there, path = _file_system(output, "OUTPUT")
         inside = f"{path.rstrip('/')}/"
-        found = {path: None for path in found if fs_there != fs or not path.startswith(inside)}
+        outside = {path: None for path in found if fs_there != fs or not path.startswith(inside)}
+        if found and not outside:
+            raise ValueError(f"INPUT: expected images outside of OUTPUT, all {len(found)} lie in {output}")
+        found = outside
     paths = list(found)
     kinds = {_kind(path): path for path in paths}
     if len(kinds) > 1:
@@ -131,14 +136,17 @@ def find_source(inputs: Sequence[str], output: str | None = None) -> Source:
     read = _parquet_rows if kind == _KINDS[".parquet"] else _tar_rows
     with ThreadPoolExecutor(_LISTERS) as pool:
         rows = list(pool.map(lambda path: read(fs, path), paths))
-    by_file = [ids for ids, _ in rows]
+    by_file = [ids for ids, _, _ in rows]
     ids = [one for ids in by_file for one in ids]
+    if not ids:
+        raise ValueError(f"INPUT: expected rows, none in {len(paths)} of {kind}, such as {paths[0]}")
     if len(set(ids)) != len(ids):
         double, times = Counter(ids).most_common(1)[0]
         where = [path for path, ids in zip(paths, by_file, strict=True) if double in ids]
         raise ValueError(f"INPUT: expected every id once, got {double!r} {times} times in {' and '.join(where[:2])}")
-    samples = None if kind == _KINDS[".parquet"] else [one for _, samples in rows for one in samples]
-    return Source(fs, paths, ids, by_file, samples)
+    if kind == _KINDS[".parquet"]:
+        return Source(fs, paths, ids, by_file, schemas=[schema for _, _, schema in rows])
+    return Source(fs, paths, ids, by_file, [one for _, samples, _ in rows for one in samples])
 
 
 def _kind(path: str) -> str:
@@ -149,16 +157,20 @@ def _kind(path: str) -> str:
 
 def _file_system(url: str, what: str) -> tuple[Any, str]:
     """The file system of a path or URL by fsspec, or for s3:// without s3fs by pyarrow; and the path in it."""
+    if not url.strip():  # fsspec takes it for the folder one is in
+        raise ValueError(f"{what}: expected a path or URL, got {url!r}")
     try:
         system, inside = url_to_fs(url)
         return system, str(inside)
-    except (ImportError, ValueError) as error:  # a file system whose package is not there, or no file system
+    except Exception as error:  # a file system whose package, or what that needs, is not there; or no file system
         scheme, _, path = url.partition("://")
-        if scheme == "s3":  # pyarrow brings it; its gs:// tries for a quarter of an hour where there is none
+        if scheme == "s3" and isinstance(error, ImportError):
+            # pyarrow brings it; its gs:// tries for a quarter of an hour where there is none
             with _reached(what, url):
                 native, _ = arrow_fs.FileSystem.from_uri(f"s3://{path.partition('/')[0]}")
             return ArrowFSWrapper(native), path
-        raise type(error)(f"{what}: {url} cannot be opened ({error})") from None
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(f"{what}: {url} cannot be opened ({first_line(error)})") from None
 
 
 @contextmanager
@@ -206,22 +218,32 @@ def _files(fs: Any, path: str, given: str) -> list[str]:
     return kept
 
 
-def _parquet_rows(fs: Any, path: str) -> tuple[list[str], list[Sample]]:
+def _parquet_rows(fs: Any, path: str) -> tuple[list[str], list[Sample], pa.Schema]:
+    """Ids of a Parquet file, and how its columns id and bytes are held; the bytes are read by Ray."""
     with _named("INPUT", path), fs.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
-        names = parquet.schema_arrow.names
-        lacking = [name for name in ("id", "bytes") if name not in names]
-        if lacking:
-            raise ValueError(f"INPUT: {path}: expected columns id and bytes, got {', '.join(names)}")
+        schema = parquet.schema_arrow
+        if any(schema.names.count(name) != 1 for name in ("id", "bytes")):
+            got = ", ".join(schema.names) or "none"
+            raise ValueError(f"INPUT: {path}: expected columns id and bytes, each once, got {got}")
+        if not parquet.metadata.num_rows:  # a writer that had no rows did not know their types
+            return [], [], pa.schema([])
+        kinds = {name: schema.field(name).type for name in ("id", "bytes")}
+        if not any(test(kinds["id"]) for test in _ID_TYPES):
+            raise ValueError(f"INPUT: {path}: expected ids that are text or integers, got {kinds['id']}")
+        if not any(test(kinds["bytes"]) for test in _BYTES_TYPES):
+            raise ValueError(f"INPUT: {path}: expected bytes that are binary, got {kinds['bytes']}")
         ids = parquet.read(columns=["id"]).column("id")
-        if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type) or pa.types.is_integer(ids.type)):
-            raise ValueError(f"INPUT: {path}: expected ids that are text or integers, got {ids.type}")
         if ids.null_count:
             raise ValueError(f"INPUT: {path}: expected an id in every row, {ids.null_count} have none")
-        return [str(one) for one in ids.to_pylist()], []
+        return [str(one) for one in ids.to_pylist()], [], pa.schema(kinds)
 
 
-def _tar_rows(fs: Any, path: str) -> tuple[list[str], list[Sample]]:
+_ID_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
+_BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)  # null: no row has an image
+
+
+def _tar_rows(fs: Any, path: str) -> tuple[list[str], list[Sample], pa.Schema]:
     """Ids and images of a WebDataset shard, by its headers."""
     try:
         with fs.open(path, "rb") as file:
@@ -232,7 +254,7 @@ def _tar_rows(fs: Any, path: str) -> tuple[list[str], list[Sample]]:
         raise ValueError(f"INPUT: {path}: {error}") from None
     if not any(sample.problem is None for _, sample in found):
         raise ValueError(f"INPUT: expected images in {path}, none of its {len(found)} samples has one")
-    return [_storable(key) for key, _ in found], [sample for _, sample in found]
+    return [_storable(key) for key, _ in found], [sample for _, sample in found], pa.schema([])
 
 
 @contextmanager

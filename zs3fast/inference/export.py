@@ -25,7 +25,7 @@ from zs3fast.encoders.clip_vit import ClipViT
 from zs3fast.models.base import ZeroShotModel
 from zs3fast.ops import _dispatch
 from zs3fast.ops.masks_to_labels import reference_scores
-from zs3fast.utils.files import replacing
+from zs3fast.utils.files import expect_folder, replacing
 from zs3fast.utils.options import one_of
 
 logger = logging.getLogger("zs3fast")
@@ -137,6 +137,7 @@ def export_model(
     """
     target = Path(path)
     kind = _format_of(target, format)
+    _check_free(target, kind)
     one_of("output", output, OUTPUTS)
     one_of("classes", classes, ("baked", "input"))
     for package in _NEEDS.get(kind, ()):
@@ -186,6 +187,15 @@ def _format_of(path: Path, format: str | None) -> str:
         if path.name.endswith(ending):
             return FORMATS[ending]
     raise ValueError(f"path: expected a name that ends in {', '.join(FORMATS)}, got {path.name}")
+
+
+def _check_free(path: Path, kind: str) -> None:
+    """Raise for a path that no file can be written to, or where the weights beside it would replace another's file."""
+    if path.is_dir():
+        raise ValueError(f"path: expected a file, got the folder {path}")
+    expect_folder(path.parent, "path")
+    if kind == "openvino" and _bin_of(path).exists() and not path.exists():
+        raise ValueError(f"path: expected no {_bin_of(path)}, where the weights of {path.name} go; take another name")
 
 
 def _example(model: ZeroShotModel, size: tuple[int, int] | None, images: Sequence[Tensor]) -> Tensor:
