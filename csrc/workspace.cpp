@@ -1,21 +1,33 @@
 #include "workspace.h"
 
-#include <memory>
+#include <utility>
 
 #include "scratch.h"
 
 namespace zs3fast {
+namespace {
 
-unsigned char* workspace(int64_t bytes) {
-  thread_local std::unique_ptr<ScratchArena> kept;
-  thread_local int64_t size = 0;
-  if (!kept || bytes > size || (size > kKeptBytes && bytes <= kKeptBytes)) {
-    kept.reset();  // before the new one, not beside it
-    size = 0;
-    kept = std::make_unique<ScratchArena>(bytes);
-    size = bytes;
+struct Kept {
+  std::unique_ptr<ScratchArena> block;
+  int64_t size = 0;
+};
+thread_local Kept kept;
+
+}  // namespace
+
+Workspace::Workspace(int64_t bytes) : block_(std::move(kept.block)), size_(std::exchange(kept.size, 0)) {
+  if (!block_ || size_ < bytes) {
+    block_.reset();  // before the new one, not beside it
+    block_ = std::make_unique<ScratchArena>(bytes);
+    size_ = bytes;
   }
-  return kept->bytes();
+  bytes_ = block_->bytes();
+}
+
+Workspace::~Workspace() {
+  if (size_ > kKeptBytes || size_ < kept.size) return;
+  kept.block = std::move(block_);
+  kept.size = size_;
 }
 
 }  // namespace zs3fast

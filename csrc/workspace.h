@@ -3,13 +3,29 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace zs3fast {
 
-// What is larger goes with the next call that needs less. Enough for 1025 rows of 3072 columns in bfloat16.
+class ScratchArena;
+
+// A thread keeps no more. Enough for 1025 rows of 3072 columns in bfloat16.
 constexpr int64_t kKeptBytes = int64_t{13} << 19;
 
-// At least `bytes`, aligned to cache lines, not initialised; this thread's until it asks again.
-unsigned char* workspace(int64_t bytes);
+// At least `bytes`, aligned to cache lines, not initialised: what the thread kept, or memory of its own if that is too
+// small or in use. It is the thread's again with the end of this object, and the system's if it is larger than is kept.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  unsigned char* bytes() const { return bytes_; }
+
+ private:
+  std::unique_ptr<ScratchArena> block_;
+  int64_t size_;
+  unsigned char* bytes_;
+};
 
 }  // namespace zs3fast

@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kQueries = 64;  // of a block
 constexpr int64_t kKeys = 256;    // of a block
 constexpr float kLog2e = 1.44269504f;
+constexpr float kFar = 65536.0f;  // of exponents: beyond, a product's rounding is more than that of a difference
 
 inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -34,13 +35,16 @@ inline Float larger(Float a, Float b) {
 #endif
 }
 
+// Infinity less infinity is no number: what is minus infinity has nothing taken off it.
+inline Float finite_or_zero(Float x) { return x == all(-std::numeric_limits<float>::infinity()) ? Float{} : x; }
+
 // 2^x for x <= 0.
 template <bool Short>
 inline Float exp2(Float x) {
 #if defined(__AVX512F__)
   return (Float)exp2_512<Short>((__m512)x);
 #else
-  return exponential(x * 0.693147181f);
+  return x < all(-126.0f) ? Float{} : exponential(x * 0.693147181f);
 #endif
 }
 
@@ -127,6 +131,29 @@ void block_maximum(const float* s, int64_t keys, float* out) {
   for (int j = 0; j < vectors; ++j) store(out + j * kLanes, m[j]);
 }
 
+// Whether a maximum of the first `columns` is so large, or so small, that its exponents are to be taken by `subtract`.
+template <int64_t columns>
+bool is_far(const float* block, float c) {
+  Int near = all(-1);
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const Float x = load(block + j) * c;
+    near &= (x < all(kFar)) & (x > all(-kFar));
+  }
+  int32_t lanes[kLanes], every = -1;
+  store(lanes, near);
+  for (const int32_t lane : lanes) every &= lane;
+  return every == 0;
+}
+
+// Scores [keys, columns] less the maximum that there will be.
+[[gnu::noinline, gnu::cold]] void subtract(float* s, int64_t keys, int64_t columns, const float* before, const float* block) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const Float now = before ? larger(load(before + j), load(block + j)) : load(block + j);
+    const Float base = finite_or_zero(now);
+    for (int64_t i = 0; i < keys; ++i) store(s + i * kQueries + j, load(s + i * kQueries + j) - base);
+  }
+}
+
 // Scores [keys, kQueries] of one block become probabilities; maximum, sum and output so far are brought up to date.
 template <class Products, int64_t columns>
 void softmax_block(const Scratch<Products>& x, int64_t keys, int64_t padded, int64_t width, float c, bool first) {
@@ -135,14 +162,17 @@ void softmax_block(const Scratch<Products>& x, int64_t keys, int64_t padded, int
   auto* packed = reinterpret_cast<typename Products::Packed*>(p);
   float rescale[kQueries];
   bool changed = false;
+  const bool far = is_far<columns>(x.block, c);
+  if (far) subtract(x.s, keys, columns, first ? nullptr : x.largest, x.block);
   for (int64_t j = 0; j < columns; j += kLanes) {
     const Float before = first ? all(-std::numeric_limits<float>::infinity()) : load(x.largest + j);
     const Float now = larger(before, load(x.block + j));
     store(x.largest + j, now);
-    const Float factor = first ? Float{} : exp2<false>((before - now) * c);
+    const Float base = finite_or_zero(now);
+    const Float factor = first ? Float{} : exp2<false>((before - base) * c);
     store(rescale + j, factor);
     Float sum = first ? Float{} : load(x.sum + j) * factor;
-    const Float offset = now * c;
+    const Float offset = far ? Float{} : base * c;
     int64_t i = 0;
     for (; i + 2 <= keys; i += 2) {
       const Float a = exp2<Products::kShort>(load(x.s + i * kQueries + j) * c - offset);
@@ -204,7 +234,8 @@ void run_typed(const Problem& f, int64_t begin, int64_t end) {
   const int64_t keys = counts[0] + counts[1];
   Carver measure(nullptr);
   Scratch<Products>::carve(measure, keys, width);
-  Carver carver(workspace(measure.used()));
+  const Workspace room(measure.used());
+  Carver carver(room.bytes());
   const auto x = Scratch<Products>::carve(carver, keys, width);
   const float c = std::fabs(f.scale) * kLog2e;
 

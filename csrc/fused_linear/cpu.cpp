@@ -80,7 +80,8 @@ at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& x_in, const at::Ten
   const int64_t block = kRows * std::max<int64_t>(x.size(1), 1) * x.element_size(), all = blocks(x.size(0));
   const int64_t most = std::max<int64_t>(kKeptBytes / block, 1), parts = (all + most - 1) / most;
   const int64_t step = (all + parts - 1) / parts;
-  whole.packed = workspace(step * block);
+  const Workspace room(step * block);
+  whole.packed = room.bytes();
   for (int64_t first = 0; first < all; first += step) {
     const int64_t count = std::min(step, all - first);
     const Problem f = rows_of(whole, first * kRows, step * kRows, x.element_size());

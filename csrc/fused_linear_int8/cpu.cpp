@@ -72,7 +72,8 @@ at::Tensor by_kernel(const Kernel& kernel, const at::Tensor& x_in, const at::Ten
   const int64_t most = std::max<int64_t>(kKeptBytes / bytes, 1), parts = (all + most - 1) / most;
   const int64_t step = (all + parts - 1) / parts;
   const bool bf16 = x.scalar_type() == at::kBFloat16;
-  whole.packed = workspace(step * bytes);
+  const Workspace room(step * bytes);
+  whole.packed = room.bytes();
   for (int64_t first = 0; first < all; first += step) {
     const int64_t count = std::min(step, all - first);
     const Problem f = part_of(whole, first * kRows, step * kRows, x.element_size());

@@ -31,7 +31,8 @@ def test_half_precision(method: str) -> None:
             assert relative(model(images, text).mask_logits.float(), expected) < 0.05
         half = copy.deepcopy(model).bfloat16()
         out = half(images.bfloat16(), text.bfloat16())
-        assert out.mask_logits.dtype == torch.bfloat16 and relative(out.mask_logits.float(), expected) < 0.05
+        wide = torch.float32 if method in ("zegclip", "tagclip") else torch.bfloat16  # whose scores are one product
+        assert out.mask_logits.dtype == wide and relative(out.mask_logits.float(), expected) < 0.05
         labels, scores = half.predict_labels(out, (64, 64)), half.class_scores(out, (64, 64))
         assert (labels == scores.argmax(1)).float().mean() > 0.999  # near-ties may fall either way
 

@@ -108,6 +108,38 @@ def test_maximum_moves_between_blocks(dtype: torch.dtype, last: float) -> None:
         assert_within_budget(name, got, lambda *a: reference(*a, scale=1.0), q, k, v)
 
 
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e15])
+def test_scores_of_any_size(dtype: torch.dtype, size: float) -> None:
+    """Scores of 1e9 to 1e31, whose roundings are larger than any exponent: the largest one wins."""
+    q, k, v, _ = make((1, 40, 600, 0, 1, 64), dtype)
+    q, k = q * size, k * size
+    scores = q[0, :, 0].double() @ k[0, :, 0].double().mT
+    (first, second), winner = scores.topk(2, -1).values.unbind(-1), scores.argmax(-1)
+    clear = first - second > 1e-4 * scores.abs().amax(-1)
+    assert clear.sum() > 20
+    for name in names(dtype):
+        got = run_by(name, q, k, v, None, 1.0)[0, :, 0]
+        assert torch.equal(got[clear], v[0, winner, 0][clear]), name
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("start", [0, 256])
+def test_scores_of_minus_infinity_count_for_nothing(dtype: torch.dtype, start: int) -> None:
+    """Even where a whole block of keys, or of the context, has no other; where no key has, there is no answer."""
+    q, k, v, context = make((1, 40, 600, 3, 1, 64), dtype)
+    q, k = q.clone(), k.clone()
+    q[..., 0] = q[..., 0].abs() + 0.1
+    k[:, start : start + 256, :, 0] = context[0][..., 0] = -torch.inf
+    seen = [i for i in range(600) if not start <= i < start + 256]
+    for name in names(dtype):
+        got = run_by(name, q, k, v, context, 0.125)
+        assert_within_budget(name, got, lambda *a: reference(*a, scale=0.125), q, k[:, seen], v[:, seen])
+        assert run_by(name, q, k[:, start : start + 256], v[:, :256], context, 0.125).isnan().all(), name
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
 def test_nan_stays_where_it_was_seen(backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):

@@ -123,7 +123,14 @@ def test_layouts(dtype: torch.dtype) -> None:
         )
 
 
-@needs_cpp
+def test_no_input_columns_leave_the_bias() -> None:
+    x, weight, bias = torch.zeros(3, 0), torch.zeros(32, 0), torch.arange(32.0)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            got = public(x.to(dtype), weight.to(dtype), bias.to(dtype), residual=torch.ones(3, 32, dtype=dtype))
+            assert torch.equal(got, (bias + 1).to(dtype).expand(3, 32))
+
+
 def test_new_weights_are_seen_at_once() -> None:
     """Nothing of them is kept: in place, by .data, by load_state_dict, in inference mode."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zs3fast import ops
 from zs3fast.ops.fused_linear import linear
+from zs3fast.utils.precision import without_autocast
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -63,10 +64,14 @@ class MaskAttention(nn.Module):
             mean_scores = ops.attention_to_mask(q, k, None, scale)[1]
             assert mean_scores is not None
             return mean_scores
-        # Fewer classes than patches: fold the key projection into the queries, q.(W x + b) = (W^T q).x + q.b.
+        # Fewer classes than patches: fold the key projection into the queries, q.(W x + b) = (W^T q).x + q.b. In
+        # float32 at least: labels compare these scores, and in 8 bits many of two classes would be equal.
         q = linear(self.q, queries)
-        masks = (q @ self.k.weight) @ patches.transpose(1, 2) + (q @ self.k.bias).unsqueeze(-1)
-        out: Tensor = masks.mul_(scale / self.heads)
+        with without_autocast(q.device):
+            wide = torch.promote_types(q.dtype, torch.float32)
+            q, x, weight, bias = (t.to(wide) for t in (q, patches, self.k.weight, self.k.bias))
+            masks = (q @ weight) @ x.transpose(1, 2) + (q @ bias).unsqueeze(-1)
+            out: Tensor = masks.mul_(scale / self.heads)
         return out
 
 

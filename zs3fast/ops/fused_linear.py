@@ -191,7 +191,7 @@ def _cpp_objections(x: Tensor, weight: Tensor | None = None, *_args: object) -> 
         return reasons
     if type(weight) not in (Tensor, torch.nn.Parameter):
         reasons.append(f"reads the memory of a plain weight, not of {type(weight).__name__}")
-    if weight.shape[0] % 32 or weight.shape[1] % 32:
+    if weight.shape[0] % 32 or weight.shape[1] % 32 or not weight.shape[1]:
         reasons.append(f"a weight of {list(weight.shape)}, built for sides of multiples of 32")
     if not reasons and not kernels(x.dtype):
         reasons.append(f"no kernel for {str(x.dtype)[6:]} on this CPU: AVX-512, and AVX-512-BF16 for bfloat16")
