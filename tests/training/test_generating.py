@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,12 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     train(one)
     assert losses(two) == pytest.approx(losses(one.folder), rel=1e-4)
     first, second = (safetensors.torch.load_file(path / "weights.safetensors") for path in (one.folder, two))
-    assert max(float((value - second[name]).abs().max()) for name, value in first.items()) < 1e-3
+    # A group norm of one channel a group takes the biases of norms 0..2 away again: their gradient is rounding alone,
+    # which Adam makes steps of the learning rate's size of.
+    cancelled = re.compile(r"encoder\.hidden_states_norms\.[012]\.bias$")
+    compared = {name: value for name, value in first.items() if not cancelled.search(name)}
+    assert len(compared) == len(first) - 3
+    assert max(float((value - second[name]).abs().max()) for name, value in compared.items()) < 3e-4
     entries, others = (
         [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
         for folder in (one.folder, two)
