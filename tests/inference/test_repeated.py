@@ -20,6 +20,7 @@ from zs3fast.inference import repeated
 from zs3fast.inference.compiled import CompiledModel
 from zs3fast.inference.repeated import Repeated, RepeatedModel
 from zs3fast.inference.segmenter import Segmenter
+from zs3fast.utils.recording import is_recording
 
 
 class Recording:
@@ -76,6 +77,27 @@ def test_the_third_call_of_a_size_replays(method: str) -> None:
     assert Recording.replayed == 3
     for got, out in results:  # no result lies in memory that a later replay wrote to
         assert_same(got, out)
+
+
+@torch.no_grad()
+def test_ops_know_that_they_are_recorded() -> None:
+    """From the warm-up on, which is part of what records; in plain calls and where a recording fails they are not."""
+    seen: list[bool] = []
+
+    def run(images: Tensor, text: Tensor, contexts: Any) -> tuple[Tensor, None]:
+        seen.append(is_recording())
+        return images.sum(1, keepdim=True), None
+
+    def fails(run: Callable[..., Any], given: Sequence[Tensor]) -> Any:
+        run(*given)
+        raise RuntimeError("out of memory")
+
+    for record in (Recording, fails):
+        seen.clear()
+        repeated_run = Repeated(run, list, record)
+        for batch in (1, 1, 3):
+            repeated_run(*tiny_inputs(batch))
+        assert seen[0] is False and seen[1] is True and seen[-1] is False and not is_recording()
 
 
 @torch.no_grad()
