@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,3 +105,10 @@ def test_auto_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
         dtypes.suited(tiny_model("zegclip"), SegmenterOptions(dtype="float32"))
     said = [message for message in caplog.messages if message.startswith("dtype auto")]
     assert said == ["dtype auto: models run in bfloat16 on cpu; dtype='float32' keeps them as they are"]
+
+
+@pytest.mark.parametrize("dtype", [torch.zeros(2), np.zeros(2), ["float32"], 32, torch.float64])
+def test_what_is_no_type_is_refused_in_one_line(dtype: Any) -> None:
+    """An array too, which Python cannot compare with a name."""
+    with pytest.raises(ValueError, match="^dtype: expected one of float32, bfloat16, float16, auto, got .*$"):
+        SegmenterOptions(dtype=dtype)

@@ -63,7 +63,7 @@ class SegmenterOptions:
         if self.window_batch < 1:
             raise ValueError(f"window_batch: expected at least 1, got {self.window_batch}")
         known = (*DTYPES, *DTYPES.values(), AUTO, None)
-        if self.dtype not in known:
+        if not isinstance(self.dtype, (str, torch.dtype, type(None))) or self.dtype not in known:
             names = ", ".join((*DTYPES, AUTO))
             raise ValueError(f"dtype: expected one of {names}, got {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}")
         if self.quantize is not None:
