@@ -188,7 +188,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     coco = root / "coco_stuff164k"
     for split in ("train", "val"):
         write_list(context / f"ImageSets/SegmentationContext/{split}.txt", two)
-        raw = {"000000000001": (0, 12, 91, 181), "000000000002": (2, 4, 21, 1)}
+        raw = {"000000000001": (0, 20, 91, 181), "000000000002": (2, 4, 21, 1)}
         things = {name: stripes(values, wide) for name, values in raw.items()}
         folders(coco, f"images/{split}2017", f"annotations/{split}2017", things)
     for part in ("training", "validation"):

@@ -303,6 +303,8 @@ def test_batches_that_do_not_fit_are_one_line() -> None:
             call(images, samples(tiny_labels(1)))
     with pytest.raises(ValueError, match="data_samples: expected 2, got 0"):
         segmentor(images, mode="loss")
+    with pytest.raises(ValueError, match="img_metas: expected ori_shape in each, to rescale to, got one without it"):
+        segmentor.simple_test(images, [{"ori_shape": (30, 40, 3)}, {}])
     metas = [{"ori_shape": (30, 40, 3)}, {"ori_shape": (31, 40, 3)}]
     with pytest.raises(
         ValueError, match=r"img_metas: expected one ori_shape in a batch, got \[\(30, 40\), \(31, 40\)\]"

@@ -303,6 +303,8 @@ class Segmentor(nn.Module):
 
     @staticmethod
     def _rescaled(scores: Tensor, metas: Metas, rescale: bool) -> Tensor:
+        if rescale and not all("ori_shape" in meta for meta in metas):
+            raise ValueError("img_metas: expected ori_shape in each, to rescale to, got one without it")
         sizes = {tuple(meta["ori_shape"])[:2] for meta in metas} if rescale else {tuple(scores.shape[-2:])}
         if len(sizes) > 1:
             raise ValueError(f"img_metas: expected one ori_shape in a batch, got {sorted(sizes)}")
