@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from zs3fast.cli import app
+from zs3fast.inference import export
 from zs3fast.inference.segmenter import Segmenter
 
 
@@ -46,6 +47,14 @@ def test_maft_needs_no_proposer(tmp_path: Path) -> None:
 def test_arguments_that_are_no_good(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["export", *arguments])
     assert result.exit_code == 2 and said in result.output and len(result.output.splitlines()) == 1
+
+
+def test_a_file_that_disagrees_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once ended with 2, as if the options were wrong."""
+    monkeypatch.setattr(export, "MOST_DIFFERENT", -1.0)
+    result = CliRunner().invoke(app, ["export", "zs3fast-tiny-maskclip", str(tmp_path / "m.pt2"), "--classes", "a, b"])
+    assert result.exit_code == 1 and "expected a difference below -1" in result.output, result.output
+    assert len(result.output.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_help_without_the_extra() -> None:

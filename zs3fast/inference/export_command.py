@@ -61,8 +61,7 @@ def export(
         pixels = [torch.from_numpy(read_image(image)[0]) for image in images or ()]
         shown = [bilinear(image, side).permute(2, 0, 1).contiguous() for image in pixels]
         text = segmenter.embed(classes)
-    try:
-        with one_line_errors(USAGE_ERROR):
+        try:
             report = export_model(
                 model,
                 text,
@@ -74,9 +73,9 @@ def export(
                 any_size=any_size,
                 images=shown,
             )
-    except ExportError as error:
-        stdout.print(escape(str(error)))
-        raise typer.Exit(RUN_ERROR) from None
+        except ExportError:  # nothing was asked for wrongly
+            with one_line_errors(RUN_ERROR):
+                raise
     stdout.print(escape(str(report)))
 
 
