@@ -171,6 +171,10 @@ def test_bad_images_are_named(images: Tensor, error: type[Exception], message: s
         ({"depth": 3}, "prompt_depth: expected -3..2 for 3 layers, got 3"),
         ({"depth": -4}, "prompt_depth"),
         ({"prompts": 0}, "num_prompts: expected at least 1, got 0"),
+        ({"prompts": "2"}, "num_prompts: expected at least 1, got '2'"),
+        ({"prompts": 1.5}, "num_prompts: expected at least 1, got 1.5"),
+        ({"depth": "1"}, "prompt_depth: expected -3..2 for 3 layers, got '1'"),
+        ({"depth": 1.5}, "prompt_depth: expected -3..2 for 3 layers, got 1.5"),
     ],
 )
 def test_bad_sizes_are_named(options: dict[str, int], message: str) -> None:

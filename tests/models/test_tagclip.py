@@ -290,6 +290,7 @@ def test_learnable_descriptor_is_closed_set() -> None:
     ("options", "message"),
     [
         ({"layout": "a_b"}, "layout: expected letters a and n joined by '_', got 'a_b'"),
+        ({"layout": None}, "layout: expected letters a and n joined by '_', got None"),
         ({"trusty_weighting": "true"}, "trusty_weighting: expected one of both, seen, unseen, off, got 'true'"),
         ({"trusty_loss": "tversky"}, "trusty_loss: expected one of focal, dice"),
         ({"trusty_init": "rand"}, "trusty_init: expected one of xavier, zeros, uniform01"),

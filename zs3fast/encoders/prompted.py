@@ -44,12 +44,11 @@ class PromptedClipViT(ClipViT):
     ):
         super().__init__(config, image_size, double_class_embedding=double_class_embedding)
         depth = config.layers - 1 if prompt_depth is None else prompt_depth
-        if not -config.layers <= depth < config.layers:
-            raise ValueError(
-                f"prompt_depth: expected {-config.layers}..{config.layers - 1} for {config.layers} layers, got {depth}"
-            )
-        if num_prompts < 1:
-            raise ValueError(f"num_prompts: expected at least 1, got {num_prompts}")
+        if type(depth) is not int or not -config.layers <= depth < config.layers:
+            expected = f"expected {-config.layers}..{config.layers - 1} for {config.layers} layers"
+            raise ValueError(f"prompt_depth: {expected}, got {depth!r}")
+        if type(num_prompts) is not int or num_prompts < 1:
+            raise ValueError(f"num_prompts: expected at least 1, got {num_prompts!r}")
         self.prompt_depth = depth
         self.dropout = dropout
         width = config.width

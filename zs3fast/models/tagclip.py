@@ -70,7 +70,7 @@ class TagCLIP(SegmentationModel):
         decoder_width: int | None = None,
         **options: Any,
     ):
-        letters = layout.split("_")
+        letters = str(layout).split("_")
         if any(letter not in ("a", "n") for letter in letters):
             raise ValueError(f"layout: expected letters a and n joined by '_', got {layout!r}")
         if descriptor == "learnable" and trusty_token:
