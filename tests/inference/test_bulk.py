@@ -137,6 +137,8 @@ def test_inputs_that_are_no_good(tmp_path: Path) -> None:
         columns = [pa.array(["a"] if name == "id" else [b"x"]) for name in names]
         pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "names.parquet")
         assert "columns id and bytes, each once, got" in refused(tmp_path / "names.parquet")
+    pq.write_table(pa.table({"id": ["a"], "bytes": pa.array([b"x"], pa.binary(1))}), tmp_path / "fixed.parquet")
+    assert find_source([str(tmp_path / "fixed.parquet")]).ids == ["a"]
     pq.write_table(pa.table({"id": pa.nulls(0), "bytes": pa.nulls(0)}), tmp_path / "none.parquet")
     assert "expected rows, none in 1 of Parquet files" in refused(tmp_path / "none.parquet")
     assert find_source([str(tmp_path / "none.parquet"), str(tmp_path / "one.parquet")]).ids == ["a", "b"]

@@ -240,7 +240,12 @@ def _parquet_rows(fs: Any, path: str) -> tuple[list[str], list[Sample], pa.Schem
 
 
 _ID_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
-_BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)  # null: no row has an image
+_BYTES_TYPES = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_null,  # no row has an image
+)
 
 
 def _tar_rows(fs: Any, path: str) -> tuple[list[str], list[Sample], pa.Schema]:
