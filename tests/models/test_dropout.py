@@ -41,6 +41,23 @@ def test_attribute(method: str) -> None:
     assert torch.equal(*twice(model, images, text))
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((method, {}) for method in METHODS), *(("tagclip", options) for options in VARIANTS[1:])],
+    ids=str,
+)
+def test_the_option_reaches_every_attribute(method: str, options: dict[str, str]) -> None:
+    """The attention of TagCLIP's learner said 0, and ClsCLIP's layers held modules that no number could replace."""
+    images, text = tiny_inputs()
+    model = tiny_model(method, dropout=0.5, **options).train()
+    found = [module for module in model.modules() if hasattr(module, "dropout")]
+    assert found and {module.dropout for module in found} == {0.5}
+    assert not [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module in found:
+        module.dropout = 0.0
+    assert torch.equal(*twice(model, images, text))
+
+
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_descriptors_of_tagclip(options: dict[str, str]) -> None:
     images, text = tiny_inputs()

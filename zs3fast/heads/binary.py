@@ -14,6 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from zs3fast.heads.self_attention import TransformerLayer
+
 HEADS = ("conv", "linear")
 GATE_REDUCTION = 16
 
@@ -48,11 +50,8 @@ class BinaryDecoder(nn.Module):
         if head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         self.reduce = nn.Linear(width, decoder_width)
-        stack = nn.ModuleList(
-            nn.TransformerEncoderLayer(decoder_width, heads, ffn_width, dropout=dropout, batch_first=True)
-            for _ in range(layers)
-        )
-        self.layers = cast(Sequence[nn.TransformerEncoderLayer], stack)  # as a list it knows the type of its items
+        stack = nn.ModuleList(TransformerLayer(decoder_width, heads, ffn_width, dropout) for _ in range(layers))
+        self.layers = cast(Sequence[TransformerLayer], stack)  # as a list it knows the type of its items
         conv = head == "conv"
         self.head = (
             nn.ConvTranspose2d(decoder_width, 1, patch_size, patch_size) if conv else nn.Linear(decoder_width, 1)
@@ -61,14 +60,12 @@ class BinaryDecoder(nn.Module):
     @property
     def dropout(self) -> float:
         """Of attention probabilities, attention output, hidden layer and FFN output of every layer, in training."""
-        return float(self.layers[0].dropout.p)
+        return self.layers[0].dropout
 
     @dropout.setter
     def dropout(self, dropout: float) -> None:
         for layer in self.layers:
-            layer.self_attn.dropout = dropout
-            for part in (layer.dropout, layer.dropout1, layer.dropout2):
-                part.p = dropout
+            layer.dropout = layer.self_attn.dropout = dropout
 
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         x = self.reduce(patches)
