@@ -114,6 +114,15 @@ def test_aot_inductor_from_cpp(tmp_path: Path) -> None:
     assert "labels [1, 64, 64]" in said
 
 
+@pytest.mark.parametrize("method", ["maskclip", "clsclip"])
+@pytest.mark.parametrize("size", [(64, 112), (128, 64)])
+def test_positions_of_another_size_in_openvino(size: tuple[int, int], method: str, tmp_path: Path) -> None:
+    """Its own bicubic steps gave logits that were off by a percent."""
+    pytest.importorskip("openvino", reason="the extra [export] is absent")
+    report = export_model(tiny_model(method), text(), tmp_path / "model.xml", size=size, output="mask_logits")
+    assert report.difference < 2e-5
+
+
 def test_mask_logits_of_another_size(tmp_path: Path) -> None:
     report = export_model(tiny_model("zegclip"), text(), tmp_path / "m.pt2", output="mask_logits", size=(48, 80))
     assert report.outputs == ("mask_logits",) and report.agreement is None

@@ -251,18 +251,17 @@ def resize_positions(
     free = not all(isinstance(length, int) for length in grid)  # a graph for any size is exported: no case apart
     if not free and grid == (side, side):
         return table
-    square = table[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)  # [1, width, g, g]
-    if scale_offset and free:  # interpolation takes scales for constants; sampling at the same points does not
-        lengths = [torch.full((), length, device=table.device) for length in grid]
-        stored = (lengths[0] == side) & (lengths[1] == side)
-        offset = torch.where(stored, 0.0, scale_offset)  # without it the samples are the table's own rows
-        y, x = (
-            2 * (torch.arange(length, device=table.device) + 0.5) / (wide + offset) - 1
-            for length, wide in zip(grid, lengths)
+    if mode == "bicubic" and torch.compiler.is_exporting():  # other runtimes' own bicubic steps are off by a percent
+        lengths = [torch.full((), length, dtype=torch.float64) for length in grid]
+        own = (lengths[0] == side) & (lengths[1] == side)  # not known before the graph runs, where it is for any size
+        offset = torch.where(own, 0.0, scale_offset)  # without it the samples are the table's own rows
+        down, along = (
+            _bicubic_rows(length, side, wide + offset).to(table) for length, wide in zip(grid, lengths, strict=True)
         )
-        points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).unsqueeze(0).to(table.dtype)
-        resized = F.grid_sample(square, points, mode=mode, padding_mode="border", align_corners=False)
-    elif scale_offset:
+        rows = down @ table[1:].reshape(side, -1)  # [h, g * width]
+        return torch.cat([table[:1], (along @ rows.unflatten(1, (side, -1))).flatten(0, 1)])
+    square = table[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)  # [1, width, g, g]
+    if scale_offset:
         scales = tuple((length + scale_offset) / side for length in grid)
         resized = F.interpolate(
             square, scale_factor=scales, mode=mode, align_corners=align_corners, recompute_scale_factor=False
@@ -270,3 +269,16 @@ def resize_positions(
     else:
         resized = F.interpolate(square, size=grid, mode=mode, align_corners=align_corners)
     return torch.cat([table[:1], resized.squeeze(0).flatten(1).t()])
+
+
+def _bicubic_rows(length: int, side: int, wide: Tensor) -> Tensor:
+    """Weights [length, side] of `F.interpolate`'s bicubic samples (a = -0.75) at (i + 0.5) side / wide - 0.5.
+
+    In steps that any runtime has; `length` may be symbolic.
+    """
+    a = -0.75
+    x = (torch.arange(length, dtype=torch.float64) + 0.5) * side / wide - 0.5
+    taps = x.floor()[:, None] + torch.arange(-1, 3)
+    d = (x[:, None] - taps).abs()
+    weights = torch.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, ((d - 5) * d + 8) * d * a - 4 * a)
+    return (weights[:, :, None] * (taps.clamp(0, side - 1)[:, :, None] == torch.arange(side))).sum(1)

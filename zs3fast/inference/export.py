@@ -282,7 +282,8 @@ def _write_aoti(program: ExportedProgram, path: Path, inputs: tuple[str, ...], o
 
 def _write_onnx(program: ExportedProgram, path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Run:
     onnxruntime = _package("onnxruntime")
-    with _silent("onnxscript"):  # it warns of each layer norm that it leaves as it is
+    # They warn of each layer norm that is left as it is, and of an empty list of axes.
+    with _silent("onnxscript"), _silent("onnx_ir"):
         written = torch.onnx.export(
             program,
             dynamo=True,
