@@ -644,3 +644,45 @@ def test_a_killed_actor_is_started_again(tmp_path: Path) -> None:
     assert process.returncode == 0, said
     ids = [row["id"] for row in rows_of(out)]
     assert len(ids) == len(set(ids)) == count
+
+
+def test_label_files(segmenter: Segmenter, tmp_path: Path, local_ray: None) -> None:
+    """As `segment` writes them, in OUTPUT; of equal names in two folders both; their rows say which."""
+    for folder in ("a", "b"):
+        write_images(tmp_path / "in" / folder, range(2))
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
+    out = tmp_path / "out"
+    report = bulk([str(tmp_path / "in")], str(out), segmenter, "tiny", BulkOptions(labels="files"))
+    assert (report.done, report.failed) == (5, 1)
+    rows = {row["id"]: row for row in rows_of(out)}
+    for path in sorted((tmp_path / "in").glob("*/*.png")):
+        row, expected = rows[str(path)], segmenter(path)
+        assert row["labels"].startswith(f"{path.stem}-") and row["error"] is None
+        values = np.asarray(Image.open(out / row["labels"])).astype(np.int32)
+        assert (np.where(values == 255, -1, values) == expected.labels).all()
+        summary = json.loads((out / row["labels"].replace("_labels.png", ".json")).read_text())
+        assert summary == {**summary, **expected.to_dict()} and (out / summary["overlay"]).is_file()
+        with pytest.raises(ValueError, match="got a file"):
+            decode_labels(row["labels"], row["height"], row["width"])
+    assert rows[str(tmp_path / "in" / "broken.jpg")]["labels"] is None
+    assert len(list(out.glob("*_labels.png"))) == len({row["labels"] for row in rows.values()}) - 1 == 4
+    assert bulk([str(tmp_path / "in")], str(out), segmenter, "tiny", BulkOptions(labels="files")).done == 0
+    with pytest.raises(ValueError, match="labels"):
+        bulk([str(tmp_path / "in")], str(out), segmenter, "tiny", BulkOptions(labels="rle"))
+
+
+def test_names_of_label_files(segmenter: Segmenter, tmp_path: Path) -> None:
+    """Ids of shards are any text; their files stay in the folder, each of its own name."""
+    ids = ["../up", "a/01", "b/01", "..", "nul\0", "long" * 99, "-"]
+    rows = [{"id": one, "bytes": image_bytes(0), "error": None} for one in ids]
+    (tmp_path / "out").mkdir()
+    shards = Shards(str(tmp_path / "out"), "files")
+    got = segment_rows(segmenter, rows, BulkOptions(labels="files"), shards)
+    assert len({row["labels"] for row in got}) == len(ids) and [row["error"] for row in got] == [None] * len(ids)
+    assert {path.name for path in (tmp_path / "out").glob("*_labels.png")} == {row["labels"] for row in got}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_label_files_are_local() -> None:
+    with pytest.raises(ValueError, match="labels: expected rle or png for memory://out"):
+        Shards("memory://out", "files")

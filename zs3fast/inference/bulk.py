@@ -49,7 +49,8 @@ _GAP = 1 << 16  # bytes between images of a tar that are read and dropped rather
 class BulkOptions:
     """How a bulk run works.
 
-    labels: "rle" (COCO's) or "png".  min_score, background: as for a Segmenter's call.
+    labels: "rle" (COCO's) or "png", in the shards; or "files", as `zs3fast segment` writes them, in the output folder.
+    min_score, background: as for a Segmenter's call.
     actors: models at work at once.  num_gpus, num_cpus: of each, may be fractions.
     shard_rows: rows of a shard, which is also what an actor that dies has to do again.
     batch_size: images whose windows share the model's batches.  workers: threads of an actor that decode; None: see
@@ -334,7 +335,8 @@ class _Worker:
         self.stamp = {key: told[key]["fingerprint"] for key in ("model", "class_list")}
 
     def __call__(self, table: Any) -> Any:
-        rows = segment_rows(self.segmenter, table.to_pylist(), self.options)
+        files = self.shards if self.options.labels == "files" else None
+        rows = segment_rows(self.segmenter, table.to_pylist(), self.options, files)
         if not rows:  # Ray asks with no rows for the columns
             return pa.table({"shard": pa.array([], pa.string()), "rows": pa.array([], pa.int64())})
         path = self.shards.write([{**row, **self.stamp} for row in rows])
@@ -348,8 +350,12 @@ def actor_segmenter(model: ZeroShotModel, tower: Any, classes: Any, how: Segment
     return Segmenter(model, text_encoder=tower, class_names=classes, options=how)
 
 
-def segment_rows(segmenter: Segmenter, rows: list[dict[str, Any]], options: BulkOptions) -> list[dict[str, Any]]:
+def segment_rows(
+    segmenter: Segmenter, rows: list[dict[str, Any]], options: BulkOptions, shards: Shards | None = None
+) -> list[dict[str, Any]]:
     """Rows of a shard for rows (id, bytes, error), in their order; an image that is no good is a row with its error.
+
+    shards: where labels are written to that are files.
 
     Raises:
         torch.AcceleratorError: a GPU that no longer works is no image's error: the actor ends, Ray starts another.
@@ -380,11 +386,14 @@ def segment_rows(segmenter: Segmenter, rows: list[dict[str, Any]], options: Bulk
                 for index, name in enumerate(result.class_names)
                 if counts[index]
             ]
-            out[by_file[id(file)]] = _row(
-                by_file[id(file)],
+            one = by_file[id(file)]
+            out[one] = _row(
+                one,
                 height=height,
                 width=width,
-                labels=encode_labels(result.labels, options.labels, len(result.class_names)),
+                labels=encode_labels(result.labels, options.labels, len(result.class_names))
+                if shards is None
+                else shards.write_files(result, one),
                 shares=json.dumps(shares, ensure_ascii=False),
             )
     return list(out.values())

@@ -32,7 +32,10 @@ def bulk(
     pretrained: options.Pretrained = None,
     templates: options.Templates = None,
     refine: options.Refine = None,
-    labels: Annotated[str, typer.Option(help="How label maps are stored: rle (COCO's) or png.")] = "rle",
+    labels: Annotated[
+        str,
+        typer.Option(help="Label maps as rle (COCO's) or png in the shards, or files, as segment writes them."),
+    ] = "rle",
     min_score: options.MinScore = None,
     background: options.Background = "",
     actors: Annotated[int, typer.Option(min=1, help="Models at work at once.")] = 1,

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from zs3fast.inference.bulk_tar import Sample, samples
+from zs3fast.inference.results import result_stem, write_result
+from zs3fast.types import Segmentation
 from zs3fast.utils.console import first_line
 from zs3fast.utils.files import lock, replacing
 from zs3fast.utils.images import image_suffixes
@@ -34,11 +37,11 @@ from zs3fast.utils.images import image_suffixes
 MANIFEST = "bulk.json"
 FORMAT = 1
 RLE = pa.list_(pa.struct([("class", pa.int32()), ("counts", pa.binary())]))
-LABELS = {"rle": RLE, "png": pa.binary()}
+LABELS = {"rle": RLE, "png": pa.binary(), "files": pa.string()}
 
 
 def shard_schema(labels: str) -> pa.Schema:
-    """Columns of a shard; `labels` is "rle" or "png". See docs/bulk.md."""
+    """Columns of a shard; `labels` is "rle", "png" or "files". See docs/bulk.md."""
     text = pa.string()
     return pa.schema(
         [("id", text), ("height", pa.int32()), ("width", pa.int32()), ("labels", LABELS[labels])]
@@ -67,6 +70,8 @@ def encode_labels(labels: np.ndarray, kind: str, num_classes: int) -> Any:
 
 def decode_labels(labels: Any, height: int, width: int) -> np.ndarray:
     """A value of the column `labels` as int32 [H, W], -1 = unlabelled: `encode_labels` undone."""
+    if isinstance(labels, str):
+        raise ValueError(f"labels: expected run lengths or a PNG's bytes, got a file of the run's folder, {labels}")
     if isinstance(labels, bytes):
         values = np.asarray(Image.open(io.BytesIO(labels)))
         out: np.ndarray = values.astype(np.int32)
@@ -278,13 +283,26 @@ class Shards:
     """The output folder of a run. Picklable, as actors write to it.
 
     Args:
-        url: the folder.  labels: "rle" or "png".
+        url: the folder.  labels: "rle", "png" or "files".
+    Raises:
+        ValueError: no folder of a file system there is, or files asked for elsewhere than on a disk.
     """
 
     def __init__(self, url: str, labels: str):
         self.url, self.labels = url, labels
         self.fs, self.path = _file_system(url, "OUTPUT")
         self.local = isinstance(self.fs, LocalFileSystem)
+        if labels == "files" and not self.local:
+            raise ValueError(f"labels: expected rle or png for {url}, as files are written to local folders only")
+
+    def write_files(self, result: Segmentation, one: str) -> str:
+        """Write the files that `zs3fast segment` writes, named after the id and its hash; the label map's name.
+
+        The same row again are the same files, so a run that was killed between them and their shard loses nothing.
+        """
+        stem = result_stem(Path(one.replace("\0", "_")), f"-{hashlib.sha256(one.encode()).hexdigest()[:12]}")
+        write_result(replace(result, source=one), Path(self.path) / stem)
+        return f"{stem}_labels.png"
 
     @property
     def manifest(self) -> str:

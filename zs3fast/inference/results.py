@@ -56,14 +56,14 @@ def _left_out(unread: list[Path]) -> str:
 
 def distinct_stems(images: Sequence[Path]) -> dict[Path, str]:
     """Names of the results: the image's stem, with a number where another image has it (on any file system)."""
-    natural = {_stem(image).casefold() for image in images}
+    natural = {result_stem(image).casefold() for image in images}
     used: set[str] = set()
     stems = {}
     for image in images:
-        stem, number = _stem(image), 1
+        stem, number = result_stem(image), 1
         while stem.casefold() in used or (number > 1 and stem.casefold() in natural):
             number += 1
-            stem = _stem(image, f"-{number}")
+            stem = result_stem(image, f"-{number}")
         used.add(stem.casefold())
         stems[image] = stem
         if number > 1:
@@ -71,7 +71,7 @@ def distinct_stems(images: Sequence[Path]) -> dict[Path, str]:
     return stems
 
 
-def _stem(image: Path, end: str = "") -> str:
+def result_stem(image: Path, end: str = "") -> str:
     """What the names of an image's results begin with: its stem (never "." or "..", nor hidden), as long as fits."""
     stem = image.stem.lstrip(".") or "picture"
     while len(os.fsencode(stem + end)) + max(map(len, OUTPUT_SUFFIXES)) > 255:  # bytes are what is counted
