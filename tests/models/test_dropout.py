@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from tests.tiny import tiny_inputs, tiny_model
+from zs3fast.heads.self_attention import TransformerLayer
+from zs3fast.heads.trusty import TrustyLearner
 
 METHODS = ("zegclip", "tagclip", "clip_rc", "clsclip")
 VARIANTS = ({}, {"descriptor": "attn:q_s_s"}, {"descriptor": "self_attn:q"}, {"descriptor": "attn_cat:q_s_s"})
@@ -79,3 +81,14 @@ def test_any_number_is_a_share(method: str, share: float) -> None:
     assert type(model.config["dropout"]) is float and model.config["dropout"] == share
     drops = [module for module in dropping(model) if not isinstance(module, nn.MultiheadAttention)]  # parameters alone
     assert drops and {module.dropout for module in drops} == {float(share)}
+
+
+def test_a_part_and_its_attention_share_one_number() -> None:
+    """Parity sets the part's own attribute, or that of every module: either is enough."""
+    for part in (TransformerLayer(32, 2, 64, 0.5), TrustyLearner(32, 2, 0.5)):
+        x = torch.randn(2, 5, 32)
+        assert not torch.equal(part(x), part(x))
+        part.dropout = 0.0
+        assert part.self_attn.dropout == 0.0 and torch.equal(part(x), part(x))
+        part.self_attn.dropout = 0.5
+        assert part.dropout == 0.5 and not torch.equal(part(x), part(x))

@@ -65,7 +65,7 @@ class BinaryDecoder(nn.Module):
     @dropout.setter
     def dropout(self, dropout: float) -> None:
         for layer in self.layers:
-            layer.dropout = layer.self_attn.dropout = dropout
+            layer.dropout = dropout
 
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         x = self.reduce(patches)

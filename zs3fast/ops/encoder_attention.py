@@ -196,3 +196,16 @@ register_op(
     backends={"cpp": _cpp_objections},
     backward=Gradients(_setup_context, _gradients),
 )
+
+
+def _count_torchs(q: _flops.Shape, k: _flops.Shape, *_args: Any) -> int:
+    return _flops.attention(q[2], k[2], q[0] * q[1], q[3], 2)
+
+
+def _count_torchs_backward(_grad: _flops.Shape, q: _flops.Shape, k: _flops.Shape, *_args: Any) -> int:
+    return _flops.attention(q[2], k[2], q[0] * q[1], q[3], 5)  # the scores anew, and two products for each of the two
+
+
+# torch's own attention on the CPU, where gradients are recorded: its counter knows the GPUs' alone.
+_flops.register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _count_torchs)
+_flops.register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _count_torchs_backward)
