@@ -100,6 +100,21 @@ def test_positions_are_resized_bilinearly_and_the_class_row_is_kept() -> None:
     assert resize_positions(table, (14, 14)) is table
 
 
+@pytest.mark.parametrize("how", [(False, 0.0), (False, 0.1), (True, 0.0)], ids=str)
+@pytest.mark.parametrize("grid", [(4, 7), (20, 33), (14, 20), (1, 2)], ids=str)
+def test_an_exported_graph_resizes_positions_bicubically_as_torch_does(
+    grid: tuple[int, int], how: tuple[bool, float]
+) -> None:
+    class Resized(torch.nn.Module):
+        def forward(self, table: torch.Tensor) -> torch.Tensor:
+            return resize_positions(table, grid, "bicubic", *how)
+
+    table = torch.randn(1 + 14 * 14, 6)
+    program = torch.export.export(Resized(), (table,))
+    assert not [node for node in program.graph.nodes if "bicubic" in str(node.target)]
+    torch.testing.assert_close(program.module()(table), Resized()(table), atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("double", "times"), [(True, 2), (False, 1)])
 def test_class_embedding_counts_twice_as_in_the_official_code(double: bool, times: int) -> None:
     encoder = make(double_class_embedding=double)

@@ -256,7 +256,8 @@ def resize_positions(
         own = (lengths[0] == side) & (lengths[1] == side)  # not known before the graph runs, where it is for any size
         offset = torch.where(own, 0.0, scale_offset)  # without it the samples are the table's own rows
         down, along = (
-            _bicubic_rows(length, side, wide + offset).to(table) for length, wide in zip(grid, lengths, strict=True)
+            _bicubic_rows(length, side, wide, offset, align_corners).to(table)
+            for length, wide in zip(grid, lengths, strict=True)
         )
         rows = down @ table[1:].reshape(side, -1)  # [h, g * width]
         return torch.cat([table[:1], (along @ rows.unflatten(1, (side, -1))).flatten(0, 1)])
@@ -271,13 +272,13 @@ def resize_positions(
     return torch.cat([table[:1], resized.squeeze(0).flatten(1).t()])
 
 
-def _bicubic_rows(length: int, side: int, wide: Tensor) -> Tensor:
-    """Weights [length, side] of `F.interpolate`'s bicubic samples (a = -0.75) at (i + 0.5) side / wide - 0.5.
+def _bicubic_rows(length: int, side: int, wide: Tensor, offset: Tensor, align_corners: bool) -> Tensor:
+    """Weights [length, side] of `F.interpolate`'s bicubic samples (a = -0.75), in steps that any runtime has.
 
-    In steps that any runtime has; `length` may be symbolic.
+    `length` may be symbolic, `wide` is the same as a tensor.
     """
-    a = -0.75
-    x = (torch.arange(length, dtype=torch.float64) + 0.5) * side / wide - 0.5
+    a, i = -0.75, torch.arange(length, dtype=torch.float64)
+    x = i * (side - 1) / (wide - 1).clamp(min=1) if align_corners else (i + 0.5) * side / (wide + offset) - 0.5
     taps = x.floor()[:, None] + torch.arange(-1, 3)
     d = (x[:, None] - taps).abs()
     weights = torch.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, ((d - 5) * d + 8) * d * a - 4 * a)
