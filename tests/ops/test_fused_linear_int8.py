@@ -230,6 +230,8 @@ def test_weights_that_are_no_numbers() -> None:
         ({"activation": "swish"}, ValueError, "activation: expected one of none, quick_gelu, gelu, relu, got 'swish'"),
         ({"x": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "x: expected floating point, got torch.int64"),
         ({"scale": None}, TypeError, "scale: expected a tensor, got NoneType"),
+        ({"x": torch.zeros(3, 4).to_sparse()}, TypeError, "x: expected a dense tensor, got torch.sparse_coo"),
+        ({"bias": torch.zeros(6).to_sparse()}, TypeError, "bias: expected a dense tensor, got torch.sparse_coo"),
     ],
 )
 def test_errors(change: dict, error: type[Exception], message: str) -> None:

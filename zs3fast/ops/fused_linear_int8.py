@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zs3fast.ops import _dispatch
+from zs3fast.ops._checks import check_strided
 from zs3fast.ops._register import register_op
 from zs3fast.ops.fused_linear import ACTIVATIONS, FUNCTIONS, count
 
@@ -106,6 +107,7 @@ def _check(
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{OP}: {label}: expected a tensor, got {type(t).__name__}")
+        check_strided(OP, label, t)
         if label == "weight":
             if t.dtype != torch.int8:
                 raise TypeError(f"{OP}: weight: expected int8, got {t.dtype}")
