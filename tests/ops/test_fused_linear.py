@@ -131,6 +131,7 @@ def test_no_input_columns_leave_the_bias() -> None:
             assert torch.equal(got, (bias + 1).to(dtype).expand(3, 32))
 
 
+@needs_cpp
 def test_new_weights_are_seen_at_once() -> None:
     """Nothing of them is kept: in place, by .data, by load_state_dict, in inference mode."""
     for dtype in (torch.float32, torch.bfloat16):
