@@ -88,6 +88,7 @@ def test_a_part_and_its_attention_share_one_number() -> None:
     for part in (TransformerLayer(32, 2, 64, 0.5), TrustyLearner(32, 2, 0.5)):
         x = torch.randn(2, 5, 32)
         assert not torch.equal(part(x), part(x))
+        assert not torch.equal(part.attend(x), part.attend(x))  # probabilities are dropped too
         part.dropout = 0.0
         assert part.self_attn.dropout == 0.0 and torch.equal(part(x), part(x))
         part.self_attn.dropout = 0.5
