@@ -146,7 +146,7 @@ class Floor:
         return self.buffers[key]
 
     def _call(self, work: Work) -> Call:
-        """The product on the kernel that was fastest for its shape; on a GPU torch's, as these of ours are the CPU's."""
+        """The product on the kernel that was fastest for its shape; on a GPU torch's, as ours are the CPU's."""
         calls = self._linear(work) if isinstance(work, Linear) else self._attention(work)
         if work not in self.fastest:
             self.fastest[work] = fastest(calls) if torch.device(self.place["device"]).type == "cpu" else 0
