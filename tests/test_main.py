@@ -31,6 +31,13 @@ def turned():
     except KeyboardInterrupt:
         raise ImportError("initialization failed")
 
+def swallowed():
+    try:
+        strike()
+    except KeyboardInterrupt:
+        pass
+    raise ImportError("cannot load module more than once per process")  # NumPy, where PyTorch lost its interrupt
+
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == WHERE:
@@ -46,6 +53,7 @@ main()
 
 WHERE = ["typer", "rich.table", "zs3fast.inference.results", "numpy", "torch", "cv2"]
 LOST = [(how, where) for how in ("lost", "in_exec", "turned") for where in ("typer", "numpy")]
+LOST += [("swallowed", where) for where in ("zs3fast.inference.results", "torch", "cv2")]
 
 
 @pytest.mark.parametrize(("how", "where"), [*(("strike", where) for where in WHERE), *LOST])

@@ -20,7 +20,12 @@ def main() -> None:
     sys.unraisablehook = _interrupt_again
     if listens:
         signal.signal(signal.SIGINT, _strike)
-    code = run()
+    code: object = 1
+    try:
+        code = run()
+    finally:
+        if code not in (0, None, 130) and _again:  # an import that lost the interrupt broke what came after it
+            _leave(signal.SIGINT, None)
     for again in _again:
         again.cancel()
     sys.stdout.flush()
